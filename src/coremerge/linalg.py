@@ -1,0 +1,144 @@
+"""The linear algebra of the package: the only file that calls ``torch.linalg``.
+
+All functions take real floating tensors with any leading batch dimensions and never change them.
+A numerical rank must be the same over the whole batch; where it is not, :class:`RaggedRankError` says so
+and the caller goes on one matrix at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RTOL = 1e-8
+"""Singular values below ``RTOL`` times the largest one count as zero, unless the caller says otherwise."""
+
+GRAM_CONDITION = 1e-6
+"""A Gram matrix is used only where its smallest eigenvalue exceeds this share of its largest one.
+
+The basis it gives is then orthonormal to about ``eps / GRAM_CONDITION`` = 2e-10 in float64."""
+
+
+class RaggedRankError(Exception):
+    """The matrices of one batch have different numerical ranks."""
+
+
+def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of ``x`` (..., m, n): left (..., m, k), values (..., k) descending, right (..., k, n)."""
+    if 0 in x.shape[-2:]:
+        return _empty_svd(x)
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    return left, values, right
+
+
+def _empty_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    *batch, m, n = x.shape
+    return x.new_zeros(*batch, m, 0), x.new_zeros(*batch, 0), x.new_zeros(*batch, 0, n)
+
+
+def numerical_rank(values: Tensor, rtol: float = RTOL) -> int:
+    """How many of the descending ``values`` (..., k) exceed ``rtol`` times the first.
+
+    Raises:
+        RaggedRankError: the batch elements disagree.
+    """
+    if values.shape[-1] == 0 or values.numel() == 0:
+        return 0
+    counts = (values > rtol * values[..., :1]).sum(-1).unique()
+    if counts.numel() > 1:
+        raise RaggedRankError
+    return int(counts)
+
+
+def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of ``left @ right`` (..., m, r) (..., r, n) without forming the m × n product."""
+    outer, inner_left = _tall_qr(left)
+    other, inner_right = _tall_qr(right.mT)
+    u, values, vh = svd(inner_left @ inner_right.mT)
+    return (
+        u if outer is None else outer @ u,
+        values,
+        vh if other is None else vh @ other.mT,
+    )
+
+
+def _tall_qr(x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """``x = q @ r``; a wide or square ``x`` is its own ``r`` and has no ``q``."""
+    if x.shape[-2] <= x.shape[-1]:
+        return None, x
+    q, r = torch.linalg.qr(x)
+    return q, r
+
+
+def qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduced QR of ``x`` (..., m, n)."""
+    q, r = torch.linalg.qr(x)
+    return q, r
+
+
+def polar(x: Tensor, rtol: float = RTOL) -> tuple[Tensor, bool]:
+    """The polar factor P Qᵀ of ``x`` = P S Qᵀ (..., m, n), over its numerical rank.
+
+    Returns:
+        The factor, and whether its columns are orthonormal: it is then the nearest such matrix to ``x``.
+    """
+    m, n = x.shape[-2:]
+    if 0 in (m, n):
+        return x, n == 0
+    if n <= m:
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        if _well_conditioned(values):
+            return x @ ((vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT), True
+    u, s, vh = svd(x)
+    rank = numerical_rank(s, rtol)
+    return u[..., :rank] @ vh[..., :rank, :], rank == n
+
+
+def _well_conditioned(eigenvalues: Tensor) -> bool:
+    return bool((eigenvalues[..., 0] > GRAM_CONDITION * eigenvalues[..., -1]).all())
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An orthonormal basis U (..., m, p) of the columns of a stack X (..., m, R), kept small.
+
+    Attributes:
+        transform: C (..., R, p), so that U = X C.
+        coordinates: Uᵀ X (..., p, R).
+    """
+
+    transform: Tensor
+    coordinates: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The number p of basis vectors."""
+        return self.transform.shape[-1]
+
+
+def column_basis(stack: Tensor, rtol: float = RTOL) -> Basis:
+    """The left singular vectors of ``stack`` (..., m, R) whose singular values exceed ``rtol`` times the first.
+
+    A well-conditioned stack needs its Gram matrix only; any other takes a QR and a small SVD.
+    The vectors themselves are not formed: see :class:`Basis`.
+    """
+    m, width = stack.shape[-2:]
+    if 0 in stack.shape:
+        empty = stack.new_zeros(*stack.shape[:-2], width, 0)
+        return Basis(empty, empty.mT)
+    if width <= m:
+        values, vectors = torch.linalg.eigh(stack.mT @ stack)
+        if _well_conditioned(values):
+            sigma, vectors = values.flip(-1).sqrt(), vectors.flip(-1)
+            return _basis(sigma, vectors)
+    _, small = _tall_qr(stack)
+    _, sigma, vh = svd(small)
+    rank = numerical_rank(sigma, rtol)
+    return _basis(sigma[..., :rank], vh[..., :rank, :].mT)
+
+
+def _basis(sigma: Tensor, right: Tensor) -> Basis:
+    """From X = U Σ Wᵀ: C = W Σ⁻¹ and Uᵀ X = Σ Wᵀ."""
+    return Basis(right / sigma.unsqueeze(-2), sigma.unsqueeze(-1) * right.mT)

@@ -1,0 +1,336 @@
+"""merge(): the pipeline of one module, over all modules, and what there is to say of it.
+
+updates ─ steps before ─▶ space.project ─▶ cores ─ method ─▶ core ─ steps after ─▶ cut to rank ─▶ lift
+
+It knows no file, no config and no progress bar. A module's merge is a pure function of its updates and the recipe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coremerge.adapter import Adapter, Lazy, Module
+from coremerge.executors import local
+from coremerge.linalg import RaggedRankError
+from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd
+from coremerge.methods import Site
+from coremerge.plan import Plan, make_plan
+from coremerge.recipe import AUTO_RATIO, Parts, Recipe
+from coremerge.spaces import Coordinates, Lift
+
+Progress = Callable[[int, int], None]
+"""Called with the modules done and their number."""
+
+FLAT = 0.1
+"""A cut to ``rank`` that loses more than this share of the energy is warned of."""
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What happened to one module.
+
+    Attributes:
+        shape: (out, in).
+        ranks: adapter name → rank.
+        merged_rank: numerical rank of the merged update.
+        rank: of the written update.
+        energy: squared Frobenius norm of the merged update, before the overall scale.
+        lost: share of the energy that the cut to ``rank`` lost.
+        input_norm: mean spectral norm of the inputs' updates.
+        norm: spectral norm of the merged update, before the overall scale.
+    """
+
+    shape: tuple[int, int]
+    ranks: Mapping[str, int]
+    merged_rank: int
+    rank: int
+    energy: float
+    lost: float
+    input_norm: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did.
+
+    Attributes:
+        scale: the overall factor that was applied.
+        rank: the result's (largest) rank.
+        lost: share of the whole energy that the cut to ``rank`` lost.
+        seconds: spent on the cores (reading and lifting the factors happens when the adapter is used or saved).
+        modules: module name → :class:`ModuleReport`.
+        warnings: in plain words.
+    """
+
+    scale: float
+    rank: int
+    lost: float
+    seconds: float
+    modules: Mapping[str, ModuleReport]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "scale": self.scale,
+            "rank": self.rank,
+            "energy_lost": self.lost,
+            "seconds": self.seconds,
+            "modules": {name: vars(module) | {"ranks": dict(module.ranks)} for name, module in self.modules.items()},
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged adapter and its report.
+
+    Attributes:
+        adapter: its factors are lifted from the inputs when they are asked for: ``adapter.save`` streams them;
+            ``adapter.load()`` makes it independent of the inputs' files.
+        report: see :class:`Report`.
+        plan: what was settled beforehand.
+    """
+
+    adapter: Adapter
+    report: Report
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One module's merged core and the way back."""
+
+    core: ThinSVD
+    lift: Lift
+    report: ModuleReport
+
+
+def merge(
+    adapters: Mapping[str, Adapter] | Sequence[Adapter],
+    recipe: Recipe | None = None,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge ``adapters`` into one, module by module.
+
+    Args:
+        adapters: a mapping of names, or a sequence (named after each one's label).
+        recipe: what to do; the defaults of :class:`~coremerge.recipe.Recipe` when None.
+        threads: modules that are worked on side by side; all processors when None.
+        device: where the linear algebra runs, in float64: ``"cpu"``, ``"cuda"``, ...
+        batch: modules of one shape that go through together; by default 1 on the CPU, 32 elsewhere.
+        progress: called as modules are done.
+
+    Raises:
+        InputError: see :func:`coremerge.plan.make_plan`; also factors that are missing or not finite.
+
+    Example:
+        >>> def one(value): return Adapter.from_updates({"layer": LowRank(value * torch.ones(3, 1), torch.ones(1, 2))})
+        >>> result = merge([one(1.0), one(2.0)], Recipe(method="sum", steps=[], scale=1.0))
+        >>> round(result.adapter["layer"].dense()[0, 0].item(), 6)
+        3.0
+    """
+    return execute(
+        make_plan(adapters, recipe or Recipe()), threads=threads, device=device, batch=batch, progress=progress
+    )
+
+
+def execute(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Carry out ``plan``: see :func:`merge`."""
+    start = time.perf_counter()
+    parts = plan.recipe.parts()
+    groups = list(_groups(plan, batch or (1 if device == "cpu" else 32)))
+    solved: dict[str, Solved] = {}
+    for group in local.run(lambda names: _solve(names, plan, parts, device), groups, threads):
+        solved |= group
+        if progress:
+            progress(len(solved), len(plan.modules))
+    scale = auto_scale(solved.values()) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
+    report = _report(plan, solved, scale, time.perf_counter() - start)
+    return MergeResult(_lifted(plan, parts, solved, scale, device), report, plan)
+
+
+def auto_scale(solved: Iterable[Solved], ratio: float = AUTO_RATIO) -> float:
+    """The factor that brings the merged update's spectral norm, over the inputs' mean one, to ``ratio`` on average.
+
+    Modules without any update do not count. A single adapter is not rescaled against itself: its factor makes the
+    ratio 1.
+    """
+    reports = [s.report for s in solved if s.report.input_norm > 0]
+    ratios = [r.norm / r.input_norm for r in reports]
+    alone = all(len(r.ranks) == 1 for r in reports)
+    mean = sum(ratios) / len(ratios) if ratios else 0.0
+    return (1.0 if alone else ratio) / mean if mean > 0 else 1.0
+
+
+def _groups(plan: Plan, batch: int) -> Iterator[tuple[str, ...]]:
+    """Module names, ``batch`` at a time where shapes and ranks coincide."""
+    alike: dict[Any, list[str]] = {}
+    for name, planned in plan.modules.items():
+        alike.setdefault((planned.module.shape, tuple(planned.ranks.items())), []).append(name)
+    for names in alike.values() if batch > 1 else [list(plan.modules)]:
+        yield from (tuple(names[i : i + batch]) for i in range(0, len(names), batch))
+
+
+def _read(names: Sequence[str], plan: Plan, parts: Parts, device: str) -> list[LowRank]:
+    """Each adapter's update of the modules, after the steps before the method; batched where there are several names.
+
+    An adapter that lacks the module has the update zero, of rank 0.
+    """
+    shape = plan.modules[names[0]].module.shape
+    updates = []
+    for adapter in plan.adapters.values():
+        held = [adapter[name] if name in adapter else LowRank.zeros(*shape) for name in names]
+        update = held[0] if len(held) == 1 else _stacked(held)
+        update = update.to(torch.device(device))
+        for step in parts.before:
+            update = step(update)
+        updates.append(update)
+    return updates
+
+
+def _stacked(updates: Sequence[LowRank]) -> LowRank:
+    return LowRank(torch.stack([u.left for u in updates]), torch.stack([u.right for u in updates]))
+
+
+def _solve(names: tuple[str, ...], plan: Plan, parts: Parts, device: str) -> dict[str, Solved]:
+    """The merged cores of modules of one shape; one by one where their numerical ranks differ."""
+    updates = _read(names, plan, parts, device)
+    try:
+        coordinates = parts.space(updates)
+        merged = _merged(names, coordinates, plan, parts)
+        return dict(zip(names, _unbatched(names, coordinates, merged, plan), strict=True))
+    except RaggedRankError:
+        singles = (_solve((name,), plan, parts, device) for name in names)
+        return {name: solved for single in singles for name, solved in single.items()}
+
+
+def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: Parts) -> ThinSVD:
+    """Weights, method and the steps after it; in isometric coordinates, cut at the numerical rank."""
+    rows = coordinates.rows
+    cores = [
+        _weighted(core, [plan.weights[key].get(name, 1.0) for name in names])
+        for key, core in zip(plan.adapters, coordinates.cores, strict=True)
+    ]
+    if rows is not None:
+        cores = [LowRank(core.left / rows.unsqueeze(-1), core.right) for core in cores]
+    merged = parts.method(cores, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters)))
+    if rows is not None:
+        merged = _scale_rows(merged, rows)
+    for step in parts.after:
+        merged = step(merged)
+    return thin_svd(merged).cut()
+
+
+def _weighted(core: LowRank, weights: Sequence[float]) -> LowRank:
+    if all(w == 1 for w in weights):
+        return core
+    if len(weights) == 1:
+        return core * weights[0]
+    return core * core.left.new_tensor(weights)[:, None, None]
+
+
+def _scale_rows(matrix: Matrix, rows: Tensor) -> Matrix:
+    if isinstance(matrix, Tensor):
+        return rows.unsqueeze(-1) * matrix
+    factors = matrix.lowrank() if isinstance(matrix, ThinSVD) else matrix
+    return LowRank(rows.unsqueeze(-1) * factors.left, factors.right)
+
+
+def _unbatched(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> Iterator[Solved]:
+    """One :class:`Solved` per module, on the CPU, cut to the recipe's rank."""
+    wanted = plan.recipe.rank if isinstance(plan.recipe.rank, int) else merged.values.shape[-1]
+    kept = merged.truncate(wanted)
+    input_norms = torch.stack([_spectral_norm(core.svd) for core in coordinates.cores], -1)
+    for i, name in enumerate(names):
+
+        def pick(x: Tensor, i: int = i) -> Tensor:
+            return (x if len(names) == 1 else x[i]).cpu()
+
+        values, norms = pick(merged.values), pick(input_norms)
+        energy, rest = float(values.square().sum()), float(values[wanted:].square().sum())
+        planned = plan.modules[name]
+        report = ModuleReport(
+            shape=planned.module.shape,
+            ranks=planned.ranks,
+            merged_rank=len(values),
+            rank=kept.values.shape[-1],
+            energy=energy,
+            lost=rest / energy if energy else 0.0,
+            input_norm=float(norms[norms > 0].mean()) if bool((norms > 0).any()) else 0.0,
+            norm=float(values.max()) if len(values) else 0.0,
+        )
+        core = ThinSVD(pick(kept.left), pick(kept.values), pick(kept.right))
+        yield Solved(core, coordinates.lift.map(pick), report)
+
+
+def _spectral_norm(svd: ThinSVD) -> Tensor:
+    return svd.values.amax(-1) if svd.values.shape[-1] else svd.left.new_zeros(svd.left.shape[:-2])
+
+
+def _lifted(plan: Plan, parts: Parts, solved: Mapping[str, Solved], scale: float, device: str) -> Adapter:
+    """The merged adapter; a module's inputs are read again when its factors are asked for."""
+
+    def load(name: str) -> LowRank:
+        core = solved[name].core.lowrank().to(torch.device(device))
+        update = solved[name].lift(core, _read((name,), plan, parts, device))
+        root = abs(scale) ** 0.5
+        return LowRank(update.left * (root if scale >= 0 else -root), update.right * root).to("cpu")
+
+    modules = {
+        name: replace(planned.module, rank=solved[name].report.rank, dtype=plan.dtype)
+        for name, planned in plan.modules.items()
+    }
+    extras = {name: extra for name, extra in plan.extras.items() if extra.load is not None}
+    return Adapter(
+        modules,
+        load,
+        name="merged",
+        biases=_biases(plan, scale),
+        extras=Lazy(tuple(extras), lambda name: extras[name].load()),
+        info=plan.info,
+    )
+
+
+def _biases(plan: Plan, scale: float) -> Mapping[str, Tensor]:
+    """Weighted sums of ``lora_bias`` biases (means, for the method ``mean``): they are linear terms of the output."""
+    factor = scale / len(plan.adapters) if plan.recipe.method == "mean" else scale
+    names = tuple(name for name in plan.modules if any(name in a.biases for a in plan.adapters.values()))
+
+    def load(name: str) -> Tensor:
+        having = {key: a.biases[name].double() for key, a in plan.adapters.items() if name in a.biases}
+        return factor * sum((plan.weights[key][name] * bias for key, bias in having.items()), torch.zeros(()))
+
+    return Lazy(names, load)
+
+
+def _report(plan: Plan, solved: Mapping[str, Solved], scale: float, seconds: float) -> Report:
+    modules = {name: solved[name].report for name in plan.modules}
+    energy = sum(m.energy for m in modules.values())
+    lost = sum(m.lost * m.energy for m in modules.values()) / energy if energy else 0.0
+    rank = max(m.rank for m in modules.values())
+    warnings = list(plan.warnings)
+    if lost > FLAT:
+        warnings.append(
+            f"the cut to rank {rank} loses {lost:.0%} of the merged update's energy: a flat spectrum does not"
+            " truncate well; give a higher --rank, or a method without isotropize"
+        )
+    return Report(scale, rank, lost, seconds, modules, tuple(warnings))

@@ -1,0 +1,52 @@
+"""Methods: the cores of one module → one core. One idea a file.
+
+A method is a pure function ``method(cores, site)``. The cores are weighted already: w_t X_t stands wherever a paper
+writes X_t. They are :class:`~coremerge.lowrank.LowRank`, all of one shape; spectral methods stay with the factors,
+element-wise ones ask for entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from coremerge.lowrank import LowRank, Matrix
+from coremerge.registry import Registry
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a merge happens: what random masks may depend on, and nothing else.
+
+    Attributes:
+        seed: the recipe's.
+        modules: the module's name, or the names in one batch.
+        tasks: the adapters' names, in the order of the cores.
+    """
+
+    seed: int = 0
+    modules: tuple[str, ...] = ("",)
+    tasks: tuple[str, ...] = ()
+
+    def uniform(self, task: int, like: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) of the shape of ``like`` that depend on seed, module and adapter only."""
+        name = self.tasks[task] if self.tasks else str(task)
+        draws = [_uniform(f"{self.seed}\0{module}\0{name}", like.shape[-2:]) for module in self.modules]
+        return torch.stack(draws).reshape(like.shape).to(like.device)
+
+
+def _uniform(key: str, shape: torch.Size) -> Tensor:
+    digest = blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+Method = Callable[[Sequence[LowRank], Site], Matrix]
+
+METHODS: Registry[Method] = Registry("method")
+
+from coremerge.methods import cart, dare, linear, ties, tsv  # noqa: E402, F401  (each registers itself)

@@ -1,0 +1,47 @@
+"""DARE: drop entries at random and rescale the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from coremerge.lowrank import LowRank
+from coremerge.methods import METHODS, Method, Site
+from coremerge.methods.ties import Density, Reduce, elect, trim
+
+SOURCE = "DARE, arXiv 2311.03099"
+DropRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@METHODS.register("dare", elementwise=True, source=SOURCE)
+def dare(drop_rate: DropRate = 0.5) -> Method:
+    """Drop each entry with probability ``drop_rate``, divide the rest by 1 − ``drop_rate``, sum.
+
+    The mask depends on the recipe's seed, the module's and the adapter's name only.
+    """
+
+    def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
+        return drop(cores, site, drop_rate).sum(0)
+
+    return merge
+
+
+@METHODS.register("dare_ties", elementwise=True, source=SOURCE)
+def dare_ties(drop_rate: DropRate = 0.5, density: Density = 0.2, reduce: Reduce = "mean") -> Method:
+    """DARE, then TIES."""
+
+    def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
+        return elect(trim(drop(cores, site, drop_rate), density), reduce)
+
+    return merge
+
+
+def drop(cores: Sequence[LowRank], site: Site, drop_rate: float) -> Tensor:
+    """The cores' entries (T, ..., p, q), each kept with probability 1 − ``drop_rate`` and rescaled."""
+    entries = [c.dense() for c in cores]
+    kept = [torch.where(site.uniform(t, x) >= drop_rate, x / (1 - drop_rate), 0.0) for t, x in enumerate(entries)]
+    return torch.stack(kept)

@@ -1,0 +1,276 @@
+"""What a merge will do, settled and validated before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from coremerge.adapter import Adapter, Info, Module
+from coremerge.errors import InputError, MismatchError
+from coremerge.executors.local import default_threads
+from coremerge.extras import Extra, plan_extras
+from coremerge.recipe import Recipe
+from coremerge.registry import parse_spec
+from coremerge.weighting import Table, weight_table
+
+IMPORT_BYTES = 250_000_000
+"""What a process holds once torch is imported."""
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values vLLM's ``max_lora_rank`` takes."""
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One module of the result.
+
+    Attributes:
+        module: its shape and kind; ``rank`` is the most that the merged update can have.
+        ranks: adapter name → its rank here; adapters that lack the module are absent.
+    """
+
+    module: Module
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first factor is read.
+
+    Attributes:
+        adapters: name → adapter, the names made unique.
+        recipe: what to do.
+        modules: module name → :class:`PlannedModule`.
+        weights: adapter name → module name → weight.
+        extras: what becomes of saved modules and token rows.
+        info: of the result.
+        dtype: of the result.
+        warnings: what the person should know, in plain words.
+    """
+
+    adapters: Mapping[str, Adapter]
+    recipe: Recipe
+    modules: Mapping[str, PlannedModule]
+    weights: Table
+    extras: Mapping[str, Extra]
+    info: Info
+    dtype: torch.dtype
+    warnings: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """The most that the result's uniform rank can be."""
+        return max((p.module.rank for p in self.modules.values()), default=0)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the factors at :attr:`rank`."""
+        return sum(self.rank * sum(p.module.shape) for p in self.modules.values()) * self.dtype.itemsize
+
+    def peak_bytes(self, threads: int | None = None) -> int:
+        """An upper estimate of the memory the merge needs."""
+        work = max((self._work(p) for p in self.modules.values()), default=0)
+        kept = sum(self._kept(p) for p in self.modules.values())
+        return IMPORT_BYTES + (threads or default_threads()) * work + kept
+
+    def _work(self, planned: PlannedModule) -> int:
+        total, (m, n) = sum(planned.ranks.values()), planned.module.shape
+        factors = 4 * total * (m + n) + 8 * total * total
+        entries = (len(planned.ranks) + 4) * m * n if self._is_dense else 0
+        return 8 * (factors + entries)
+
+    def _kept(self, planned: PlannedModule) -> int:
+        total, (m, n) = sum(planned.ranks.values()), planned.module.shape
+        name, _ = parse_spec(self.recipe.space)
+        rows, columns = {"core": (total, total), "knots": (total, n)}.get(name, (m, n))
+        return 8 * (planned.module.rank * (rows + columns) + 2 * total * total)
+
+    @property
+    def _is_dense(self) -> bool:
+        return _is_dense(self.recipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "adapters": [
+                {
+                    "name": name,
+                    "source": a.info.source,
+                    "type": a.info.type,
+                    "modules": len(a),
+                    "ranks": sorted({m.rank for m in a.modules.values()}),
+                    "scales": sorted({m.scale for m in a.modules.values()}),
+                    "notes": list(a.info.notes),
+                }
+                for name, a in self.adapters.items()
+            ],
+            "modules": {
+                name: {"shape": p.module.shape, "kind": p.module.kind, "ranks": dict(p.ranks), "rank": p.module.rank}
+                for name, p in self.modules.items()
+            },
+            "extras": {name: {"from": e.holders, "decision": e.decision} for name, e in self.extras.items()},
+            "rank": self.rank,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "output_bytes": self.output_bytes,
+            "peak_bytes": self.peak_bytes(),
+            "warnings": list(self.warnings),
+        }
+
+
+def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recipe) -> Plan:
+    """Check that ``adapters`` fit together under ``recipe`` and lay out the result.
+
+    Raises:
+        InputError: there is nothing to merge.
+        MismatchError: shapes, layer types, layouts or whole tensors clash, or no module is shared.
+        ConfigError: weights or extras that name nothing.
+    """
+    named = name_adapters(adapters)
+    modules = {name: _planned(name, named, recipe) for name in _module_names(named)}
+    _check_shared(named, modules, recipe)
+    holders = {name: tuple(p.ranks) for name, p in modules.items()}
+    extras = plan_extras(named, recipe.extras)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else _common_dtype(named.values())
+    plan = Plan(
+        named,
+        recipe,
+        modules,
+        weight_table(recipe.weights, holders, named, recipe.normalize),
+        extras,
+        _merged_info(named.values(), extras),
+        dtype,
+        (),
+    )
+    return replace(plan, warnings=tuple(_warnings(plan)))
+
+
+def name_adapters(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[str, Adapter]:
+    """Names for adapters: a mapping's own; else each one's label, numbered where labels coincide.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not adapters:
+        raise InputError("no adapters given", remedy="Name at least one")
+    if isinstance(adapters, Mapping):
+        return dict(adapters)
+    named: dict[str, Adapter] = {}
+    for adapter in adapters:
+        name, count = adapter.name, 1
+        while name in named:
+            count += 1
+            name = f"{adapter.name}-{count}"
+        named[name] = adapter
+    return named
+
+
+def _module_names(adapters: Mapping[str, Adapter]) -> list[str]:
+    return sorted({module for adapter in adapters.values() for module in adapter})
+
+
+def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe) -> PlannedModule:
+    having = {key: adapter.modules[name] for key, adapter in adapters.items() if name in adapter.modules}
+    (first_key, first), *others = having.items()
+    for key, module in others:
+        for what in ("shape", "kind", "kernel"):
+            if getattr(module, what) != getattr(first, what):
+                raise MismatchError(
+                    f"module {name}: {what} {getattr(first, what)} in {first_key}, {getattr(module, what)} in {key}",
+                    file=adapters[key].info.source or key,
+                    remedy="Adapters must have been trained on the same base model",
+                )
+    total, (m, n) = sum(module.rank for module in having.values()), first.shape
+    rank = min(m, n) if _is_dense(recipe) else min(m, n, total)
+    if isinstance(recipe.rank, int):
+        rank = min(rank, recipe.rank)
+    return PlannedModule(replace(first, rank=rank, scale=1.0), {key: module.rank for key, module in having.items()})
+
+
+def _is_dense(recipe: Recipe) -> bool:
+    """Whether a method or step works on all m × n entries of an update."""
+    from coremerge.methods import METHODS
+
+    name, _ = parse_spec(recipe.space)
+    steps = [parse_spec(step) for step in recipe.steps]
+    spread = any(step == "isotropize" and str(options.get("span", True)).lower() == "false" for step, options in steps)
+    wide_tsv = recipe.method == "tsv" and recipe.parameters.get("rank") is not None
+    return name == "full" and (METHODS[recipe.method].elementwise or spread or wide_tsv)
+
+
+def _check_shared(adapters: Mapping[str, Adapter], modules: Mapping[str, PlannedModule], recipe: Recipe) -> None:
+    for key, adapter in adapters.items():
+        if not adapter.modules:
+            raise MismatchError("has no adapted module", file=adapter.info.source or key)
+    if len(adapters) > 1 and not recipe.allow_disjoint and all(len(p.ranks) == 1 for p in modules.values()):
+        examples = "; ".join(f"{key}: {next(iter(adapter))}" for key, adapter in adapters.items())
+        raise MismatchError(
+            f"the adapters have no module in common ({examples})",
+            remedy="They seem to be for different base models; --allow-disjoint merges them all the same",
+        )
+    for field in ("fan_in_fan_out", "layer_replication"):
+        values = {key: getattr(adapter.info, field) for key, adapter in adapters.items()}
+        if len(set(values.values())) > 1:
+            raise MismatchError(
+                f"{field} differs: {values}", remedy="Adapters must have been trained on the same layout of the base"
+            )
+
+
+def _common_dtype(adapters: Iterable[Adapter]) -> torch.dtype:
+    dtypes = {adapter.dtype for adapter in adapters}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra]) -> Info:
+    infos = [adapter.info for adapter in adapters]
+    first = infos[0]
+
+    def agreed(field: str) -> Any:
+        values = [getattr(info, field) for info in infos]
+        return values[0] if all(value == values[0] for value in values) else None
+
+    kept = {name for name, extra in extras.items() if extra.load is not None}
+    saved = {name for info in infos for name in info.modules_to_save if _carried(name, kept)}
+    tokens = {key: ids for info in infos for key, ids in info.token_indices.items()}
+    for extra in extras.values():
+        tokens |= {key: extra.tokens for key in tokens if extra.tokens and _is_rows_of(extra.name, key)}
+    dropped = {key for key in tokens if not any(_is_rows_of(name, key) for name in kept)}
+    return Info(
+        type="LORA",
+        base_model=first.base_model or next((i.base_model for i in infos if i.base_model), None),
+        base_revision=agreed("base_revision"),
+        task_type=agreed("task_type"),
+        fan_in_fan_out=first.fan_in_fan_out,
+        layer_replication=first.layer_replication,
+        auto_mapping=agreed("auto_mapping"),
+        modules_to_save=tuple(sorted(saved)),
+        token_indices={key: ids for key, ids in tokens.items() if key not in dropped},
+    )
+
+
+def _carried(module: str, extras: Iterable[str]) -> bool:
+    return any(f".{module}." in f".{extra}" for extra in extras)
+
+
+def _is_rows_of(extra: str, module: str) -> bool:
+    return f".{module}.token_adapter." in f".{extra}"
+
+
+def _warnings(plan: Plan) -> Iterable[str]:
+    bases = sorted({a.info.base_model for a in plan.adapters.values() if a.info.base_model})
+    if len(bases) > 1:
+        yield f"the adapters name different base models ({', '.join(bases)}); shapes agree, names are only hints"
+    for key, adapter in plan.adapters.items():
+        missing = len(plan.modules) - len(adapter)
+        if missing:
+            yield f"{key} lacks {missing} of {len(plan.modules)} modules: it contributes nothing there"
+    if any(adapter.biases for adapter in plan.adapters.values()):
+        yield "lora_bias: biases are merged as weighted sums; vLLM refuses adapters with lora_bias"
+    yield from (f"{extra.name}: {extra.decision}" for extra in plan.extras.values())
+    if plan.rank > VLLM_RANKS[-1]:
+        yield f"rank {plan.rank} is above {VLLM_RANKS[-1]}, the most that vLLM serves; --rank makes it smaller"
+    if math.prod(m := max((p.module.shape for p in plan.modules.values()), key=math.prod)) > 1 << 24 and plan._is_dense:
+        yield f"this recipe works on all entries of updates as large as {m[0]} × {m[1]}: slow; core space is not"
