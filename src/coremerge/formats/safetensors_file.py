@@ -1,0 +1,252 @@
+"""Tensors of a ``.safetensors`` file, read one at a time into memory; no map and no handle stays open."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coremerge.errors import SourceError, TensorError
+from coremerge.formats.config import LFS_MARK, LFS_REMEDY
+
+HEADER_LIMIT = 32 * 2**20
+"""Bytes of header: room for some 200,000 tensors."""
+
+FACTOR_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+                 "BOOL": torch.bool}  # fmt: skip
+_DTYPES = FACTOR_DTYPES | _OTHER_DTYPES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, before it is read: dtype as the format spells it, shape, and where its bytes lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int = 0
+    end: int = 0
+
+
+class Tensors(Protocol):
+    """A file of named tensors."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Tensor name → dtype and shape, known without reading any."""
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of that name, as stored."""
+
+
+def dtype_of(tensors: Tensors, key: str) -> torch.dtype:
+    """The dtype of a factor.
+
+    Raises:
+        TensorError: it is not one of F64, F32, F16, BF16.
+    """
+    name = tensors.entries[key].dtype
+    if name not in FACTOR_DTYPES:
+        raise TensorError(
+            f"stored as {name}, which is not a plain floating dtype",
+            file=tensors.path,
+            key=key,
+            remedy=f"Save the adapter in one of {', '.join(FACTOR_DTYPES)}",
+        )
+    return FACTOR_DTYPES[name]
+
+
+def read_factor(tensors: Tensors, key: str) -> Tensor:
+    """A factor in float64, checked to be finite.
+
+    Raises:
+        TensorError: NaN or infinite values, or a dtype that is no plain float.
+    """
+    dtype_of(tensors, key)
+    return checked(tensors, key, tensors.read(key).to(torch.float64))
+
+
+def read_whole(tensors: Tensors, key: str) -> Tensor:
+    """A tensor that is carried as it is, checked to be finite."""
+    return checked(tensors, key, tensors.read(key))
+
+
+def checked(tensors: Tensors, key: str, tensor: Tensor) -> Tensor:
+    """``tensor`` itself, once it is known to be finite."""
+    if tensor.is_floating_point() and not _finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise TensorError(
+            f"{bad} of {tensor.numel()} values are NaN or infinite",
+            file=tensors.path,
+            key=key,
+            remedy="Training may have diverged: use an earlier checkpoint",
+        )
+    return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    # a finite sum proves it in one pass; a sum that overflowed does not disprove it
+    return math.isfinite(tensor.sum(dtype=torch.float64).item()) or bool(torch.isfinite(tensor).all())
+
+
+class SafetensorsFile:
+    """A validated ``.safetensors`` file, safe to read from several threads.
+
+    Raises:
+        SourceError: not there, a Git LFS pointer, or not a safetensors file.
+        TensorError: cut short or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data_start = 8 + _header_length(path)
+        _validate(path)
+
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """Tensor name → dtype, shape and place."""
+        return {
+            key: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"])
+            for key, value in self._header.items()
+            if key != "__metadata__"
+        }
+
+    @cached_property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's own string pairs."""
+        return dict(self._header.get("__metadata__") or {})
+
+    @cached_property
+    def _header(self) -> dict[str, dict[str, Any]]:
+        with self.path.open("rb") as file:
+            file.seek(8)
+            parsed: dict[str, dict[str, Any]] = json.loads(file.read(self._data_start - 8))
+        return parsed
+
+    def read(self, key: str) -> Tensor:
+        """The tensor ``key``, in memory of its own.
+
+        Raises:
+            TensorError: a dtype torch cannot hold, or a file cut short since it was opened.
+            SourceError: a file that is gone since it was opened.
+        """
+        entry = self.entries[key]
+        if entry.dtype not in _DTYPES:
+            raise TensorError(f"dtype {entry.dtype} cannot be read", file=self.path, key=key)
+        data = self._bytes(key, self._data_start + entry.start, entry.end - entry.start)
+        if not data:
+            return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def _bytes(self, key: str, start: int, length: int) -> bytearray:
+        buffer = bytearray(length)
+        view, done = memoryview(buffer), 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(start)
+                while done < length:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise TensorError("the file ends before the tensor does", file=self.path, key=key)
+                    done += count
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        return buffer
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError(f"cannot be read: {error.strerror or error}", file=path)
+
+
+def _header_length(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if head.startswith(LFS_MARK):
+        raise SourceError("this is a Git LFS pointer, not the file itself", file=path, remedy=LFS_REMEDY)
+    if len(head) < 8:
+        raise TensorError(f"cut short: only {len(head)} bytes", file=path, remedy="Download or save the file again")
+    length: int = struct.unpack("<Q", head[:8])[0]
+    if length > HEADER_LIMIT:
+        pickled = head.startswith((b"PK\x03\x04", b"\x80\x02"))
+        raise TensorError(
+            "this is a pickle, not a safetensors file" if pickled else f"a header of {length} bytes is absurd",
+            file=path,
+            remedy="Save the adapter as safetensors (PEFT's default)",
+        )
+    return length
+
+
+def _validate(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise TensorError(
+            f"cut short, damaged, or not a safetensors file ({error})",
+            file=path,
+            remedy="Download or save the file again",
+        ) from None
+
+
+class PickledFile:
+    """A legacy ``.bin`` checkpoint, unpickled by torch's safe subset (``weights_only=True``), whole in memory.
+
+    Raises:
+        SourceError: it cannot be read that way.
+        TensorError: it holds something other than named tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = _unpickle(path)
+
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """Tensor name → dtype and shape."""
+        names = {dtype: name for name, dtype in _DTYPES.items()}
+        return {
+            key: Entry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for key, tensor in self._tensors.items()
+        }
+
+    def read(self, key: str) -> Tensor:
+        """The tensor ``key``."""
+        return self._tensors[key]
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(LFS_MARK)) == LFS_MARK:
+                raise SourceError("this is a Git LFS pointer, not the file itself", file=path, remedy=LFS_REMEDY)
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except SourceError:
+        raise
+    except Exception as error:
+        # torch raises whatever its unpickler met: pickle, zip, key, type and runtime errors
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(
+            f"cannot be unpickled safely: {first}",
+            file=path,
+            remedy="Save the adapter as safetensors where it was trained",
+        ) from None
+    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        raise TensorError("holds something other than named tensors", file=path)
+    return {key: tensor.detach() for key, tensor in value.items()}

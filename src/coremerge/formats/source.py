@@ -1,0 +1,239 @@
+"""Where an adapter is: a folder, a file, or a place on the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from coremerge.errors import SourceError
+from coremerge.formats.config import CONFIG_NAME
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+_PART = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(
+    rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[^:@\s]+))?(?::(?P<subfolder>[^:@\s]+))?(?:@(?P<late>[^:@\s]+))?"
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """The files of one adapter.
+
+    Attributes:
+        source: as the person gave it.
+        name: a short label: the last part of the path or id.
+        config: the ``adapter_config.json``.
+        weights: the tensors.
+        revision: the commit on the hub, where it came from there.
+    """
+
+    source: str
+    name: str
+    config: Path
+    weights: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class HubId:
+    """``org/name@revision:subfolder``, taken apart."""
+
+    repo: str
+    revision: str | None = None
+    subfolder: str | None = None
+
+
+def locate(
+    source: str | Path,
+    *,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Location:
+    """Find an adapter's files; a local path that exists wins over a hub id.
+
+    Raises:
+        SourceError: nothing there, several adapters there, or only a pickle that was not asked for.
+    """
+    path = _local(source)
+    if path and path.is_dir():
+        return in_folder(path, str(source), allow_pickle=allow_pickle)
+    if path:
+        return _beside(path, str(source), allow_pickle=allow_pickle)
+    hub = None if isinstance(source, Path) else parse_hub_id(source, revision)
+    if hub is None:
+        raise SourceError(
+            "no such file or folder",
+            file=source,
+            remedy="Give an adapter's folder, its adapter_model.safetensors, or a hub id: org/name[@revision][:folder]",
+        )
+    return _on_hub(hub, str(source), allow_pickle, cache_dir, token)
+
+
+def _local(source: str | Path) -> Path | None:
+    """The existing file or folder that ``source`` names, if any."""
+    try:
+        path = Path(source).expanduser()
+        return path if str(source) and (path.is_dir() or path.is_file()) else None
+    except (OSError, RuntimeError, ValueError):
+        return None  # a name no file system takes, or ~ of a user that does not exist
+
+
+def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
+    """``org/name``, ``org/name@revision``, ``org/name:subfolder`` or both; None for anything else.
+
+    Example:
+        >>> parse_hub_id("org/name@v1:math")
+        HubId(repo='org/name', revision='v1', subfolder='math')
+    """
+    match = _HUB_ID.fullmatch(text)
+    if not match or ".." in text or (match["revision"] and match["late"]):
+        return None
+    subfolder = (match["subfolder"] or "").strip("/") or None
+    return HubId(match["repo"], match["revision"] or match["late"] or revision, subfolder)
+
+
+def in_folder(folder: Path, source: str, *, allow_pickle: bool = False) -> Location:
+    """The adapter in ``folder``, under PEFT's file names.
+
+    Raises:
+        SourceError: the folder does not hold exactly one adapter.
+    """
+    config = folder / CONFIG_NAME
+    if not config.is_file():
+        raise _no_config(folder)
+    return Location(source, _label(folder), config, _weights_in(folder, allow_pickle))
+
+
+def _weights_in(folder: Path, allow_pickle: bool) -> Path:
+    weights, pickled = folder / WEIGHTS_NAME, folder / PICKLE_NAME
+    if weights.is_file():
+        return weights
+    if pickled.is_file():
+        _refuse_pickle(pickled, allow_pickle)
+        return pickled
+    raise SourceError(
+        f"no {WEIGHTS_NAME} beside the config",
+        file=folder,
+        key=WEIGHTS_NAME,
+        remedy="Download or save the adapter again"
+        + ("" if allow_pickle else f"; if it only exists as {PICKLE_NAME}, allow_pickle reads that"),
+    )
+
+
+def _beside(path: Path, source: str, *, allow_pickle: bool) -> Location:
+    folder = path.absolute().parent
+    if path.name == CONFIG_NAME:
+        return in_folder(folder, source, allow_pickle=allow_pickle)
+    config = folder / CONFIG_NAME
+    if not config.is_file():
+        raise SourceError(
+            f"no {CONFIG_NAME} beside this file, so its scale is not known",
+            file=path,
+            key=CONFIG_NAME,
+            remedy="Put PEFT's adapter_config.json into the same folder",
+        )
+    if path.suffix != ".safetensors":
+        _refuse_pickle(path, allow_pickle)
+    name = _label(folder) if path.name in (WEIGHTS_NAME, PICKLE_NAME) else path.stem
+    return Location(source, name, config, path)
+
+
+def _refuse_pickle(path: Path, allowed: bool) -> None:
+    if not allowed:
+        raise SourceError(
+            "this is a pickle, which can run code when it is read",
+            file=path,
+            remedy="If you trust it, pass allow_pickle (torch's weights_only reader), or save it as safetensors",
+        )
+
+
+def _label(folder: Path) -> str:
+    return folder.name or folder.resolve().name or "adapter"
+
+
+def _no_config(folder: Path) -> SourceError:
+    below = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{CONFIG_NAME}"))
+    below = below or sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/*/{CONFIG_NAME}"))
+    if below:
+        named = ", ".join(below[:8]) + (", ..." if len(below) > 8 else "")
+        return SourceError(
+            f"no {CONFIG_NAME} here, but adapters in subfolders: {named}",
+            file=folder,
+            remedy=f"Name one of them: {(folder / below[0]).as_posix()}",
+        )
+    if not any(folder.iterdir()):
+        return SourceError("the folder is empty", file=folder, remedy="Download or save the adapter again")
+    full = (folder / "config.json").is_file()
+    return SourceError(
+        f"no {CONFIG_NAME} in this folder" + (": it looks like a whole model" if full else ""),
+        file=folder,
+        key=CONFIG_NAME,
+        remedy="Give the folder that PEFT's save_pretrained wrote",
+    )
+
+
+def _on_hub(
+    hub: HubId, source: str, allow_pickle: bool, cache_dir: str | Path | None, token: str | bool | None
+) -> Location:
+    prefix = f"{hub.subfolder}/" if hub.subfolder else ""
+    names = [CONFIG_NAME, WEIGHTS_NAME, *([PICKLE_NAME] if allow_pickle else [])]
+    patterns = [prefix + name for name in names] + [f"{prefix}*/{CONFIG_NAME}"]
+    snapshot = download(hub, source, patterns, cache_dir, token)
+    folder = snapshot / hub.subfolder if hub.subfolder else snapshot
+    if not folder.is_dir():
+        raise SourceError("the repository has no such folder", file=source, key=hub.subfolder)
+    try:
+        found = in_folder(folder, source, allow_pickle=allow_pickle)
+    except SourceError as error:
+        remedy = error.remedy
+        if error.what.startswith(f"no {CONFIG_NAME} here"):
+            remedy = f"Name one of them: {hub.repo}:{prefix}<folder>"
+        raise SourceError(error.what, file=source, key=error.key, remedy=remedy) from None
+    name = (hub.subfolder or hub.repo).rsplit("/", 1)[-1]
+    return Location(source, name, found.config, found.weights, snapshot.name)
+
+
+def download(
+    hub: HubId, source: str | Path, patterns: list[str], cache_dir: str | Path | None, token: str | bool | None
+) -> Path:
+    """The snapshot folder with the files that match ``patterns``, from the cache where it can be.
+
+    Raises:
+        SourceError: not found, not allowed, or offline and not cached.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            hub.repo, revision=hub.revision, allow_patterns=patterns, cache_dir=cache_dir, token=token
+        )
+    except errors.GatedRepoError:
+        raise SourceError("this repository is gated", file=source, remedy="Ask for access, then set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise SourceError(
+            "no such file or folder here, and no such repository on the hub (or it is private)",
+            file=source,
+            remedy="Check the spelling; for a private repository set HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise SourceError(
+            "the repository has no such revision", file=source, key="revision", value=hub.revision
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise SourceError(
+            "no such file or folder here, and the hub cannot be reached (or is switched off) and has not cached it",
+            file=source,
+            remedy="Check the spelling, go online (unset HF_HUB_OFFLINE), or give a local folder",
+        ) from None
+    except errors.HFValidationError as error:
+        raise SourceError(f"not a hub id: {error}", file=source) from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"the hub did not answer as expected: {first}", file=source, remedy="Try again") from None
+    return Path(folder)

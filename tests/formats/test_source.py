@@ -1,0 +1,223 @@
+"""Where adapters are: folders, files, and the hub, through its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zoo
+from huggingface_hub import errors
+
+from coremerge import load
+from coremerge.errors import SourceError
+from coremerge.formats.source import HubId, parse_hub_id
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_a_folder_a_file_and_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = zoo.simple(tmp_path / "my-adapter")
+    for source in (folder, str(folder), folder / WEIGHTS, str(folder / CONFIG), f"{folder}/"):
+        adapter = load(source)
+        assert adapter.name == "my-adapter"
+        assert adapter.info.source == str(source)
+        assert adapter.info.files == (folder / CONFIG, folder / WEIGHTS)
+        assert adapter.info.revision is None
+    monkeypatch.chdir(folder)
+    for source in (".", WEIGHTS, Path()):
+        assert load(source).name == "my-adapter"
+    assert load(".", name="label").name == "label"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("~/my-adapter").name == "my-adapter"
+
+
+def test_a_file_of_another_name(tmp_path: Path) -> None:
+    folder = zoo.simple(tmp_path / "a")
+    (folder / WEIGHTS).rename(folder / "step-100.safetensors")
+    assert load(folder / "step-100.safetensors").name == "step-100"
+
+
+NOWHERE = ["", "nope", "./nope/deeper", "/nope", "a/b/c", "~nobody-here/x", "org/na me", "x" * 5000, "a\0b", "org/../x"]
+
+
+@pytest.mark.parametrize("source", NOWHERE, ids=lambda source: source[:20])
+def test_nothing_there(source: str) -> None:
+    with pytest.raises(SourceError, match=r"no such file or folder. Give an adapter's folder.*hub id"):
+        load(source)
+    with pytest.raises(SourceError, match="no such file or folder"):
+        load(Path("org/name"))
+
+
+class TestFolders:
+    """Folders that are no adapter say why."""
+
+    def test_empty(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match=r"the folder is empty. Download"):
+            load(tmp_path)
+
+    def test_whole_model(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(SourceError, match=r"adapter_config.json: no adapter_config.json.*whole model.*save_pretr"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("depth", ["", "run/"])
+    def test_several_adapters_below(self, tmp_path: Path, depth: str) -> None:
+        for number in range(10):
+            zoo.simple(tmp_path / f"{depth}checkpoint-{number}")
+        with pytest.raises(SourceError, match=rf"adapters in subfolders: {depth}checkpoint-0, .*7, \.\.\.\. Name one"):
+            load(tmp_path)
+        assert load(tmp_path / f"{depth}checkpoint-3").name == "checkpoint-3"
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        folder = zoo.simple(tmp_path / "a")
+        (folder / WEIGHTS).unlink()
+        with pytest.raises(
+            SourceError, match=r"a: adapter_model.safetensors: no adapter_model.safetensors.*allow_pick"
+        ):
+            load(folder)
+
+    def test_weights_without_a_config(self, tmp_path: Path) -> None:
+        folder = zoo.simple(tmp_path / "a")
+        (folder / CONFIG).unlink()
+        with pytest.raises(SourceError, match=r"safetensors: adapter_config.json: no adapter_config.json beside"):
+            load(folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/name", HubId("org/name")),
+        ("org/name@v1.0", HubId("org/name", "v1.0")),
+        ("org/name@refs/pr/3", HubId("org/name", "refs/pr/3")),
+        ("org/name:math", HubId("org/name", None, "math")),
+        ("org/name:a/b/", HubId("org/name", None, "a/b")),
+        ("org/name@abc:math", HubId("org/name", "abc", "math")),
+        ("org/name:math@abc", HubId("org/name", "abc", "math")),
+        ("org/name@a:b@c", None),
+        ("name", None),
+        ("a/b/c", None),
+        ("org/name:../x", None),
+        ("/org/name", None),
+        ("org/name:", None),
+        ("C:\\adapters", None),
+    ],
+)
+def test_hub_ids(text: str, expected: HubId | None) -> None:
+    assert parse_hub_id(text) == expected
+
+
+def test_a_revision_given_apart() -> None:
+    assert parse_hub_id("org/name", "v2") == HubId("org/name", "v2")
+    assert parse_hub_id("org/name@v1", "v2") == HubId("org/name", "v1")
+
+
+@pytest.mark.usefixtures("offline")
+class TestHub:
+    """Through the hub's cache, with the hub switched off."""
+
+    def cache(self, tmp_path: Path) -> Path:
+        folder = zoo.simple(tmp_path / "made")
+        files = {name: folder / name for name in (CONFIG, WEIGHTS)}
+        zoo.hub_cache(tmp_path / "hub", "org/name", files)
+        zoo.hub_cache(tmp_path / "hub", "org/name", files, ref="v1", commit="b" * 40)
+        many = {f"{sub}/{name}": file for sub in ("x", "y") for name, file in files.items()}
+        return zoo.hub_cache(tmp_path / "hub", "org/many", many)
+
+    def test_main_and_its_commit(self, tmp_path: Path) -> None:
+        adapter = load("org/name", cache_dir=self.cache(tmp_path))
+        assert (adapter.name, adapter.info.source, adapter.info.revision) == ("name", "org/name", "a" * 40)
+        assert adapter["layers.0.q_proj"].rank == 2
+        assert all(str(file).startswith(str(tmp_path / "hub")) for file in adapter.info.files)
+
+    def test_the_environments_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(self.cache(tmp_path)))
+        assert load("org/name").info.revision == "a" * 40
+
+    @pytest.mark.parametrize(
+        ("source", "revision"), [("org/name@v1", None), ("org/name", "v1"), (f"org/name@{'b' * 40}", None)]
+    )
+    def test_a_revision(self, tmp_path: Path, source: str, revision: str | None) -> None:
+        assert load(source, revision=revision, cache_dir=self.cache(tmp_path)).info.revision == "b" * 40
+
+    def test_a_subfolder(self, tmp_path: Path) -> None:
+        adapter = load("org/many:y", cache_dir=self.cache(tmp_path))
+        assert adapter.name == "y"
+        assert adapter.info.files[0].parent.name == "y"
+        assert load(f"org/many@{'a' * 40}:x", cache_dir=tmp_path / "hub").name == "x"
+        with pytest.raises(SourceError, match=r"org/many:z: z: the repository has no such folder"):
+            load("org/many:z", cache_dir=tmp_path / "hub")
+
+    def test_several_adapters(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match=r"org/many: .*in subfolders: x, y. Name one of them: org/many:<folder>"):
+            load("org/many", cache_dir=self.cache(tmp_path))
+
+    def test_only_a_pickle(self, tmp_path: Path) -> None:
+        import torch
+
+        folder = zoo.simple(tmp_path / "made")
+        torch.save(zoo.lora("layers.0.q_proj"), tmp_path / "adapter_model.bin")
+        files = {CONFIG: folder / CONFIG, "adapter_model.bin": tmp_path / "adapter_model.bin"}
+        cache = zoo.hub_cache(tmp_path / "hub", "org/old", files)
+        with pytest.raises(SourceError, match=r"org/old: this is a pickle.*allow_pickle"):
+            load("org/old", cache_dir=cache)
+        assert len(load("org/old", cache_dir=cache, allow_pickle=True)) == 1
+
+    @pytest.mark.parametrize("source", ["org/none", "org/name@v9"])
+    def test_not_cached(self, tmp_path: Path, source: str) -> None:
+        with pytest.raises(SourceError, match=rf"{source}: .*not cached it.*unset HF_HUB_OFFLINE"):
+            load(source, cache_dir=self.cache(tmp_path))
+
+    def test_a_local_folder_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cache = self.cache(tmp_path)
+        zoo.simple(tmp_path / "org/name")
+        monkeypatch.chdir(tmp_path)
+        assert load("org/name", cache_dir=cache).info.revision is None
+
+    def test_an_initial_adapter_from_the_hub(self, tmp_path: Path) -> None:
+        trained = zoo.simple(tmp_path / "trained", init_lora_weights="pissa")
+        adapter = load(trained, initial="org/name", cache_dir=self.cache(tmp_path))
+        assert not adapter["layers.0.q_proj"].dense().any()
+
+
+def answer(kind: type[Exception]) -> Exception:
+    """An error of the hub's, made without the response that its constructor wants."""
+    error = kind.__new__(kind)
+    error.args = ("refused\nmore",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: answer(errors.GatedRepoError), "this repository is gated. Ask for access.*HF_TOKEN"),
+        (
+            lambda: answer(errors.RepositoryNotFoundError),
+            "no such file .*no such repository on the hub.*private.*HF_TOKEN",
+        ),
+        (lambda: answer(errors.RevisionNotFoundError), r'revision = "v1": the repository has no such revision'),
+        (lambda: answer(errors.HfHubHTTPError), "the hub did not answer as expected: refused. Try again"),
+        (lambda: OSError("disk full"), "the hub did not answer as expected: disk full"),
+        (lambda: errors.HFValidationError("bad"), "not a hub id: bad"),
+        (errors.OfflineModeIsEnabled, ".*switched off"),
+    ],
+)
+def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, made: Callable[[], Exception], message: str) -> None:
+    asked: dict[str, Any] = {}
+
+    def refuse(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        raise made()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(SourceError, match=rf"org/name@v1:sub: {message}"):
+        load("org/name@v1:sub", token="secret", cache_dir="there")
+    assert asked["repo"] == "org/name"
+    assert (asked["revision"], asked["token"], asked["cache_dir"]) == ("v1", "secret", "there")
+    assert asked["allow_patterns"] == [f"sub/{CONFIG}", f"sub/{WEIGHTS}", f"sub/*/{CONFIG}"]
