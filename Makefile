@@ -1,0 +1,51 @@
+# The entry points of the repository. A fresh machine needs Python 3.10 or newer and make.
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench bench-full clean
+
+help:
+	@echo "make setup       install into .venv: pinned versions, every extra"
+	@echo "make demo        merge the shipped example's adapters in several ways and score them"
+	@echo "make test        run the tests"
+	@echo "make check       formatter, linter, strict types, tests with coverage"
+	@echo "make format      let the formatter and the linter rewrite what they can"
+	@echo "make bench       measure speed (minutes); bench-full: everything, slowly"
+	@echo "make clean       remove what the tools leave behind (.venv stays)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/coremerge demo
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m benchmarks.speed.run
+
+bench-full: setup
+	$(BIN)/python -m benchmarks.speed.run --full
+
+clean:
+	rm -rf build dist work .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

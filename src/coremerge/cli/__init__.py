@@ -1,0 +1,35 @@
+"""The command ``coremerge``: one command a file, each thin over one public function."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+
+from coremerge.cli._process import settle
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
+
+def main() -> None:
+    """The console script."""
+    settle()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written output is removed
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # those of the libraries; our own are part of the output
+    try:
+        from coremerge.cli._app import app
+
+        app()
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _interrupted()
+        raise
+
+
+def _interrupted() -> None:
+    print("Error: interrupted", file=sys.stderr)
+    sys.exit(INTERRUPTED)

@@ -1,0 +1,153 @@
+"""Adapters and plans as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coremerge.cli._output import facts, number, size, table
+from coremerge.cli._patterns import group, spans
+
+if TYPE_CHECKING:
+    from coremerge.adapter import Adapter, Module
+    from coremerge.pipeline import Prepared
+    from coremerge.plan import Plan
+    from coremerge.recipe import Recipe
+
+
+WIDE = 5
+"""With more adapters than this, their ranks share a column."""
+
+
+def adapters_table(adapters: Mapping[str, Adapter], weights: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """One row an adapter."""
+    shown = weights if weights and any(w != 1 for table_ in weights.values() for w in table_.values()) else None
+    headings = ["adapter", "type", "modules", "rank", "scale", "dtype", "size", "base model"]
+    rows = [
+        [*_adapter_row(name, adapter), *([_span(shown[name].values())] if shown else [])]
+        for name, adapter in adapters.items()
+    ]
+    return table([*headings, *(["weight"] if shown else [])], rows, right=(2, 6))
+
+
+def _adapter_row(name: str, adapter: Adapter) -> list[object]:
+    modules = adapter.modules.values()
+    return [
+        name,
+        adapter.info.type,
+        len(adapter),
+        spans(m.rank for m in modules) or "-",
+        _span(m.scale for m in modules),
+        " ".join(sorted({_dtype(m) for m in modules})),
+        size(sum(m.parameters * m.dtype.itemsize for m in modules)),
+        adapter.info.base_model or "-",
+    ]
+
+
+def _span(values: Iterable[float]) -> str:
+    """One number, or the smallest and the largest."""
+    found = sorted(set(values))
+    return "-" if not found else number(found[0]) if len(found) == 1 else f"{number(found[0])} to {number(found[-1])}"
+
+
+def _dtype(module: Module) -> str:
+    return str(module.dtype).removeprefix("torch.")
+
+
+def _kind(module: Module) -> str:
+    return f"{module.kind} {'x'.join(map(str, module.kernel))}".strip()
+
+
+def modules_table(adapter: Adapter) -> str:
+    """The modules of one adapter, grouped by pattern."""
+    alike = {name: (m.shape, _kind(m), m.rank, m.scale, _dtype(m)) for name, m in adapter.modules.items()}
+    rows = [
+        [g.pattern, len(g.names), _shape(g.alike[0]), g.alike[1], g.alike[2], number(g.alike[3]), g.alike[4]]
+        for g in group(alike)
+    ]
+    return table(["modules", "count", "out x in", "type", "rank", "scale", "dtype"], rows, right=(1, 2, 4, 5))
+
+
+def _shape(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def planned_modules_table(plan: Plan) -> str:
+    """The modules of the result, grouped, and which adapter has them at which rank."""
+    alike = {
+        name: (p.module.shape, _kind(p.module), tuple(p.ranks.get(key, 0) for key in plan.adapters), p.module.rank)
+        for name, p in plan.modules.items()
+    }
+    wide = len(plan.adapters) > WIDE
+    rows = [
+        [g.pattern, len(g.names), _shape(g.alike[0]), g.alike[1], *_ranks(g.alike[2], wide), g.alike[3]]
+        for g in group(alike)
+    ]
+    headings = [
+        "modules",
+        "count",
+        "out x in",
+        "type",
+        *(["ranks, in this order"] if wide else plan.adapters),
+        "merged",
+    ]
+    return table(headings, rows, right=(1, 2, *range(4, len(headings))))
+
+
+def _ranks(ranks: tuple[int, ...], wide: bool) -> list[str]:
+    shown = [str(rank) if rank else "-" for rank in ranks]
+    return [" ".join(shown)] if wide else shown
+
+
+def recipe_line(recipe: Recipe) -> str:
+    """A recipe in words."""
+    steps = "".join(f", then {_named(step)}" for step in recipe.steps)
+    basis = f", {recipe.basis} basis" if _named(recipe.space).startswith("core") else ""
+    return f"{_named({recipe.method: recipe.parameters})}{steps}, in {_named(recipe.space)} space{basis}"
+
+
+def _named(spec: object) -> str:
+    """A spec as ``name (key=value, …)``."""
+    from coremerge.registry import parse_spec
+
+    name, options = parse_spec(spec)  # type: ignore[arg-type]
+    shown = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{name} ({shown})" if shown else name
+
+
+def plan_text(prepared: Prepared, out: Path | None, threads: int | None) -> str:
+    """What ``--dry-run`` prints."""
+    plan = prepared.plan
+    parts = [
+        adapters_table(plan.adapters, plan.weights),
+        planned_modules_table(plan),
+        extras_table(plan),
+        facts(_plan_facts(prepared, out, threads)),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> Iterator[tuple[str, object]]:
+    plan, recipe = prepared.plan, prepared.plan.recipe
+    yield "method", recipe_line(recipe)
+    yield "scale", "auto: set from spectral norms once the cores are merged" if recipe.scale == "auto" else recipe.scale
+    if prepared.into_plan:
+        yield "into", prepared.into
+    else:
+        cut = ", as asked" if isinstance(recipe.rank, int) else ""
+        yield "rank", f"at most {plan.rank}{cut}"
+    yield (
+        "size",
+        f"{size(prepared.output_bytes)}{'' if prepared.into_plan else f' at rank {plan.rank}'}, {prepared.dtype}",
+    )
+    yield "memory", f"about {size(plan.peak_bytes(threads))} at most"
+    yield "output", f"{out} (not written: dry run)" if out else "not written: dry run"
+
+
+def extras_table(plan: Plan) -> str:
+    """Whole tensors besides the updates, and what becomes of them; empty where there are none."""
+    if not plan.extras:
+        return ""
+    rows = [[name, ", ".join(extra.holders), extra.decision] for name, extra in plan.extras.items()]
+    return table(["whole tensors", "in", "what becomes of them"], rows)

@@ -1,0 +1,127 @@
+"""What the options of ``coremerge merge`` say, as the parts of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from coremerge.recipe import Recipe, RecipeFile
+
+
+def recipe_file(path: Path | None) -> RecipeFile:
+    """The recipe file, or the defaults."""
+    from coremerge.recipe import Recipe, RecipeFile, read_recipe
+
+    return RecipeFile(Recipe()) if path is None else read_recipe(path)
+
+
+def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with ``options`` in place of what it says.
+
+    Another method brings its own parameters, and the default steps go with the default method; parameters without a
+    method are added to the recipe's.
+    """
+    from coremerge.recipe import DEFAULT_STEPS, Recipe
+
+    said = recipe.model_dump(exclude_unset=True)
+    if options.get("method", recipe.method) == recipe.method:
+        options = {**options, "parameters": {**recipe.parameters, **options.get("parameters", {})}}
+    else:
+        said.pop("parameters", None)
+    if "method" in options and "method" not in said and recipe.steps == DEFAULT_STEPS:
+        said.pop("steps", None)
+    return Recipe(**{**said, **options})
+
+
+def parameters(pairs: Sequence[str] | None) -> dict[str, Any] | None:
+    """``-p key=value`` …; values as YAML reads them."""
+    return {key: _scalar(value) for key, value in _pairs(pairs, "-p / --parameter", "KEY=VALUE")} if pairs else None
+
+
+def _scalar(text: str) -> Any:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (bool, int, float, type(None))) else text
+
+
+def steps(named: Sequence[str] | None, none: bool) -> list[str] | None:
+    """``--step`` … or ``--no-steps``."""
+    if named and none:
+        raise typer.BadParameter("not together with --step", param_hint="--no-steps")
+    return [] if none else list(named) if named else None
+
+
+def number_or(text: str | None, word: str, option: str) -> float | str | None:
+    """A number, or the one word that stands for it."""
+    if text is None or text == word:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor {word!r}", param_hint=option) from None
+
+
+def whole_or(text: str | None, word: str, option: str) -> int | str | None:
+    """A whole number, at least 1, or the one word that stands for it."""
+    if text is None or text == word:
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a whole number from 1 on nor {word!r}", param_hint=option)
+    return int(text)
+
+
+def weights(text: str | None) -> Any:
+    """``0.5,0.5``, ``name=0.5,name=1`` or a file of such a list, mapping, or mapping of mappings."""
+    if text is None:
+        return None
+    if Path(text).suffix.lower() in {".json", ".yaml", ".yml"}:
+        return _weights_in(Path(text))
+    parts = [part.strip() for part in text.split(",")]
+    if any("=" in part for part in parts):
+        return {key: _weight(value) for key, value in _pairs(parts, "--weights", "NAME=NUMBER")}
+    return [_weight(part) for part in parts]
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a number. Give 0.5,0.5 or name=0.5,name=1 or a .json or .yaml file",
+            param_hint="--weights",
+        ) from None
+
+
+def _weights_in(path: Path) -> Any:
+    import yaml
+
+    from coremerge.errors import ConfigError
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot be read: {error}".replace("\n", " "), file=path) from None
+    if not isinstance(found, (list, dict)):
+        raise ConfigError("weights are a list, or a mapping of adapters", file=path, value=found)
+    return found
+
+
+def initial(pairs: Sequence[str] | None) -> dict[str, str]:
+    """``--initial name=path`` …"""
+    return dict(_pairs(pairs or (), "--initial", "NAME=PATH"))
+
+
+def _pairs(texts: Sequence[str], option: str, form: str) -> list[tuple[str, str]]:
+    split = [text.partition("=") for text in texts]
+    for text, (key, sign, value) in zip(texts, split, strict=True):
+        if not (key.strip() and sign and value.strip()):
+            raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option)
+    return [(key.strip(), value.strip()) for key, _, value in split]

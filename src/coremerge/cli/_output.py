@@ -1,0 +1,182 @@
+"""What the commands print, and how they end.
+
+Tables go to stdout, progress and warnings to stderr; a refusal is one message and exit status 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, ParamSpec
+
+import typer
+
+from coremerge.cli import INTERRUPTED
+
+P = ParamSpec("P")
+Progress = Callable[[str, int, int], None]
+
+_OPTIONS = {
+    r"\ballow_pickle\b": "--allow-pickle",
+    r"\bvera_width(=\.\.\.)?": "--vera-width",
+    r"\binitial=\.\.\.": "--initial NAME=PATH",
+    r"\bbase=": "--base ",
+}
+"""Remedies speak of Python's arguments; on the command line they are options."""
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """``command`` with every refusal as one message on stderr and exit status 1, and Ctrl-C as :data:`INTERRUPTED`."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        from coremerge.errors import CoremergeError
+
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except CoremergeError as error:
+            fail(_message(error))
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # the reader has gone: typer ends in silence
+        except (OSError, MemoryError) as error:
+            fail(_system_message(error))
+
+    return run
+
+
+def fail(message: str) -> NoReturn:
+    """One message on stderr, then the end."""
+    typer.echo(f"Error: {printable(message)}", err=True)
+    raise typer.Exit(1)
+
+
+def _message(error: Exception) -> str:
+    text, remedy = str(error), getattr(error, "remedy", None) or ""
+    spoken = remedy
+    for pattern, option in _OPTIONS.items():
+        spoken = re.sub(pattern, option, spoken)
+    return text.removesuffix(remedy) + spoken
+
+
+def _system_message(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory. Use fewer --threads"
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def printable(text: object) -> str:
+    """``text`` on one line, without what a terminal would obey: names and notes come from other people's files."""
+    shown = (" " if c.isspace() else c for c in str(text) if c.isspace() or unicodedata.category(c)[0] != "C")
+    return "".join(shown).strip()
+
+
+def remark(kind: str, text: str) -> None:
+    """One line on stderr: a ``warning``, a ``note``."""
+    typer.echo(f"{kind}: {printable(text)}", err=True)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> str:
+    """Aligned columns under their headings; those in ``right`` end, the others start on one line.
+
+    Example:
+        >>> print(table(["name", "rank"], [["math", 8], ["code", 16]], right=[1]))
+        name  rank
+        ----  ----
+        math     8
+        code    16
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    ends = set(right)
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, [list(headings), ["-" * width for width in widths], *cells]))
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> str:
+    """Names and what there is to say of them, one a line.
+
+    Example:
+        >>> print(facts([("rank", 8), ("written to", "out")]))
+        rank        8
+        written to  out
+    """
+    listed = [(name, printable(value)) for name, value in pairs]
+    width = max((len(name) for name, _ in listed), default=0)
+    return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in listed)
+
+
+def size(count: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> size(999), size(12_345_678)
+        ('999 B', '12.3 MB')
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+        >>> duration(0.0123), duration(75)
+        ('0.01 s', '1 min 15 s')
+    """
+    if seconds < 59.5:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def number(value: float) -> str:
+    """A factor for people: at most four significant digits.
+
+    Example:
+        >>> number(1.0), number(0.123456), number(1234567.0)
+        ('1', '0.1235', '1.235e+06')
+    """
+    return f"{value:.4g}"
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress]:
+    """A bar on stderr while the block runs; none where stderr is no terminal, or when ``quiet``."""
+    _hush_hub(quiet)
+    if quiet or not sys.stderr.isatty():
+        yield lambda label, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+
+
+def _hush_hub(quiet: bool) -> None:
+    """The hub's client draws bars of its own, even into files."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

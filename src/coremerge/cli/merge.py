@@ -1,0 +1,217 @@
+"""coremerge merge: adapters in, one adapter out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coremerge.cli._output import duration, facts, number, print_json, progress_bar, remark, size
+
+if TYPE_CHECKING:
+    from coremerge.pipeline import Merged, Prepared
+
+
+def merge(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Adapters: folders, files or hub ids (org/name, org/name@revision, org/name:subfolder).",
+            metavar="ADAPTER",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write.", metavar="OUT")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A recipe in mergekit's spelling; other options override it.", metavar="FILE.yaml"),
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="core (default), knots or full; knots:scaled=false.", metavar="SPACE")
+    ] = None,
+    basis: Annotated[
+        str | None, typer.Option(help="Of the core space: stacked (default) or balanced.", metavar="BASIS")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="See `coremerge methods`. Default: tsv, followed by isotropize.", metavar="METHOD"),
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="Of the method; may be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(help="Before or after the method, in order; may be repeated.", metavar="STEP[:KEY=VALUE]"),
+    ] = None,
+    no_steps: Annotated[bool, typer.Option("--no-steps", help="The method alone.")] = False,
+    scale: Annotated[
+        str | None, typer.Option(help="Of the whole merged update: a number, or auto (default).", metavar="SCALE")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="0.5,0.5 in the adapters' order; name=0.5,name=1; or a .json or .yaml file (also per module).",
+            metavar="WEIGHTS",
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Divide the weights by their sum.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Of the result: a number, or exact (default).", metavar="RANK")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the result: float32, float16, bfloat16; default: the inputs' own.", metavar="DTYPE"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="For methods that draw at random (dare). Default: 0.")] = None,
+    extras: Annotated[
+        str | None,
+        typer.Option(
+            help="Where adapters carry different whole tensors (modules_to_save, token rows):"
+            " the adapter to take them from, average, or drop. Default: refuse.",
+            metavar="POLICY",
+        ),
+    ] = None,
+    allow_disjoint: Annotated[
+        bool | None, typer.Option("--allow-disjoint", help="Merge adapters that share no module.")
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read legacy .bin files, too.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base model or its config.json, where a VeRA adapter needs it.", metavar="MODEL"),
+    ] = None,
+    vera_width: Annotated[
+        int | None, typer.Option(min=1, help="Instead of --base: the widest input among VeRA's modules.")
+    ] = None,
+    initial: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The adapter before training, for PiSSA, OLoRA, CorDA and LoftQ; may be repeated.",
+            metavar="NAME=PATH",
+        ),
+    ] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Write this base model with the merged update added to it.", metavar="BASE")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda, cuda:1.")] = "cpu",
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Modules of one shape that go together. Default: 1 to 4 on the CPU, else 32."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Modules side by side. Default: all processors.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Merge adapters into one.
+
+    By default with TSV and isotropize in Core Space, at full rank, scaled automatically.
+    """
+    from coremerge.cli import _options
+    from coremerge.pipeline import prepare
+
+    file = _options.recipe_file(recipe)
+    sources = adapters or list(file.models)
+    if not sources:
+        raise typer.BadParameter("name at least one adapter, or a recipe that lists models", param_hint="ADAPTER...")
+    if out is None and not dry_run:
+        raise typer.BadParameter("name the folder to write", param_hint="--out / -o")
+    overrides = {
+        "space": space,
+        "basis": basis,
+        "method": method,
+        "parameters": _options.parameters(parameter),
+        "steps": _options.steps(step, no_steps),
+        "scale": _options.number_or(scale, "auto", "--scale"),
+        "weights": _options.weights(weights),
+        "normalize": normalize,
+        "rank": _options.whole_or(rank, "exact", "--rank"),
+        "dtype": dtype,
+        "seed": seed,
+        "extras": extras,
+        "allow_disjoint": allow_disjoint,
+    }
+    with progress_bar(quiet) as progress:
+        prepared = prepare(
+            sources,
+            _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None}),
+            out=out,
+            into=into,
+            base=base or file.base_model,
+            vera_width=vera_width,
+            initial=_options.initial(initial),
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        if not dry_run:
+            assert out is not None
+            command = ["coremerge", *sys.argv[1:]]
+            merged = prepared.run(out, threads=threads, device=device, batch=batch, command=command, progress=progress)
+    if dry_run:
+        _show_plan(prepared, out, threads, as_json, quiet)
+    else:
+        _show_result(merged, as_json, quiet)
+
+
+def _show_plan(prepared: Prepared, out: Path | None, threads: int | None, as_json: bool, quiet: bool) -> None:
+    from coremerge.cli._describe import plan_text
+
+    if as_json:
+        print_json(prepared.to_dict())
+    if quiet:
+        return
+    if not as_json:
+        typer.echo(plan_text(prepared, out, threads))
+    _remarks(prepared.plan.warnings, prepared.notes, {*_decisions(prepared)})
+
+
+def _decisions(prepared: Prepared | Merged) -> Iterator[str]:
+    """What a plan's warnings say of whole tensors."""
+    return (f"{extra.name}: {extra.decision}" for extra in prepared.plan.extras.values())
+
+
+def _remarks(warnings: tuple[str, ...], notes: tuple[str, ...], decisions: set[str]) -> None:
+    for text in warnings:
+        dropped = text in decisions and ": dropped" in text
+        remark("dropped" if dropped else "note" if text in decisions else "warning", text)
+    for text in notes:
+        remark("note", text)
+
+
+def _show_result(merged: Merged, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(merged.to_dict())
+    if quiet:
+        return
+    if not as_json:
+        typer.echo(facts(_result_facts(merged)))
+    _remarks(merged.report.warnings, merged.notes, {*_decisions(merged)})
+
+
+def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
+    from coremerge.cli._describe import recipe_line
+    from coremerge.pipeline import dtype_name
+
+    plan, report, saved = merged.plan, merged.report, merged.saved
+    everywhere = sum(len(planned.ranks) == len(plan.adapters) for planned in plan.modules.values())
+    yield "merged", f"{len(plan.adapters)} adapters: {', '.join(plan.adapters)}"
+    yield "modules", f"{len(plan.modules)}, of which {everywhere} in every adapter"
+    yield "method", recipe_line(plan.recipe)
+    yield "scale", f"{number(report.scale)}{' (auto)' if plan.recipe.scale == 'auto' else ''}"
+    if merged.into is None:
+        yield "rank", report.rank
+    else:
+        yield "into", merged.into
+    yield "energy lost", f"{report.lost:.2%}" if report.lost else "none"
+    yield "size", f"{size(saved.bytes)}, {dtype_name(saved.dtype)}"
+    yield "time", f"{duration(merged.seconds)}, of which merging {duration(report.seconds)}"
+    yield "written to", saved.path

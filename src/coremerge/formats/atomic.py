@@ -1,0 +1,142 @@
+"""Directories that are either complete or absent.
+
+:func:`atomic_directory` gives a hidden sibling of the wanted directory to write into. Only when the block ends without
+an error is everything brought to disk and the sibling renamed into place, which a file system does in one step. On any
+error, Ctrl-C included, the sibling is removed and the wanted directory is as it was: absent, or the old one. A process
+that is killed cannot clean up; what it leaves behind is hidden (``.NAME.…partial``) and never mistaken for a result.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from coremerge.errors import OutputError
+from coremerge.formats.safetensors_layout import write_error, writing
+
+
+@contextmanager
+def atomic_directory(
+    path: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = (), needed: int = 0
+) -> Iterator[Path]:
+    """A directory to write into, which becomes ``path`` when the block ends well.
+
+    Args:
+        path: what is wanted; missing parents are made. An empty directory is replaced.
+        overwrite: replace a directory of weights that is there already.
+        inputs: files or folders that are read; a directory that holds one of them is not replaced.
+        needed: bytes that will be written, to find a full disk before the work is done.
+
+    Raises:
+        OutputError: ``path`` is in use, cannot be made, or the disk is too small.
+    """
+    inputs = list(inputs)
+    out = check_output(path, overwrite=overwrite, inputs=inputs)
+    made = _make_parents(out)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        with writing(out):
+            partial.mkdir()
+            _check_space(out, needed)
+        yield partial
+        check_output(path, overwrite=overwrite, inputs=inputs)
+        with writing(out):
+            _sync(partial)
+            _swap(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Path:
+    """``path`` made absolute, once it is known that it may be written; touches nothing.
+
+    Raises:
+        OutputError: see :func:`atomic_directory`.
+    """
+    out = Path(os.path.realpath(Path(path).expanduser()))
+    for held in inputs:
+        real = Path(os.path.realpath(held))
+        if out in (real, *real.parents, *Path(held).absolute().parents):
+            raise OutputError("holds an input", file=path, key=str(held), remedy="Choose another output folder")
+    try:
+        if out.exists() and not out.is_dir():
+            raise OutputError("is a file", file=path, remedy="Choose another output folder")
+        entries = list(out.iterdir()) if out.exists() else []
+    except OSError as error:
+        raise write_error(Path(path), error) from None
+    if out == out.parent or out in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError("the current folder or one above it cannot be replaced", file=path, remedy="Name a new one")
+    if entries and not overwrite:
+        raise OutputError("exists and is not empty", file=path, remedy="Choose another folder, or pass --overwrite")
+    if entries and not any(entry.suffix == ".safetensors" for entry in entries):
+        raise OutputError(
+            "holds no weights, so it is not a former result and is not replaced", file=path,
+            remedy="Choose another folder, or remove this one yourself",
+        )  # fmt: skip
+    return out
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write small files into ``folder``, under plain names."""
+    for name, content in files.items():
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"not a plain file name: {name!r}")
+        with writing(folder / name):
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _make_parents(out: Path) -> list[Path]:
+    """Make the directories above ``out``; those that were missing, innermost first."""
+    missing = [parent for parent in out.parents if not parent.exists()]
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise OutputError(
+            f"needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left", file=out,
+            remedy="Free some space, or write elsewhere",
+        )  # fmt: skip
+
+
+def _sync(folder: Path) -> None:
+    """Bring all that is in ``folder`` to the disk."""
+    for here, _, names in os.walk(folder):
+        for name in names:
+            _sync_one(Path(here, name))
+        _sync_one(Path(here))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(partial: Path, out: Path) -> None:
+    """Rename ``partial`` to ``out``; an old ``out`` goes only when the new one is in its place."""
+    old = partial.with_suffix(".old")
+    try:
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    with suppress(OSError):
+        _sync_one(out.parent)
+    shutil.rmtree(old, ignore_errors=True)

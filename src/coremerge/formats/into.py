@@ -1,0 +1,239 @@
+"""Add an adapter's updates to its base model's own weights: W + Δ, shard by shard, block by block.
+
+The result has the base's files, names and dtypes; tensors that the adapter does not touch are copied byte for byte.
+Neither the model nor a whole update is ever in memory: a weight is read, changed in float64 and rounded once, some
+rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coremerge.adapter import Adapter
+from coremerge.errors import UnsupportedError
+from coremerge.executors import local
+from coremerge.formats.atomic import atomic_directory, write_files
+from coremerge.formats.base_weights import INDEX_NAME, BaseModel, Shard, dump_index, open_base
+from coremerge.formats.placing import Edit, Placement
+from coremerge.formats.safetensors_file import FACTOR_DTYPES
+from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype, raw, writing
+from coremerge.formats.writer import Saved, cast
+
+ENTRIES = 1 << 22
+"""Entries of a weight that are in work at a time: 32 MB in float64."""
+
+
+@dataclass(frozen=True)
+class IntoPlan:
+    """What :func:`save_into` will do, settled from headers alone.
+
+    Attributes:
+        base: the base model.
+        adapter: what is added to it.
+        dtype: of all floating-point tensors, or None: each keeps its own.
+        placement: what goes where.
+        layouts: file name → its layout.
+        config: what changes in ``config.json``.
+    """
+
+    base: BaseModel
+    adapter: Adapter
+    dtype: torch.dtype | None
+    placement: Placement
+    layouts: Mapping[str, Layout]
+    config: Mapping[str, object]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was settled, in plain words."""
+        return tuple(self.placement.notes)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(layout.data_bytes for layout in self.layouts.values())
+
+    def write(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        threads: int | None = 1,
+        files: Mapping[str, str | bytes] | None = None,
+        inputs: Iterable[Path] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Saved:
+        """Carry it out: see :func:`save_into`."""
+        texts = {**self._texts(), **(files or {})}
+        sources = [self.base.folder / "config.json", *self.adapter.info.files, *inputs]
+        count = sum(len(layout.slots) for layout in self.layouts.values())
+        done = 0
+        with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=self.size) as folder:
+            for other in self.base.others:
+                if other.as_posix() not in texts:
+                    with writing(folder / other):
+                        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(self.base.folder / other, folder / other)
+            write_files(folder, texts)
+            for name in self.layouts:
+                for _ in self._write_shard(folder, name, threads):
+                    done += 1
+                    if progress:
+                        progress(done, count)
+        out = Path(path)
+        changed = {
+            self.layouts[self.base.home[key]].slots[key].dtype for key, e in self.placement.edits.items() if e.update
+        }
+        dtype = FACTOR_DTYPES[changed.pop()] if len(changed) == 1 else torch.float32
+        return Saved(out, tuple(out / name for name in self.layouts), self.size, 0, dtype, self.notes)
+
+    def _texts(self) -> dict[str, str]:
+        texts = {}
+        if self.config:
+            texts["config.json"] = json.dumps({**self.base.config, **self.config}, indent=2, ensure_ascii=False) + "\n"
+        if self.base.index is not None:
+            home = {key: name for name, layout in self.layouts.items() for key in sorted(layout.slots)}
+            texts[INDEX_NAME] = dump_index(self.base.index, home, self.size)
+        return texts
+
+    def _write_shard(self, folder: Path, name: str, threads: int | None) -> Iterator[None]:
+        layout = self.layouts[name]
+        with self.base.shards[name] as shard, TensorFile(folder / name, layout) as file:
+            yield from local.run(lambda key: self._write_tensor(shard, file, key), list(layout.slots), threads)
+
+    def _write_tensor(self, shard: Shard, file: TensorFile, key: str) -> None:
+        slot, edit = file.layout.slots[key], self.placement.edits.get(key)
+        extra = self.placement.added.get(key) or (edit and edit.replace)
+        if extra:
+            whole = self.adapter.extras[extra]
+            file.write_bytes(key, raw(cast(whole.to(FACTOR_DTYPES.get(slot.dtype, whole.dtype)), whole, key)))
+        elif edit is None and shard.entries[key].dtype == slot.dtype:
+            for offset, block in shard.blocks(key):
+                file.write_bytes(key, block, offset)
+        else:
+            self._change(shard, file, key, edit or Edit())
+        file.done(key)
+
+    def _change(self, shard: Shard, file: TensorFile, key: str, edit: Edit) -> None:
+        entry, target = shard.entries[key], FACTOR_DTYPES[file.layout.slots[key].dtype]
+        source = FACTOR_DTYPES[entry.dtype]
+        length = entry.shape[0] if entry.shape else 1
+        width = math.prod(entry.shape[1:])
+        update = self.adapter[edit.update] if edit.update else None
+        if update is not None and edit.transposed:
+            update = update.mT
+        rows = dict(zip(edit.rows[1], self.adapter.extras[edit.rows[0]], strict=True)) if edit.rows else {}
+        step = max(1, ENTRIES // max(1, width))
+        for start in range(0, length if width else 0, step):
+            stop = min(length, start + step)
+            data = shard.read(key, start * width * source.itemsize, (stop - start) * width * source.itemsize)
+            block = torch.frombuffer(data, dtype=source).reshape(stop - start, width).to(torch.float64)
+            for row in range(start, stop) if rows else ():
+                if row in rows:
+                    block[row - start] = rows[row].flatten()
+            if update is not None:
+                block.addmm_(update.left[start:stop], update.right)
+            if edit.bias:
+                block += self.adapter.biases[edit.bias][start:stop, None]
+            rounded = block.to(target)
+            if edit != Edit() or all_finite(block):
+                rounded = cast(rounded, block, key)
+            file.write_bytes(key, raw(rounded), start * width * target.itemsize)
+
+
+def save_into(
+    base: str | Path,
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+    threads: int | None = 1,
+    files: Mapping[str, str | bytes] | None = None,
+    inputs: Iterable[Path] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Saved:
+    """Write the base model with ``adapter`` merged into it, complete or not at all.
+
+    Args:
+        base: the base model's folder or hub id; safetensors only.
+        adapter: its modules are asked for one by one.
+        path: a directory; made, with its parents.
+        dtype: of all floating-point tensors; each keeps its own when None.
+        overwrite: replace a model that is there already.
+        threads: tensors in work side by side; all processors when None.
+        files: further small files to put beside it, in place of the base's: name → content.
+        inputs: further files that ``adapter`` is read from: never overwritten.
+        progress: called with the tensors done and their number.
+
+    Raises:
+        SourceError: the base cannot be read.
+        MismatchError: a module has no weight in the base, or one of another shape.
+        UnsupportedError: the base is quantised, or is there only as pickles.
+        TensorError: a sum that is not finite in its dtype.
+        OutputError: it cannot be written there.
+    """
+    plan = plan_into(base, adapter, dtype=dtype)
+    return plan.write(path, overwrite=overwrite, threads=threads, files=files, inputs=inputs, progress=progress)
+
+
+def plan_into(
+    base: str | Path,
+    adapter: Adapter,
+    *,
+    dtype: torch.dtype | str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> IntoPlan:
+    """Find the place of everything ``adapter`` has in ``base``, from headers alone: see :func:`save_into`."""
+    kept = None if dtype is None else output_dtype(dtype)
+    if adapter.info.layer_replication:
+        raise UnsupportedError(
+            "the adapter belongs to a stack of repeated layers, and the base has each of them once",
+            key="layer_replication", value=adapter.info.layer_replication, remedy="Write an adapter instead of a model",
+        )  # fmt: skip
+    opened = open_base(base, cache_dir=cache_dir, token=token)
+    placement = Placement(opened, adapter)
+    return IntoPlan(opened, adapter, kept, placement, _layouts(placement, kept), _config(placement, kept))
+
+
+def _layouts(placement: Placement, dtype: torch.dtype | None) -> dict[str, Layout]:
+    """Each file as it was, with ``dtype`` where it is given; what is added goes into the last one."""
+    layouts = {}
+    shards = placement.base.shards
+    last = list(shards)[-1]
+    for name, shard in shards.items():
+        sized = {}
+        for key, entry in shard.entries.items():
+            if dtype is not None and entry.dtype in FACTOR_DTYPES:
+                sized[key] = NAMES[dtype], entry.shape, math.prod(entry.shape) * dtype.itemsize
+            else:
+                sized[key] = entry.dtype, entry.shape, entry.end - entry.start
+        for key, extra in placement.added.items() if name == last else ():
+            tensor = placement.adapter.extras[extra]
+            kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            sized[key] = NAMES[kept], tuple(tensor.shape), tensor.numel() * kept.itemsize
+        layouts[name] = Layout.packed(sized, shard.file.metadata)
+    return layouts
+
+
+def _config(placement: Placement, dtype: torch.dtype | None) -> dict[str, object]:
+    """What must change in ``config.json``."""
+    base = placement.base
+    changes: dict[str, object] = {}
+    if dtype is not None:
+        spelled = str(dtype).removeprefix("torch.")
+        changes |= {key: spelled for key in ("torch_dtype", "dtype") if key in base.config}
+    if placement.unties:
+        changes["tie_word_embeddings"] = False
+        inner = base.config.get("text_config")
+        if isinstance(inner, dict) and "tie_word_embeddings" in inner:
+            changes["text_config"] = {**inner, "tie_word_embeddings": False}
+    return changes

@@ -1,0 +1,281 @@
+"""Where an adapter's updates, biases and whole tensors belong in the base model's own files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from coremerge.adapter import Adapter, Module
+from coremerge.errors import MismatchError, UnsupportedError
+from coremerge.extras import TOKEN_ROWS, token_ids
+from coremerge.formats.base_weights import BaseModel
+from coremerge.formats.checkpoint import shorten
+from coremerge.formats.safetensors_file import FACTOR_DTYPES
+from coremerge.formats.safetensors_layout import NAMES
+
+_INPUT_TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
+_OUTPUT_TABLES = ("lm_head.weight", "embed_out.weight", "output.weight")
+_PACKED = ("qweight", "weight_packed", "qzeros", "W_q", "weight_q")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of one tensor of the base, in this order.
+
+    Attributes:
+        replace: the extra that takes its place.
+        rows: the extra whose rows take the place of some of its rows, and their numbers.
+        update: the module whose update is added.
+        transposed: whether the base stores it as (in, out).
+        bias: the module whose trained bias is added.
+    """
+
+    replace: str | None = None
+    rows: tuple[str, tuple[int, ...]] | None = None
+    update: str | None = None
+    transposed: bool = False
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Rename:
+    """How the adapter's names differ from the base's: one of them has a prefix that the other lacks."""
+
+    strip: str = ""
+    add: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.add + name.removeprefix(self.strip)
+
+    def __str__(self) -> str:
+        return f"without its prefix {self.strip!r}" if self.strip else f"with the prefix {self.add!r} before it"
+
+
+@dataclass
+class Placement:
+    """The place of every update, bias and extra of an adapter in its base model.
+
+    Attributes:
+        base: the base model.
+        adapter: what is added to it.
+        edits: tensor name → :class:`Edit`.
+        added: name of a tensor that the base lacks → the extra it comes from.
+        notes: what was settled, in plain words.
+
+    Raises:
+        MismatchError: something has no place, or one of another shape.
+        UnsupportedError: a weight is quantised.
+    """
+
+    base: BaseModel
+    adapter: Adapter
+    edits: dict[str, Edit] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.entries = {key: entry for shard in self.base.shards.values() for key, entry in shard.entries.items()}
+        self.rename = self._find_rename()
+        if self.rename != Rename():
+            self.notes.append(f"the adapter's module names match the base's {self.rename}")
+        for name, module in self.adapter.modules.items():
+            self._place_update(name, module)
+        for name in self.adapter.biases:
+            self._place_bias(name)
+        for name in self.adapter.extras:
+            self._place_extra(name)
+        self._note_rest()
+
+    def _find_rename(self) -> Rename:
+        """The one change of prefix under which every module has a weight."""
+        tails: dict[str, list[str]] = {}
+        for key in self.entries:
+            parts = key.split(".")
+            for cut in range(1, min(4, len(parts) - 1)):
+                tails.setdefault(".".join(parts[cut:]), []).append(".".join(parts[:cut]) + ".")
+        common: set[Rename] | None = None
+        for name in self.adapter.modules:
+            if ".base_layer." in name:
+                raise UnsupportedError(
+                    "PEFT adds the update of an attention layer's out_proj twice (as of 0.21), so what it stands for"
+                    " is not settled",
+                    key=name, remedy="Write an adapter, not a model",
+                )  # fmt: skip
+            found = set(self._renames(name, tails))
+            common = found if common is None else common & found
+            if not found or not common:
+                raise self._missing(name)
+        assert common is not None, "an adapter has modules"
+        if Rename() in common:
+            return Rename()
+        if len(common) > 1:
+            raise MismatchError(
+                f"the adapter's modules match the base in {len(common)} ways:"
+                f" {shorten(sorted(str(rename) for rename in common))}",
+                file=self.base.source,
+                key=next(iter(self.adapter)),
+                remedy="Give the base model that the adapter was trained on",
+            )
+        return common.pop()
+
+    def _renames(self, module: str, tails: Mapping[str, list[str]]) -> Iterator[Rename]:
+        for parameter in _parameters(module):
+            if parameter in self.entries:
+                yield Rename()
+            yield from (Rename(add=prefix) for prefix in tails.get(parameter, ()))
+            parts = parameter.split(".")
+            for cut in range(1, min(4, len(parts) - 1)):
+                if ".".join(parts[cut:]) in self.entries:
+                    yield Rename(strip=".".join(parts[:cut]) + ".")
+
+    def _missing(self, module: str) -> MismatchError | UnsupportedError:
+        stem = module.split(".", 1)[-1]
+        packed = [key for key in self.entries if key.endswith(_PACKED) and key.rpartition(".")[0].endswith(stem)]
+        if packed:
+            return self._quantised(packed[0])
+        tied = " (it shares the input embedding's, so it cannot change alone)" if module.endswith("lm_head") else ""
+        return MismatchError(
+            f"the base model has no weight for module {module}{tied}",
+            file=self.base.source,
+            key=f"{module}.weight",
+            remedy="Give the base model that the adapter was trained on"
+            f" (its tensors: {shorten(sorted(self.entries))})",
+        )
+
+    def _quantised(self, key: str) -> UnsupportedError:
+        entry = self.entries[key]
+        return UnsupportedError(
+            f"a quantised weight ({entry.dtype}) cannot take an update",
+            file=self.base.source, key=key,
+            remedy="Give the base model in float32, bfloat16 or float16 (or dequantise it first)",
+        )  # fmt: skip
+
+    def _place_update(self, name: str, module: Module) -> None:
+        key = next(k for k in map(self.rename, _parameters(name)) if k in self.entries)
+        if self.entries[key].dtype not in FACTOR_DTYPES:
+            raise self._quantised(key)
+        shape = self.entries[key].shape
+        transposed = _transposed(module, shape, self.adapter.info.fan_in_fan_out)
+        if transposed is None:
+            raise MismatchError(
+                f"the base's weight is {list(shape)}, and the update is {_described(module)}",
+                file=self.base.source,
+                key=key,
+                remedy="Give the base model that the adapter was trained on",
+            )
+        self._edit(key, update=name, transposed=transposed)
+
+    def _place_bias(self, name: str) -> None:
+        weight = self.rename(_parameters(name)[0])
+        key = weight.removesuffix("weight") + "bias"
+        if key not in self.entries or self.entries[key].shape != self.adapter.modules[name].shape[:1]:
+            raise MismatchError(
+                f"the adapter trains a bias for {name}, and the base has none of that size there",
+                file=self.base.source, key=key, remedy="Write an adapter, not a model",
+            )  # fmt: skip
+        if self.entries[key].dtype not in FACTOR_DTYPES:
+            raise self._quantised(key)
+        self._edit(key, bias=name)
+
+    def _place_extra(self, name: str) -> None:
+        rows = name.endswith(TOKEN_ROWS)
+        plain = name.removesuffix(TOKEN_ROWS) + ".weight" if rows else name
+        key = next((k for k in (plain, self.rename(plain)) if k in self.entries), None)
+        tensor = self.adapter.extras[name]
+        if rows:
+            self._place_rows(name, plain, key, tensor)
+        elif key is None:
+            self.added[self.rename(plain) if self.rename.add else plain] = name
+        else:
+            self._place_whole(name, key, tensor)
+
+    def _place_whole(self, name: str, key: str, tensor: Tensor) -> None:
+        entry, dtype = self.entries[key], NAMES.get(tensor.dtype, "")
+        alike = dtype == entry.dtype or {dtype, entry.dtype} <= FACTOR_DTYPES.keys()
+        if entry.shape != tuple(tensor.shape) or not alike:
+            raise MismatchError(
+                f"the base's tensor is {entry.dtype} {list(entry.shape)}, and the adapter's {dtype}"
+                f" {list(tensor.shape)}",
+                file=self.base.source, key=key, remedy="Drop it (--extras drop), or write an adapter, not a model",
+            )  # fmt: skip
+        if key in self.edits:
+            raise MismatchError(
+                "trained whole by one adapter and adapted by another",
+                file=self.base.source, key=key, remedy="Drop the whole one: --extras drop",
+            )  # fmt: skip
+        self._edit(key, replace=name)
+
+    def _place_rows(self, name: str, plain: str, key: str | None, tensor: Tensor) -> None:
+        ids = token_ids(self.adapter, name)
+        shape = self.entries[key].shape if key else ()
+        if key is None or shape[1:] != tuple(tensor.shape[1:]) or not all(0 <= i < shape[0] for i in ids):
+            raise MismatchError(
+                f"rows for tokens up to {max(ids, default=0)}, each {list(tensor.shape[1:])}, and the base's table is"
+                f" {list(shape) if key else 'missing'}",
+                file=self.base.source,
+                key=key or plain,
+                remedy="Give the base model with the vocabulary that the adapter was trained on",
+            )
+        self._edit(key, rows=(name, ids))
+
+    def _edit(self, key: str, **changes: object) -> None:
+        self.edits[key] = replace(self.edits.get(key, Edit()), **changes)  # type: ignore[arg-type]
+
+    def _note_rest(self) -> None:
+        replaced = [key for key, edit in self.edits.items() if edit.replace]
+        if replaced:
+            self.notes.append(f"taken whole from the adapter: {shorten(replaced)}")
+        if self.added:
+            self.notes.append(
+                f"added, for the base has no such tensor: {shorten(self.added)}; load the model with the class of that"
+                " task, and see to its settings in config.json (num_labels, ...)"
+            )
+        tables = [key for key in self.edits if key.removesuffix(".weight").endswith(_INPUT_TABLES)]
+        if tables and self.ties and not self.unties:
+            self.notes.append(
+                f"{tables[0]} is also the output layer of this base (tied weights): its change acts on both ends, as"
+                " in PEFT's own merge_and_unload; the adapter alone acts on the input"
+            )
+        if self.unties:
+            self.notes.append("tie_word_embeddings was switched off: the adapter has an output layer of its own")
+        if self.base.left:
+            self.notes.append(f"left out, for they hold the base's weights: {shorten(map(str, self.base.left))}")
+
+    @property
+    def ties(self) -> bool:
+        """Whether the base has no output layer of its own."""
+        inner = self.base.config.get("text_config")
+        said = {**self.base.config, **(inner if isinstance(inner, dict) else {})}.get("tie_word_embeddings", True)
+        return bool(said) and not any(key.endswith(_OUTPUT_TABLES) for key in self.entries)
+
+    @property
+    def unties(self) -> bool:
+        """Whether the adapter brings an output layer that the base lacks."""
+        return self.ties and any(key.endswith(_OUTPUT_TABLES) for key in self.added)
+
+
+def _parameters(module: str) -> list[str]:
+    """What the weight of ``module`` may be called."""
+    return [f"{module}.weight", f"{module}.in_proj_weight"]
+
+
+def _transposed(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool) -> bool | None:
+    """Whether a weight of ``shape`` holds the update's transpose; None where it cannot be this module's."""
+    out, inner = module.shape
+    turned = len(shape) == 2 and shape == (inner, out)
+    if module.kind == "embedding":
+        return True if turned else None
+    if turned and fan_in_fan_out:
+        return True
+    fits = shape[:1] == (out,) and math.prod(shape[1:]) == inner and shape[2:] == module.kernel
+    return False if fits else None
+
+
+def _described(module: Module) -> str:
+    out, inner = module.shape
+    if module.kind == "embedding":
+        return f"an embedding's, {[inner, out]}"
+    return f"a {module.kind} layer's, {[out, inner // math.prod(module.kernel), *module.kernel]}"

@@ -1,0 +1,265 @@
+"""Write an adapter as the PEFT LoRA that PEFT, vLLM and converters read alike.
+
+The scale is in the factors: ``lora_alpha = r`` and no rsLoRA, one rank for all modules (zero rows where a module's own
+is smaller), a plain list of targets. Modules are written one by one into a file laid out beforehand, so memory does
+not grow with their number and the bytes do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coremerge.adapter import Adapter, Module
+from coremerge.errors import OutputError, TensorError
+from coremerge.executors import local
+from coremerge.formats.atomic import atomic_directory, write_files
+from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_STACKS = frozenset(
+    ("model.layers", "layers", "transformer.h", "h", "gpt_neox.layers", "transformer.layers", "encoder.layer",
+     "bert.encoder.layer", "roberta.encoder.layer", "distilbert.transformer.layer")
+)  # fmt: skip
+_VAGUE = frozenset(("dense", "linear", "proj", "out", "output", "fc"))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written.
+
+    Attributes:
+        path: the directory.
+        weights: the files of tensors.
+        bytes: their size.
+        rank: the one rank of all modules; 0 for a whole model.
+        dtype: of the factors, or of the weights that were changed.
+        notes: what was settled on the way, in plain words.
+    """
+
+    path: Path
+    weights: tuple[Path, ...]
+    bytes: int
+    rank: int
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def sha256(self) -> Mapping[str, str]:
+        """File name → SHA-256 of each file of tensors; computed when asked for."""
+        return {file.name: file_sha256(file) for file in self.weights}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+    threads: int | None = 1,
+    files: Mapping[str, str | bytes] | None = None,
+    inputs: Iterable[Path] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Saved:
+    """Write ``adapter`` into the directory ``path``, complete or not at all.
+
+    Args:
+        adapter: its modules are asked for one by one.
+        path: a directory; made, with its parents.
+        dtype: of the factors: torch's, or ``"float32"``, ``"bf16"``, ...; ``adapter.dtype`` when None.
+        overwrite: replace an adapter that is there already.
+        threads: modules in work side by side; all processors when None.
+        files: further small files to put beside it: name → content.
+        inputs: further files that ``adapter`` is read from, beside ``adapter.info.files``: never overwritten.
+        progress: called with the modules done and their number.
+
+    Raises:
+        OutputError: it cannot be written there, or PEFT has no form for it.
+        TensorError: values that are not finite, in themselves or in ``dtype``.
+        ConfigError: an unknown dtype.
+    """
+    if not adapter.modules:
+        raise OutputError("an adapter without modules cannot be written", file=path)
+    kept = output_dtype(adapter.dtype if dtype is None else dtype)
+    rank = max(1, *(module.rank for module in adapter.modules.values()))
+    _refuse_clashes(adapter, path)
+    layout = Layout.of(_shapes(adapter, rank, kept))
+    texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, rank), indent=2, ensure_ascii=False) + "\n"}
+    sources = (*adapter.info.files, *inputs)
+    with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes) as folder:
+        write_files(folder, {**(files or {}), **texts})
+        with TensorFile(folder / WEIGHTS_NAME, layout) as file:
+            for name in adapter.extras:
+                file.write(PREFIX + name, adapter.extras[name])
+
+            def write(name: str) -> None:
+                _write_module(file, name, adapter, rank, kept)
+
+            for done, _ in enumerate(local.run(write, list(adapter.modules), threads), 1):
+                if progress:
+                    progress(done, len(adapter.modules))
+    out = Path(path)
+    return Saved(out, (out / WEIGHTS_NAME,), file.bytes, rank, kept)
+
+
+def _refuse_clashes(adapter: Adapter, path: str | Path) -> None:
+    """Refuse what PEFT would not load, or would load in part and in silence."""
+    embeddings = [name for name, module in adapter.modules.items() if module.kind == "embedding"]
+    if adapter.biases and embeddings:
+        raise OutputError(
+            "PEFT has no form for an adapter with both trained biases (lora_bias) and an embedding",
+            file=path, key=embeddings[0], remedy="Leave one of the adapters out, or merge into the base model",
+        )  # fmt: skip
+    for whole in adapter.info.modules_to_save:
+        both = [name for name in adapter.modules if f".{whole}." in f".{name}."]
+        if both:
+            raise OutputError(
+                "trained whole by one adapter and adapted by another: PEFT loads only one of the two",
+                file=path, key=both[0], remedy="Drop the whole one: --extras drop",
+            )  # fmt: skip
+
+
+def _keys(name: str, module: Module) -> tuple[str, str]:
+    """The keys of B and A, in this order: that of ``left @ right``."""
+    form = "lora_embedding_{}" if module.kind == "embedding" else "lora_{}.weight"
+    return f"{PREFIX}{name}.{form.format('B')}", f"{PREFIX}{name}.{form.format('A')}"
+
+
+def _factor_shapes(module: Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """B and A as PEFT stores them: a convolution's kernel belongs to A, B has one of ones."""
+    out, inner = module.shape
+    kernel = module.kernel
+    channels = inner // math.prod(kernel)
+    return (out, rank, *(1 for _ in kernel)), (rank, channels, *kernel)
+
+
+def _shapes(adapter: Adapter, rank: int, dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Key → dtype and shape of every tensor of the file."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in adapter.extras:
+        tensor = adapter.extras[name]
+        if tensor.dtype not in NAMES:
+            raise TensorError(f"dtype {tensor.dtype} cannot be written", key=name)
+        shapes[PREFIX + name] = NAMES[tensor.dtype], tuple(tensor.shape)
+    for name, module in adapter.modules.items():
+        for key, shape in zip(_keys(name, module), _factor_shapes(module, rank), strict=True):
+            shapes[key] = NAMES[dtype], shape
+        if adapter.biases:
+            shapes[f"{PREFIX}{name}.lora_B.bias"] = NAMES[dtype], module.shape[:1]
+    return shapes
+
+
+def _write_module(file: TensorFile, name: str, adapter: Adapter, rank: int, dtype: torch.dtype) -> None:
+    # 16-bit factors need no more than float32 before they are rounded
+    module, update = adapter.modules[name], adapter.read(name, torch.float32 if dtype.itemsize == 2 else torch.float64)
+    if update.shape != module.shape or update.rank > rank:
+        raise TensorError(
+            f"announced as {module.shape} of rank {module.rank}, but is {update.shape} of rank {update.rank}", key=name
+        )
+    for key, side in zip(_keys(name, module), ("left", "right"), strict=True):
+        slot = file.layout.slots[key]
+        rounded = _padded(getattr(update, side), (slot.shape[0], math.prod(slot.shape[1:])), dtype)
+        if not all_finite(rounded):
+            cast(rounded, getattr(adapter[name], side), name)
+        file.write(key, rounded.view(slot.shape))
+    if adapter.biases:
+        bias = adapter.biases[name] if name in adapter.biases else torch.zeros(module.shape[0])
+        file.write(f"{PREFIX}{name}.lora_B.bias", cast(bias.to(dtype), bias, name))
+
+
+def _padded(factor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if tuple(factor.shape) == shape:
+        return factor.to(dtype).contiguous()
+    result = torch.zeros(shape, dtype=dtype)
+    result[: factor.shape[0], : factor.shape[1]] = factor
+    return result
+
+
+def cast(rounded: Tensor, exact: Tensor, name: str) -> Tensor:
+    """``rounded`` itself, once it is known that no value of ``exact`` overflowed.
+
+    Raises:
+        TensorError: one did, or was not finite to begin with.
+    """
+    if all_finite(rounded):
+        return rounded
+    if not all_finite(exact):
+        raise TensorError("the result has NaN or infinite values", key=name, remedy="Check the inputs and the scale")
+    raise TensorError(
+        f"values up to {float(exact.abs().max()):.3g} do not fit {str(rounded.dtype).removeprefix('torch.')}",
+        key=name,
+        remedy="Write it in another dtype: --dtype float32" + (", or bfloat16" if rounded.dtype == torch.half else ""),
+    )
+
+
+def adapter_config(adapter: Adapter, rank: int) -> dict[str, Any]:
+    """What ``adapter_config.json`` says: see the module's docstring."""
+    info = adapter.info
+    return {
+        "auto_mapping": dict(info.auto_mapping) if info.auto_mapping else None,
+        "base_model_name_or_path": info.base_model,
+        "bias": "none",
+        "fan_in_fan_out": info.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": [list(span) for span in info.layer_replication] if info.layer_replication else None,
+        "lora_alpha": rank,
+        "lora_bias": bool(adapter.biases),
+        "lora_dropout": 0.0,
+        "modules_to_save": list(info.modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "revision": info.base_revision,
+        "target_modules": target_modules(adapter.modules),
+        "task_type": info.task_type,
+        "trainable_token_indices": {name: list(ids) for name, ids in info.token_indices.items()} or None,
+        "use_rslora": False,
+    }
+
+
+def target_modules(modules: Iterable[str]) -> list[str]:
+    """What PEFT's config must list so that exactly ``modules`` are adapted, in any base model.
+
+    Full names are exact. Where the modules fill a well-known stack of layers, 0 to the last one without a gap, the
+    part of their names that every layer shares is exact, too, and shorter. PEFT matches either by ``endswith``.
+
+    Example:
+        >>> target_modules([f"model.layers.{i}.self_attn.{x}_proj" for i in range(4) for x in "qv"])
+        ['self_attn.q_proj', 'self_attn.v_proj']
+        >>> target_modules(["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"])
+        ['model.layers.0.mlp.up_proj', 'model.layers.2.mlp.up_proj']
+    """
+    # PEFT wraps a MultiheadAttention's out_proj together with the layer itself
+    names = sorted({name.partition(".base_layer.")[0] for name in modules})
+    split = [re.fullmatch(r"([\w.]+?)\.(\d+)\.([^\d].*)", name) for name in names]
+    if not all(split):
+        return names
+    found = [match.groups() for match in split if match]
+    tails = {tail for _, _, tail in found}
+    layers = {int(layer) for _, layer, _ in found}
+    full = len(layers) > 1 and layers == set(range(len(layers))) and len(names) == len(layers) * len(tails)
+    stacks = {stack for stack, _, _ in found}
+    vague = any(tail.rpartition(".")[2] in _VAGUE or re.search(r"\.\d+(\.|$)", tail) for tail in tails)
+    return sorted(tails) if full and len(stacks) == 1 and stacks <= _STACKS and not vague else names

@@ -1,0 +1,409 @@
+"""From adapter files to an adapter on disk: read, plan, merge, write, with a model card beside it.
+
+:func:`prepare` does all that can be checked beforehand and touches nothing; :meth:`Prepared.run` does the rest;
+:func:`merge_files` is one after the other. The command ``coremerge merge`` is a thin layer over them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from coremerge.adapter import Adapter, Lazy
+from coremerge.errors import ConfigError, CoremergeError
+from coremerge.formats import load
+from coremerge.formats.atomic import check_output
+from coremerge.formats.source import locate
+from coremerge.formats.writer import Saved, file_sha256, save
+from coremerge.lowrank import LowRank
+from coremerge.merging import MergeResult, Report, execute
+from coremerge.plan import Plan, make_plan, name_adapters
+from coremerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from coremerge.formats.into import IntoPlan
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the parts done and their number."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What :func:`merge_files` did.
+
+    Attributes:
+        plan: what was settled beforehand.
+        report: of the merge.
+        saved: what was written.
+        sha256: adapter name → file name → SHA-256 of the files it was read from.
+        seconds: spent in all, from the first look at the files.
+        notes: what was dropped, normalised or assumed, in plain words.
+        into: the base model that it went into, if any.
+    """
+
+    plan: Plan
+    report: Report
+    saved: Saved
+    sha256: Mapping[str, Mapping[str, str]]
+    seconds: float
+    notes: tuple[str, ...]
+    into: str | Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        output = {
+            "path": str(self.saved.path),
+            "into": None if self.into is None else str(self.into),
+            "files": [file.name for file in self.saved.weights],
+            "bytes": self.saved.bytes,
+            "rank": self.saved.rank or None,
+            "dtype": dtype_name(self.saved.dtype),
+        }
+        return {
+            "output": output,
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            "plan": self.plan.to_dict(),
+            "report": self.report.to_dict(),
+            "sha256": {name: dict(files) for name, files in self.sha256.items()},
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+def merge_files(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    into: str | Path | None = None,
+    base: str | Path | None = None,
+    vera_width: int | None = None,
+    initial: Mapping[str, str | Path] | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    device: str = "cpu",
+    batch: int | None = None,
+    command: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Merged:
+    """Merge the adapters in ``sources`` and write the result into the directory ``out``, complete or not at all.
+
+    Args:
+        sources: folders, files or hub ids: see :func:`coremerge.load`.
+        out: a directory.
+        recipe: the defaults of :class:`~coremerge.Recipe` when None. Weights and ``extras`` may name an adapter by its
+            label or by its source.
+        into: a base model; the result is then that model with the merged update added, not an adapter.
+        base: the base model (its files' headers or its config), for a VeRA adapter that needs it; ``into`` if None.
+        vera_width: in place of ``base``: see :func:`coremerge.load`.
+        initial: label or source of a PiSSA-like adapter → where its initial adapter is.
+        allow_pickle: read legacy ``.bin`` files.
+        overwrite: replace a result that is there already.
+        threads: modules in work side by side; all processors when None.
+        device: of the linear algebra.
+        batch: modules of one shape that go through together.
+        command: the words of the command that made it, for the model card.
+        progress: called as parts are done.
+
+    Raises:
+        CoremergeError: a refusal; ``out`` is then as it was.
+    """
+    prepared = prepare(
+        sources,
+        recipe,
+        out=out,
+        into=into,
+        base=base,
+        vera_width=vera_width,
+        initial=initial,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return prepared.run(out, threads=threads, device=device, batch=batch, command=command, progress=progress)
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    into: str | Path | None = None,
+    base: str | Path | None = None,
+    vera_width: int | None = None,
+    initial: Mapping[str, str | Path] | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read what the files say of themselves and settle the plan; nothing is merged and nothing is written.
+
+    Arguments and errors are those of :func:`merge_files`; ``out``, when given, is checked.
+    """
+    start = time.perf_counter()
+    if out is not None:
+        check_output(out, overwrite=overwrite)
+    adapters = read_adapters(
+        sources,
+        base=base or into,
+        vera_width=vera_width,
+        initial=initial,
+        allow_pickle=allow_pickle,
+        progress=progress,
+    )
+    if out is not None:
+        check_output(out, overwrite=overwrite, inputs=_files(adapters))
+    plan = make_plan(adapters, _with_labels(recipe or Recipe(), dict(zip(adapters, map(str, sources), strict=True))))
+    return Prepared(plan, None if into is None else _plan_into(into, plan), into, overwrite, start)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge of files that only has to be carried out.
+
+    Attributes:
+        plan: of the merge.
+        into_plan: of the writing into a base model, where that was asked for.
+        into: that base model.
+        overwrite: replace a result that is there already.
+        start: when it began.
+    """
+
+    plan: Plan
+    into_plan: IntoPlan | None
+    into: str | Path | None
+    overwrite: bool
+    start: float
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the tensors that will be written, but for what is carried over beside an adapter's factors."""
+        return self.into_plan.size if self.into_plan else self.plan.output_bytes
+
+    @property
+    def dtype(self) -> str:
+        """Of what will be written."""
+        if self.into_plan is None:
+            return dtype_name(self.plan.dtype)
+        return dtype_name(self.into_plan.dtype) if self.into_plan.dtype else "the base's own"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What will be dropped, normalised or assumed, in plain words."""
+        own = [f"{name}: {note}" for name, adapter in self.plan.adapters.items() for note in adapter.info.notes]
+        return (*dict.fromkeys([*own, *(self.into_plan.notes if self.into_plan else ())]),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--dry-run --json``."""
+        return {
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            "plan": self.plan.to_dict(),
+            "output_bytes": self.output_bytes,
+            "notes": list(self.notes),
+        }
+
+    def run(
+        self,
+        out: str | Path,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        batch: int | None = None,
+        command: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Merged:
+        """Merge and write: see :func:`merge_files`."""
+        _check_device(device)
+        tell = progress or _silent
+        with _hashes(self.plan.adapters) as hashes:
+            try:
+                result = execute(
+                    self.plan, threads=threads, device=device, batch=batch, progress=_stage(tell, "merging")
+                )
+                sha256 = hashes()
+                card = self._card(result, sha256, command)
+                saved = self._save(result.adapter, out, card, threads, _stage(tell, "writing"))
+            except torch.OutOfMemoryError as error:
+                raise CoremergeError(
+                    f"out of memory on {device}: {str(error).partition('.')[0]}", remedy="Try a smaller --batch"
+                ) from None
+        seconds = time.perf_counter() - self.start
+        notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
+        return Merged(self.plan, result.report, saved, sha256, seconds, notes, self.into)
+
+    def _save(
+        self, adapter: Adapter, out: str | Path, card: str, threads: int | None, progress: Callable[[int, int], None]
+    ) -> Saved:
+        files, inputs = {"README.md": card}, _files(self.plan.adapters)
+        if self.into is None:
+            return save(
+                adapter, out, overwrite=self.overwrite, threads=threads, files=files, inputs=inputs, progress=progress
+            )
+        from coremerge.formats.into import save_into
+
+        return save_into(
+            self.into,
+            adapter,
+            out,
+            dtype=self.plan.recipe.dtype,
+            overwrite=self.overwrite,
+            threads=threads,
+            files=files,
+            inputs=inputs,
+            progress=progress,
+        )
+
+    def _card(self, result: MergeResult, sha256: Mapping[str, Mapping[str, str]], command: Sequence[str] | None) -> str:
+        from coremerge.report.card import describe, model_card
+
+        card = describe(
+            result,
+            command=command,
+            relation="adapter" if self.into is None else "merge",
+            dtype=self.dtype,
+            notes=self.notes,
+            hashes=False,
+        )
+        inputs = [
+            replace(given, sha256=next((h for file, h in sha256[given.name].items() if file != CONFIG), None))
+            for given in card.inputs
+        ]
+        base = card.base_model if self.into is None else str(self.into)
+        return model_card(replace(card, inputs=inputs, base_model=base))
+
+
+CONFIG = "adapter_config.json"
+
+
+def read_adapters(
+    sources: Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    vera_width: int | None = None,
+    initial: Mapping[str, str | Path] | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Adapter]:
+    """The adapters in ``sources`` under unique labels; arguments and errors as of :func:`merge_files`."""
+    starts = _initials(sources, initial or {}, allow_pickle)
+    adapters = []
+    for done, source in enumerate(sources):
+        if progress:
+            progress("reading", done, len(sources))
+        start = starts.get(done)
+        adapters.append(load(source, base=base, vera_width=vera_width, initial=start, allow_pickle=allow_pickle))
+    return name_adapters(adapters)
+
+
+def _initials(
+    sources: Sequence[str | Path], initial: Mapping[str, str | Path], allow_pickle: bool
+) -> dict[int, str | Path]:
+    """Index of a source → where its initial adapter is."""
+    if not initial:
+        return {}
+    names = [{str(source), locate(source, allow_pickle=allow_pickle).name} for source in sources]
+    found: dict[int, str | Path] = {}
+    for name, start in initial.items():
+        at = [i for i, known in enumerate(names) if name in known]
+        if len(at) != 1:
+            raise ConfigError(
+                f"{'no' if not at else 'more than one'} adapter of that name",
+                key="initial",
+                value=name,
+                remedy=f"Adapters: {', '.join(map(str, sources))}",
+            )
+        found[at[0]] = start
+    return found
+
+
+def _with_labels(recipe: Recipe, sources: Mapping[str, str]) -> Recipe:
+    """``recipe`` with adapters that it names by their sources under their labels (label → source)."""
+    labels = {source: label for label, source in sources.items()}
+    changes: dict[str, Any] = {}
+    if isinstance(recipe.weights, Mapping):
+        changes["weights"] = {
+            (key if key in sources else labels.get(key, key)): value for key, value in recipe.weights.items()
+        }
+    if recipe.extras is not None and recipe.extras not in sources:
+        changes["extras"] = labels.get(recipe.extras, recipe.extras)
+    return recipe.model_copy(update=changes) if changes else recipe
+
+
+def _files(adapters: Mapping[str, Adapter]) -> list[Path]:
+    return [file for adapter in adapters.values() for file in adapter.info.files]
+
+
+def _plan_into(base: str | Path, plan: Plan) -> IntoPlan:
+    """Whether the merged update has a place in ``base``, known before it is computed."""
+    from coremerge.formats.into import plan_into
+
+    factors: dict[str, LowRank] = {}  # nothing is asked for before it is written
+    biases: dict[str, Tensor] = {}
+    biased = tuple(name for name in plan.modules if any(name in a.biases for a in plan.adapters.values()))
+    extras = {name: extra.load for name, extra in plan.extras.items() if extra.load is not None}
+    stand_in = Adapter(
+        {name: planned.module for name, planned in plan.modules.items()},
+        factors.__getitem__,
+        name="merged",
+        biases=Lazy(biased, biases.__getitem__),
+        extras=Lazy(tuple(extras), lambda name: extras[name]()),
+        info=plan.info,
+    )
+    return plan_into(base, stand_in, dtype=plan.recipe.dtype)
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        first = (str(error).splitlines() or [""])[0].split(". ")[0]
+        raise ConfigError(f"cannot be used: {first}", key="device", value=device, remedy="Use --device cpu") from None
+
+
+@contextmanager
+def _hashes(adapters: Mapping[str, Adapter]) -> Iterator[Callable[[], dict[str, dict[str, str]]]]:
+    """SHA-256 of all files that were read, in a thread beside the merge; they are waited for when asked for."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+    try:
+        started: dict[str, dict[str, Future[str]]] = {
+            name: {label: pool.submit(file_sha256, file) for label, file in _named(adapter.info.files).items()}
+            for name, adapter in adapters.items()
+        }
+        yield lambda: {name: {key: f.result() for key, f in files.items()} for name, files in started.items()}
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _named(files: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names; the first of a name is the adapter's own, a later one the initial adapter's."""
+    named: dict[str, Path] = {}
+    for file in files:
+        name = file.name
+        while name in named:
+            name = f"initial {name}"
+        named[name] = file
+    return named
+
+
+def _stage(progress: Progress, label: str) -> Callable[[int, int], None]:
+    return lambda done, count: progress(label, done, count)
+
+
+def _silent(label: str, done: int, count: int) -> None:
+    pass
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` of ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,40 @@
+"""Numbers and tables for people."""
+
+from __future__ import annotations
+
+import pytest
+
+from coremerge.cli._output import duration, number, size, table
+from coremerge.cli._patterns import group
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_700, "1 MB"), (2.5e12, "2.5e+03 GB")]
+)
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0.00 s"), (9.99, "9.99 s"), (10.04, "10.0 s"), (59.7, "1 min 0 s"), (3600, "60 min 0 s")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_numbers():
+    assert [number(x) for x in (0.5, 2, 1 / 3, -1e-9)] == ["0.5", "2", "0.3333", "-1e-09"]
+
+
+def test_a_table_without_rows_has_its_headings():
+    assert table(["a", "bb"], []) == "a  bb\n-  --"
+
+
+def test_groups_are_of_modules_that_are_alike():
+    names = [f"h.{i}.mlp.{j}.fc" for i in range(3) for j in (0, 2)]
+    groups = group({**dict.fromkeys(names, 1), "h.1.mlp.0.fc": 2, "head2": 1})
+    assert [(g.pattern, len(g.names), g.alike) for g in groups] == [
+        ("h.[0-2].mlp.[0,2].fc", 5, 1),
+        ("h.1.mlp.0.fc", 1, 2),
+        ("head2", 1, 1),
+    ]
