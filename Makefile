@@ -42,9 +42,11 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.speed.run
+	$(BIN)/python -m benchmarks.speed.scaling --only growth
 
 bench-full: setup
 	$(BIN)/python -m benchmarks.speed.run --full
+	$(BIN)/python -m benchmarks.speed.scaling
 
 clean:
 	rm -rf build dist work .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -44,6 +46,16 @@ class Module:
     def parameters(self) -> int:
         """Number of stored factor entries."""
         return self.rank * sum(self.shape)
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """float32 where it holds the scaled factors exactly, else float64.
+
+        Two numbers of 11 significant bits, float16's, have a product of at most 22: float32 holds 24.
+        """
+        mantissa, exponent = math.frexp(self.scale)
+        short = (mantissa * 2**11).is_integer() and abs(exponent) <= 16
+        return torch.float32 if short and self.dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
 @dataclass(frozen=True)
@@ -127,6 +139,7 @@ class Adapter(Mapping[str, LowRank]):
         modules: Mapping[str, Module],
         load: Callable[[str], LowRank],
         *,
+        read: Callable[[str, torch.dtype | None], LowRank] | None = None,
         name: str = "adapter",
         biases: Mapping[str, Tensor] | None = None,
         extras: Mapping[str, Tensor] | None = None,
@@ -138,6 +151,7 @@ class Adapter(Mapping[str, LowRank]):
         self.extras: Mapping[str, Tensor] = extras if extras is not None else {}
         self.info = info or Info()
         self._load = load
+        self._read = read
 
     @classmethod
     def from_updates(
@@ -165,6 +179,19 @@ class Adapter(Mapping[str, LowRank]):
             raise KeyError(module)
         return self._load(module)
 
+    def read(self, module: str, dtype: torch.dtype | None = None) -> LowRank:
+        """The update in ``dtype``; None: in the narrowest of float32 and float64 that it costs no accuracy to have.
+
+        Raises:
+            KeyError: there is no such module.
+        """
+        if module not in self.modules:
+            raise KeyError(module)
+        if self._read is not None:
+            return self._read(module, dtype)
+        update = self._load(module)
+        return update if dtype is None else update.to(dtype)
+
     def __contains__(self, module: object) -> bool:
         return module in self.modules
 
@@ -186,18 +213,14 @@ class Adapter(Mapping[str, LowRank]):
 
     def renamed(self, name: str) -> Adapter:
         """The same adapter under another label."""
-        return Adapter(self.modules, self._load, name=name, biases=self.biases, extras=self.extras, info=self.info)
+        other = copy(self)
+        other.name = name
+        return other
 
     def load(self) -> Adapter:
         """The same adapter with all factors in memory, independent of its files."""
-        return Adapter.from_updates(
-            dict(self),
-            name=self.name,
-            kinds=self.modules,
-            biases=dict(self.biases),
-            extras=dict(self.extras),
-            info=self.info,
-        )
+        held, biases, extras = dict(self), dict(self.biases), dict(self.extras)
+        return Adapter(self.modules, held.__getitem__, name=self.name, biases=biases, extras=extras, info=self.info)
 
     def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Saved:
         """Write a PEFT LoRA directory that PEFT and vLLM load: see :func:`coremerge.formats.writer.save`."""

@@ -60,7 +60,7 @@ def _decide(name: str, adapters: Mapping[str, Adapter], policy: str | None) -> E
     tokens = [token_ids(adapters[key], name) for key in holders]
     if len(holders) == 1:
         return Extra(name, holders, f"carried over from {holders[0]}", tensors[0], tokens[0])
-    if any(tokens):
+    if all(tokens):
         return _join(name, holders, tensors, tokens, policy)
     if _all_equal(tensors):
         return Extra(name, holders, "carried over: equal in all that have it", tensors[0])

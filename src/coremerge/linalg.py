@@ -21,6 +21,10 @@ GRAM_CONDITION = 1e-6
 The basis it gives is then orthonormal to about ``eps / GRAM_CONDITION`` = 2e-10 in float64."""
 
 
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""A decomposition failed, as it does for numbers that are not finite."""
+
+
 class RaggedRankError(Exception):
     """The matrices of one batch have different numerical ranks."""
 
@@ -38,18 +42,20 @@ def _empty_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_zeros(*batch, m, 0), x.new_zeros(*batch, 0), x.new_zeros(*batch, 0, n)
 
 
-def numerical_rank(values: Tensor, rtol: float = RTOL) -> int:
-    """How many of the descending ``values`` (..., k) exceed ``rtol`` times the first.
+def numerical_rank(values: Tensor, rtol: float = RTOL, largest: Tensor | None = None) -> int:
+    """How many of the descending ``values`` (..., k) exceed ``rtol`` times the ``largest`` (...): the first, if None.
 
     Raises:
         RaggedRankError: the batch elements disagree.
     """
     if values.shape[-1] == 0 or values.numel() == 0:
         return 0
-    counts = (values > rtol * values[..., :1]).sum(-1).unique()
-    if counts.numel() > 1:
+    largest = values[..., 0] if largest is None else largest
+    counts = (values > rtol * largest.unsqueeze(-1)).sum(-1)
+    rank = int(counts.max())
+    if rank != int(counts.min()):
         raise RaggedRankError
-    return int(counts)
+    return rank
 
 
 def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,9 +127,10 @@ class Basis:
 def column_basis(stack: Tensor, rtol: float = RTOL) -> Basis:
     """The left singular vectors of ``stack`` (..., m, R) whose singular values exceed ``rtol`` times the first.
 
-    A well-conditioned stack needs its Gram matrix only; any other takes a QR and a small SVD.
-    The vectors themselves are not formed: see :class:`Basis`.
+    A well-conditioned stack needs its Gram matrix only; any other takes a QR and a small SVD; both in float64, whatever
+    the dtype of ``stack``. The vectors themselves are not formed: see :class:`Basis`.
     """
+    stack = stack.double()
     m, width = stack.shape[-2:]
     if 0 in stack.shape:
         empty = stack.new_zeros(*stack.shape[:-2], width, 0)
@@ -136,7 +143,8 @@ def column_basis(stack: Tensor, rtol: float = RTOL) -> Basis:
     _, small = _tall_qr(stack)
     _, sigma, vh = svd(small)
     rank = numerical_rank(sigma, rtol)
-    return _basis(sigma[..., :rank], vh[..., :rank, :].mT)
+    something = (small != 0).any(-2).unsqueeze(-1)  # a zero column keeps coordinates of zero, not of 1e-17
+    return _basis(sigma[..., :rank], vh[..., :rank, :].mT * something)
 
 
 def _basis(sigma: Tensor, right: Tensor) -> Basis:

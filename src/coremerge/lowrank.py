@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,9 +87,9 @@ class LowRank:
         """The matrix itself (..., m, n): large."""
         return self.left @ self.right
 
-    def to(self, *args: torch.dtype | torch.device | str) -> LowRank:
+    def to(self, where: torch.dtype | torch.device | str) -> LowRank:
         """The same matrix in another dtype or on another device."""
-        return LowRank(self.left.to(*args), self.right.to(*args))
+        return self if where in (self.dtype, self.left.device) else LowRank(self.left.to(where), self.right.to(where))
 
     @cached_property
     def svd(self) -> ThinSVD:
@@ -115,7 +115,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class ThinSVD:
-    """left · diag(values) · right with orthonormal ``left`` (..., m, k), ``right`` (..., k, n), values descending or not."""
+    """left · diag(values) · right, ``left`` (..., m, k) and ``right`` (..., k, n) orthonormal, values in any order."""
 
     left: Tensor
     values: Tensor
@@ -133,20 +133,33 @@ class ThinSVD:
 
     def rank(self, rtol: float = linalg.RTOL) -> int:
         """Numerical rank."""
-        return linalg.numerical_rank(self.values.sort(dim=-1, descending=True).values, rtol)
+        return linalg.numerical_rank(self.descending.values, rtol)
+
+    @property
+    def descending(self) -> ThinSVD:
+        """The same with its values in descending order."""
+        if bool((self.values[..., 1:] <= self.values[..., :-1]).all()):
+            return self
+        values, order = self.values.sort(dim=-1, descending=True, stable=True)
+        return ThinSVD(
+            self.left.gather(-1, order.unsqueeze(-2).expand_as(self.left)),
+            values,
+            self.right.gather(-2, order.unsqueeze(-1).expand_as(self.right)),
+        )
 
     def truncate(self, rank: int) -> ThinSVD:
         """The largest ``rank`` components, in descending order."""
-        order = self.values.sort(dim=-1, descending=True, stable=True).indices[..., :rank]
-        return ThinSVD(
-            self.left.gather(-1, order.unsqueeze(-2).expand(*self.left.shape[:-1], order.shape[-1])),
-            self.values.gather(-1, order),
-            self.right.gather(-2, order.unsqueeze(-1).expand(*order.shape, self.right.shape[-1])),
-        )
+        return self.descending._first(rank)
 
     def cut(self, rtol: float = linalg.RTOL) -> ThinSVD:
         """Only the components that count: truncated at the numerical rank."""
-        return self.truncate(self.rank(rtol))
+        best = self.descending
+        return best._first(linalg.numerical_rank(best.values, rtol))
+
+    def _first(self, count: int) -> ThinSVD:
+        if count >= self.values.shape[-1]:
+            return self
+        return ThinSVD(self.left[..., :count], self.values[..., :count], self.right[..., :count, :])
 
     def lowrank(self) -> LowRank:
         """As balanced factors U√S and √S Vᵀ."""
@@ -172,6 +185,17 @@ def thin_svd(matrix: Matrix) -> ThinSVD:
     return ThinSVD(*linalg.svd(matrix)) if isinstance(matrix, Tensor) else matrix.svd
 
 
+def svds(matrices: Sequence[LowRank]) -> list[ThinSVD]:
+    """The ``.svd`` of each; those of one shape and rank are worked out in one go."""
+    first = matrices[0]
+    alike = all(m.left.shape == first.left.shape and m.right.shape == first.right.shape for m in matrices)
+    if len(matrices) > 1 and alike and not any("svd" in vars(m) for m in matrices):
+        left, right = torch.stack([m.left for m in matrices]), torch.stack([m.right for m in matrices])
+        for matrix, *parts in zip(matrices, *linalg.product_svd(left, right), strict=True):
+            vars(matrix)["svd"] = ThinSVD(*parts)
+    return [matrix.svd for matrix in matrices]
+
+
 def total(matrices: Sequence[LowRank]) -> LowRank:
     """The exact sum of ``matrices``: factors side by side, rank Σ r."""
-    return reduce(LowRank.__add__, matrices)
+    return LowRank(torch.cat([m.left for m in matrices], -1), torch.cat([m.right for m in matrices], -2))

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coremerge.adapter import Adapter, Lazy, Module
+from coremerge.adapter import Adapter, Lazy
+from coremerge.errors import TensorError
 from coremerge.executors import local
-from coremerge.linalg import RaggedRankError
-from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd
+from coremerge.linalg import LinAlgError, RaggedRankError
+from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd, total
 from coremerge.methods import Site
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import AUTO_RATIO, Parts, Recipe
-from coremerge.spaces import Coordinates, Lift
+from coremerge.spaces import Combination, Coordinates
 
 Progress = Callable[[int, int], None]
 """Called with the modules done and their number."""
+
+CANCELLED = 1e-12
+"""A merge whose norm is below this share of its inputs' is rounding error: ``scale="auto"`` does not blow it up."""
 
 FLAT = 0.1
 """A cut to ``rank`` that loses more than this share of the energy is warned of."""
@@ -106,10 +110,16 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class Solved:
-    """One module's merged core and the way back."""
+    """One module's merged update, as a combination of its inputs: these need not be kept, and are read again.
 
-    core: ThinSVD
-    lift: Lift
+    Attributes:
+        combination: of the inputs' factors.
+        amplification: how much larger than in the inputs a relative rounding error of the lift can be in the result.
+        report: see :class:`ModuleReport`.
+    """
+
+    combination: Combination
+    amplification: float
     report: ModuleReport
 
 
@@ -129,7 +139,7 @@ def merge(
         recipe: what to do; the defaults of :class:`~coremerge.recipe.Recipe` when None.
         threads: modules that are worked on side by side; all processors when None.
         device: where the linear algebra runs, in float64: ``"cpu"``, ``"cuda"``, ...
-        batch: modules of one shape that go through together; by default 1 on the CPU, 32 elsewhere.
+        batch: modules of one shape that go through together; by default 1 to 4 on the CPU, 32 elsewhere.
         progress: called as modules are done.
 
     Raises:
@@ -157,7 +167,7 @@ def execute(
     """Carry out ``plan``: see :func:`merge`."""
     start = time.perf_counter()
     parts = plan.recipe.parts()
-    groups = list(_groups(plan, batch or (1 if device == "cpu" else 32)))
+    groups = list(_groups(plan, batch or (None if device == "cpu" else 32)))
     solved: dict[str, Solved] = {}
     for group in local.run(lambda names: _solve(names, plan, parts, device), groups, threads):
         solved |= group
@@ -178,16 +188,17 @@ def auto_scale(solved: Iterable[Solved], ratio: float = AUTO_RATIO) -> float:
     ratios = [r.norm / r.input_norm for r in reports]
     alone = all(len(r.ranks) == 1 for r in reports)
     mean = sum(ratios) / len(ratios) if ratios else 0.0
-    return (1.0 if alone else ratio) / mean if mean > 0 else 1.0
+    return (1.0 if alone else ratio) / mean if mean > CANCELLED else 1.0
 
 
-def _groups(plan: Plan, batch: int) -> Iterator[tuple[str, ...]]:
-    """Module names, ``batch`` at a time where shapes and ranks coincide."""
+def _groups(plan: Plan, batch: int | None) -> Iterator[tuple[str, ...]]:
+    """Module names, ``batch`` at a time where shapes and ranks coincide; None: as many as suit a CPU."""
     alike: dict[Any, list[str]] = {}
     for name, planned in plan.modules.items():
         alike.setdefault((planned.module.shape, tuple(planned.ranks.items())), []).append(name)
-    for names in alike.values() if batch > 1 else [list(plan.modules)]:
-        yield from (tuple(names[i : i + batch]) for i in range(0, len(names), batch))
+    for names in alike.values():
+        size = batch or plan.cpu_batch(plan.modules[names[0]])
+        yield from (tuple(names[i : i + size]) for i in range(0, len(names), size))
 
 
 def _read(names: Sequence[str], plan: Plan, parts: Parts, device: str) -> list[LowRank]:
@@ -195,19 +206,22 @@ def _read(names: Sequence[str], plan: Plan, parts: Parts, device: str) -> list[L
 
     An adapter that lacks the module has the update zero, of rank 0.
     """
-    shape = plan.modules[names[0]].module.shape
+    zeros = LowRank.zeros(*plan.modules[names[0]].module.shape)
     updates = []
     for adapter in plan.adapters.values():
-        held = [adapter[name] if name in adapter else LowRank.zeros(*shape) for name in names]
-        update = held[0] if len(held) == 1 else _stacked(held)
-        update = update.to(torch.device(device))
-        for step in parts.before:
-            update = step(update)
-        updates.append(update)
+        held = [adapter.read(name) if name in adapter else zeros for name in names]
+        held = [update.to(torch.device(device)) for update in held]
+        if parts.before:
+            held = [update.to(torch.float64) for update in held]
+        for step in parts.before:  # one by one: the lift must see the very same factors, and batched SVDs may differ
+            held = [step(update) for update in held]
+        updates.append(held[0] if len(held) == 1 else _stacked(held))
     return updates
 
 
 def _stacked(updates: Sequence[LowRank]) -> LowRank:
+    dtypes = {u.dtype for u in updates}
+    updates = [u.to(torch.float64) for u in updates] if len(dtypes) > 1 else updates
     return LowRank(torch.stack([u.left for u in updates]), torch.stack([u.right for u in updates]))
 
 
@@ -221,6 +235,17 @@ def _solve(names: tuple[str, ...], plan: Plan, parts: Parts, device: str) -> dic
     except RaggedRankError:
         singles = (_solve((name,), plan, parts, device) for name in names)
         return {name: solved for single in singles for name, solved in single.items()}
+    except LinAlgError:
+        _check_finite(names, plan)
+        raise
+
+
+def _check_finite(names: Sequence[str], plan: Plan) -> None:
+    for key, adapter in plan.adapters.items():
+        for name in adapter.keys() & set(names):
+            update = adapter[name]
+            if not bool(update.left.isfinite().all() & update.right.isfinite().all()):
+                raise TensorError(f"module {name} has NaN or infinite values", file=adapter.info.source or key)
 
 
 def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: Parts) -> ThinSVD:
@@ -259,6 +284,9 @@ def _unbatched(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, 
     """One :class:`Solved` per module, on the CPU, cut to the recipe's rank."""
     wanted = plan.recipe.rank if isinstance(plan.recipe.rank, int) else merged.values.shape[-1]
     kept = merged.truncate(wanted)
+    result = kept.lowrank()
+    combination = coordinates.lift.fold(result)
+    amplification = _amplification(coordinates, combination, result)
     input_norms = torch.stack([_spectral_norm(core.svd) for core in coordinates.cores], -1)
     for i, name in enumerate(names):
 
@@ -278,8 +306,25 @@ def _unbatched(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, 
             input_norm=float(norms[norms > 0].mean()) if bool((norms > 0).any()) else 0.0,
             norm=float(values.max()) if len(values) else 0.0,
         )
-        core = ThinSVD(pick(kept.left), pick(kept.values), pick(kept.right))
-        yield Solved(core, coordinates.lift.map(pick), report)
+        yield Solved(combination.map(pick), float(pick(amplification)), report)
+
+
+def _amplification(coordinates: Coordinates, combination: Combination, result: LowRank) -> Tensor:
+    """‖stack‖ ‖combination‖ / ‖result‖ in Frobenius norms (...), of the worse side: see :class:`Solved`.
+
+    Cores have the norms of the stacked factors, as the bases are orthonormal.
+    """
+    stack = total(coordinates.cores)
+    sides = [
+        (combination.of_left, stack.left, combination.left, result.left),
+        (combination.of_right, stack.right, combination.right, result.right),
+    ]
+    ratios = [_frobenius(x) * _frobenius(c) / _frobenius(y) for used, x, c, y in sides if used]
+    return torch.stack(ratios).amax(0) if ratios else torch.zeros(result.left.shape[:-2])
+
+
+def _frobenius(x: Tensor) -> Tensor:
+    return x.square().sum((-2, -1)).sqrt()
 
 
 def _spectral_norm(svd: ThinSVD) -> Tensor:
@@ -289,25 +334,32 @@ def _spectral_norm(svd: ThinSVD) -> Tensor:
 def _lifted(plan: Plan, parts: Parts, solved: Mapping[str, Solved], scale: float, device: str) -> Adapter:
     """The merged adapter; a module's inputs are read again when its factors are asked for."""
 
-    def load(name: str) -> LowRank:
-        core = solved[name].core.lowrank().to(torch.device(device))
-        update = solved[name].lift(core, _read((name,), plan, parts, device))
-        root = abs(scale) ** 0.5
-        return LowRank(update.left * (root if scale >= 0 else -root), update.right * root).to("cpu")
+    def read(name: str, dtype: torch.dtype | None = None) -> LowRank:
+        short = dtype == torch.float32 and _short_lift_will_do(solved[name], plan.dtype)
+        kind = torch.float32 if short else torch.float64
+        combination = solved[name].combination.scaled(scale).map(lambda x: x.to(torch.device(device), kind))
+        update = combination(_read((name,), plan, parts, device)).to(torch.device("cpu"))
+        return update if dtype is None else update.to(dtype)
 
     modules = {
         name: replace(planned.module, rank=solved[name].report.rank, dtype=plan.dtype)
         for name, planned in plan.modules.items()
     }
-    extras = {name: extra for name, extra in plan.extras.items() if extra.load is not None}
+    extras = {name: extra.load for name, extra in plan.extras.items() if extra.load is not None}
     return Adapter(
         modules,
-        load,
+        read,
+        read=read,
         name="merged",
         biases=_biases(plan, scale),
-        extras=Lazy(tuple(extras), lambda name: extras[name].load()),
+        extras=Lazy(tuple(extras), lambda name: extras[name]()),
         info=plan.info,
     )
+
+
+def _short_lift_will_do(solved: Solved, dtype: torch.dtype) -> bool:
+    """Whether float32 keeps the lift's error below an eighth of what rounding the result to ``dtype`` costs."""
+    return solved.amplification * torch.finfo(torch.float32).eps <= torch.finfo(dtype).eps / 8
 
 
 def _biases(plan: Plan, scale: float) -> Mapping[str, Tensor]:

@@ -20,6 +20,9 @@ from coremerge.weighting import Table, weight_table
 IMPORT_BYTES = 250_000_000
 """What a process holds once torch is imported."""
 
+BATCH_BYTES = 24 << 20
+"""Stacked factors, as float64, that one CPU thread works on at once; a single module may have more."""
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM's ``max_lora_rank`` takes."""
 
@@ -73,9 +76,14 @@ class Plan:
 
     def peak_bytes(self, threads: int | None = None) -> int:
         """An upper estimate of the memory the merge needs."""
-        work = max((self._work(p) for p in self.modules.values()), default=0)
+        work = max((self._work(p) * self.cpu_batch(p) for p in self.modules.values()), default=0)
         kept = sum(self._kept(p) for p in self.modules.values())
         return IMPORT_BYTES + (threads or default_threads()) * work + kept
+
+    def cpu_batch(self, planned: PlannedModule) -> int:
+        """How many modules like ``planned`` go together on a CPU: few long calls, as threads wait at each."""
+        factors = 8 * sum(planned.ranks.values()) * sum(planned.module.shape)
+        return 1 if self._is_dense else max(1, min(4, BATCH_BYTES // max(1, factors)))
 
     def _work(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape

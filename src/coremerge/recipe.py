@@ -22,6 +22,9 @@ AUTO_RATIO = 0.45
 """``scale="auto"``: the merged update's spectral norm over the inputs' mean one, averaged over modules."""
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+DEFAULT_STEPS = ("isotropize",)
+DEFAULT_PARAMETERS = {"rank": "common"}
+
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 Weights = Sequence[float] | Mapping[str, float | Mapping[str, float]]
@@ -33,8 +36,10 @@ class Recipe(BaseModel):
     Args:
         space: ``core`` (default), ``knots`` or ``full``; with parameters as ``"knots:scaled=false"``.
         method: a name of ``coremerge methods``.
-        parameters: the method's.
-        steps: applied in order: those that act on updates before the method, the others on its result.
+        parameters: the method's. The default method goes with ``rank="common"``, a method that is named with its own
+            defaults.
+        steps: applied in order: those that act on updates before the method, the others on its result. They belong to
+            the default method: a method that is named comes without steps unless they are named, too.
         basis: of the core space: ``stacked`` or ``balanced``.
         weights: None (all one), a number per adapter in order, a mapping of names to numbers, or a mapping of names to
             mappings of module names to numbers (a module that is not listed counts as 1).
@@ -51,16 +56,18 @@ class Recipe(BaseModel):
         ConfigError: a key or a value that means nothing.
 
     Example:
-        >>> Recipe(method="ties", parameters={"density": 0.3}, steps=[]).space
-        'core'
+        >>> Recipe().method, Recipe().parameters, Recipe().steps
+        ('tsv', {'rank': 'common'}, ('isotropize',))
+        >>> Recipe(method="ties").parameters, Recipe(method="ties").steps
+        ({}, ())
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     space: Spec = "core"
     method: str = "tsv"
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    steps: tuple[Spec, ...] = ("isotropize",)
+    parameters: dict[str, Any] = DEFAULT_PARAMETERS
+    steps: tuple[Spec, ...] = DEFAULT_STEPS
     basis: Literal["stacked", "balanced"] = "stacked"
     weights: Weights | None = None
     normalize: bool = False
@@ -72,6 +79,11 @@ class Recipe(BaseModel):
     allow_disjoint: bool = False
 
     def __init__(self, **values: Any) -> None:
+        named = "method" in values
+        if values.get("steps") is None:
+            values["steps"] = () if named else DEFAULT_STEPS
+        if values.get("parameters") is None:
+            values["parameters"] = {} if named else DEFAULT_PARAMETERS
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -193,10 +205,11 @@ def _from_mapping(data: dict[str, Any]) -> RecipeFile:
         values["scale"] = parameters.pop("lambda")
     if method is not None:
         values["method"] = _ALIASES.get(str(method), str(method))
-        values.setdefault("steps", ())
     if weights is not None:
         values["weights"] = weights
-    recipe = Recipe(**values, parameters=parameters)
+    if parameters or method is not None:
+        values["parameters"] = parameters
+    recipe = Recipe(**values)
     return RecipeFile(recipe, models, None if base is None else str(base))
 
 
@@ -206,8 +219,7 @@ def _models(entries: object) -> tuple[tuple[str, ...], list[float] | None]:
     if not isinstance(entries, list):
         raise ConfigError("must be a list", key="models", value=entries)
     names, weights = [], []
-    for entry in entries:
-        entry = {"model": entry} if isinstance(entry, str) else entry
+    for entry in ({"model": e} if isinstance(e, str) else e for e in entries):
         if not isinstance(entry, dict) or "model" not in entry or set(entry) - {"model", "parameters"}:
             raise ConfigError("each entry is a 'model' with optional 'parameters'", key="models", value=entry)
         parameters = entry.get("parameters") or {}
@@ -225,21 +237,26 @@ def _models(entries: object) -> tuple[tuple[str, ...], list[float] | None]:
     return tuple(names), [1.0 if w is None else w for w in weights]
 
 
+WRITTEN_APART = {"method", "parameters", "steps", "weights", "space", "scale"}
+
+
 def write_recipe(recipe: Recipe, models: Sequence[str] = (), base_model: str | None = None) -> str:
     """``recipe`` as YAML that :func:`read_recipe` reads back."""
-    data = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"method", "parameters", "steps", "weights"})
+    data = recipe.model_dump(mode="json", exclude_defaults=True, exclude=WRITTEN_APART)
     head: dict[str, Any] = {"merge_method": recipe.method}
+    weights = recipe.weights
     parameters = dict(recipe.parameters)
     if data.pop("normalize", False):
         parameters["normalize"] = True
     if models:
-        weights = recipe.weights
         if isinstance(weights, Mapping) or weights is None:
             head["models"] = [{"model": m} for m in models]
         else:
             head["models"] = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)]
-    if isinstance(recipe.weights, Mapping):
-        data["weights"] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.weights.items()}
+    if isinstance(weights, Mapping):
+        data["weights"] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in weights.items()}
+    elif weights is not None and not models:
+        data["weights"] = list(weights)
     if base_model:
         head["base_model"] = base_model
     if parameters:

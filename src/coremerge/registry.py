@@ -48,7 +48,7 @@ class Entry(Generic[P]):
         """Call the factory with validated ``parameters`` (strings are converted to the annotated types).
 
         Raises:
-            ConfigError: an unknown parameter, or a value its annotation does not admit.
+            ConfigError: an unknown parameter, a missing one, or a value its annotation does not admit.
         """
         hints = get_type_hints(self.factory, include_extras=True)
         known = self.parameters
@@ -66,6 +66,11 @@ class Entry(Generic[P]):
                 raise ConfigError(
                     f"not a value that {self.kind} {self.name!r} takes: {detail}", key=key, value=value
                 ) from None
+        missing = [key for key, default in known.items() if default is inspect.Parameter.empty and key not in values]
+        if missing:
+            raise ConfigError(
+                f"{self.kind} {self.name!r} needs {missing[0]!r}", remedy=f"Write {self.name}:{missing[0]}=value"
+            )
         return self.factory(**values)
 
 

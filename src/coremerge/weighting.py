@@ -60,8 +60,7 @@ def _by_name(weights: Weights | None, names: list[str]) -> Mapping[str, float | 
 
 def _normalized(table: Table, holders: Mapping[str, Iterable[str]]) -> Table:
     result: Table = {name: {} for name in table}
-    for module, having in holders.items():
-        having = list(having)
+    for module, having in {module: list(names) for module, names in holders.items()}.items():
         sum_ = math.fsum(table[name][module] for name in having)
         if sum_ == 0:
             raise ConfigError("weights that sum to zero cannot be normalised", key="weights", value=module)

@@ -22,18 +22,18 @@ def recipe_file(path: Path | None) -> RecipeFile:
 def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """``recipe`` with ``options`` in place of what it says.
 
-    Another method brings its own parameters, and the default steps go with the default method; parameters without a
-    method are added to the recipe's.
+    Another method brings its own parameters; a recipe's steps stay with a method that the recipe names, the default
+    ones with the default method. Parameters without a method are added to the recipe's.
     """
-    from coremerge.recipe import DEFAULT_STEPS, Recipe
+    from coremerge.recipe import Recipe
 
     said = recipe.model_dump(exclude_unset=True)
-    if options.get("method", recipe.method) == recipe.method:
+    if "method" not in options or options["method"] == said.get("method"):
         options = {**options, "parameters": {**recipe.parameters, **options.get("parameters", {})}}
     else:
         said.pop("parameters", None)
-    if "method" in options and "method" not in said and recipe.steps == DEFAULT_STEPS:
-        said.pop("steps", None)
+        if "method" not in said:
+            said.pop("steps", None)
     return Recipe(**{**said, **options})
 
 

@@ -14,7 +14,7 @@ from coremerge.errors import ConfigError, MismatchError, TensorError, Unsupporte
 from coremerge.formats.checkpoint import Checkpoint, Keys, extras, info, no_modules, sort_keys, with_note
 from coremerge.formats.config import Config, as_integer, as_number, refuse_variants
 from coremerge.formats.patterns import Patterns
-from coremerge.formats.safetensors_file import Tensors, dtype_of, read_factor
+from coremerge.formats.safetensors_file import Tensors, dtype_of, read_factor, read_pair
 from coremerge.lowrank import LowRank
 
 TYPES = ("LORA",)
@@ -60,14 +60,17 @@ def build(checkpoint: Checkpoint, keys: Keys, found: Mapping[str, Factors], bias
     """The lazy adapter over ``found``."""
     tensors = checkpoint.tensors
 
-    def load(name: str) -> LowRank:
+    def read(name: str, dtype: torch.dtype | None = torch.float64) -> LowRank:
         factors = found[name]
-        left, right = read_factor(tensors, factors.left), read_factor(tensors, factors.right)
-        return LowRank(left.flatten(1).mul_(factors.module.scale), right.flatten(1))
+        kind = dtype or factors.module.exact_dtype
+        left, right = read_pair(tensors, (factors.left, factors.right), kind)
+        scale = factors.module.scale
+        return LowRank((left if scale == 1 else left.mul_(scale)).flatten(1), right.flatten(1))
 
     return Adapter(
         {name: factors.module for name, factors in found.items()},
-        load,
+        read,
+        read=read,
         name=checkpoint.location.name,
         biases=biases,
         extras=extras(checkpoint, keys),

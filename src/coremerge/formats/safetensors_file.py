@@ -68,14 +68,28 @@ def dtype_of(tensors: Tensors, key: str) -> torch.dtype:
     return FACTOR_DTYPES[name]
 
 
-def read_factor(tensors: Tensors, key: str) -> Tensor:
-    """A factor in float64, checked to be finite.
+def read_factor(tensors: Tensors, key: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A factor in ``dtype``, checked to be finite.
 
     Raises:
         TensorError: NaN or infinite values, or a dtype that is no plain float.
     """
     dtype_of(tensors, key)
-    return checked(tensors, key, tensors.read(key).to(torch.float64))
+    return checked(tensors, key, tensors.read(key).to(dtype))
+
+
+def read_pair(tensors: Tensors, keys: tuple[str, str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two factors, each as :func:`read_factor` gives it; in one go where they lie side by side in their file."""
+    together = tensors.read_together(keys) if isinstance(tensors, SafetensorsFile) else None
+    if together is not None:
+        flat = together.to(dtype)
+        if _finite(flat):
+            first, second = (tensors.entries[key] for key in keys)
+            sizes = [math.prod(entry.shape) for entry in (first, second)]
+            parts = torch.split(flat, sizes if first.start < second.start else sizes[::-1])
+            a, b = parts if first.start < second.start else parts[::-1]
+            return a.view(first.shape), b.view(second.shape)
+    return read_factor(tensors, keys[0], dtype), read_factor(tensors, keys[1], dtype)
 
 
 def read_whole(tensors: Tensors, key: str) -> Tensor:
@@ -98,7 +112,7 @@ def checked(tensors: Tensors, key: str, tensor: Tensor) -> Tensor:
 
 def _finite(tensor: Tensor) -> bool:
     # a finite sum proves it in one pass; a sum that overflowed does not disprove it
-    return math.isfinite(tensor.sum(dtype=torch.float64).item()) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 class SafetensorsFile:
@@ -149,6 +163,15 @@ class SafetensorsFile:
         if not data:
             return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
         return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def read_together(self, keys: tuple[str, str]) -> Tensor | None:
+        """The values of both tensors as they lie in the file; None unless side by side and of one floating dtype."""
+        first, second = sorted((self.entries[key] for key in keys), key=lambda entry: entry.start)
+        apart = first.end != second.start or first.dtype != second.dtype
+        if apart or first.start == second.end or first.dtype not in FACTOR_DTYPES:
+            return None
+        data = self._bytes(keys[0], self._data_start + first.start, second.end - first.start)
+        return torch.frombuffer(data, dtype=FACTOR_DTYPES[first.dtype])
 
     def _bytes(self, key: str, start: int, length: int) -> bytearray:
         buffer = bytearray(length)

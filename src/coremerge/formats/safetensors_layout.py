@@ -200,7 +200,7 @@ class TensorFile:
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of ``tensor``, not copied if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -10,9 +10,11 @@ from pydantic import Field
 from coremerge.lowrank import LowRank, total
 from coremerge.methods import METHODS, Method, Site
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
 
 @METHODS.register("cart", unitary=True, source="CART, arXiv 2412.12153")
-def cart(rank: Annotated[int, Field(ge=1)] = 8, scale: float = 1.0) -> Method:
+def cart(rank: Annotated[int, Field(ge=1)] = 8, scale: Finite = 1.0) -> Method:
     """mean + ``scale`` · Σ_t truncate_rank(X_t − mean).
 
     Args:

@@ -7,44 +7,69 @@ cores are those of the updates.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from coremerge.lowrank import LowRank, total
+from coremerge.lowrank import LowRank
 from coremerge.registry import Registry
 
 
 @dataclass(frozen=True)
 class Lift:
-    """The way from a core back to weight space: small matrices only, so that it can be kept while updates are read again.
+    """The way from a core back to weight space, in small matrices.
 
     Attributes:
         left: (..., R, p): the result's left factor is [left_1 … left_T] · left · core.left; None: core.left itself.
         right: (..., q, R): its right factor is core.right · right · [right_1; …; right_T]; None: core.right itself.
-        balanced: the stacked factors are those of the balanced updates.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
-    balanced: bool = False
 
-    def __call__(self, core: LowRank, updates: Sequence[LowRank]) -> LowRank:
+    def fold(self, core: LowRank) -> Combination:  # noqa: F811
+        """The way that ``core`` (..., p, q) goes: all that has to be kept of a merged module."""
+        left = core.left if self.left is None else self.left @ core.left
+        right = core.right if self.right is None else core.right @ self.right
+        return Combination(left, right, self.left is not None, self.right is not None)
+
+    def __call__(self, core: LowRank, updates: Sequence[LowRank]) -> LowRank:  # noqa: F811
         """``core`` (..., p, q) in weight space (..., m, n); ``updates`` are those that were projected."""
-        left, right = core.left, core.right
-        if self.left is None and self.right is None:
-            return core
-        stack = total([u.balanced() for u in updates] if self.balanced else updates)
-        if self.left is not None:
-            left = stack.left @ (self.left.to(left.device) @ left)
-        if self.right is not None:
-            right = (right @ self.right.to(right.device)) @ stack.right
+        return self.fold(core)(updates)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A merged update of rank k as combinations of the columns and rows of the updates' factors.
+
+    Attributes:
+        left: (..., R, k): the left factor is [left_1 … left_T] · left; unless ``of_left``, (..., m, k) itself.
+        right: (..., k, R): the right factor is right · [right_1; …; right_T]; unless ``of_right``, (..., k, n) itself.
+    """
+
+    left: Tensor
+    right: Tensor
+    of_left: bool
+    of_right: bool
+
+    def __call__(self, updates: Sequence[LowRank]) -> LowRank:
+        """In weight space (..., m, n), in this combination's dtype; ``updates`` are those that were projected."""
+        left, right = self.left, self.right
+        if self.of_left:
+            left = torch.cat([u.left for u in updates], -1).to(left.dtype) @ left
+        if self.of_right:
+            right = right @ torch.cat([u.right for u in updates], -2).to(right.dtype)
         return LowRank(left, right)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Lift:
+    def scaled(self, factor: float) -> Combination:
+        """The update times ``factor``, shared by both sides."""
+        root = abs(factor) ** 0.5
+        return replace(self, left=self.left * (root if factor >= 0 else -root), right=self.right * root)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Combination:
         """The same with ``change`` applied to its matrices: one element of a batch, another device."""
-        left, right = (None if x is None else change(x) for x in (self.left, self.right))
-        return Lift(left, right, self.balanced)
+        return replace(self, left=change(self.left), right=change(self.right))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from coremerge.linalg import RTOL, column_basis
@@ -27,12 +28,31 @@ def core(basis: Literal["stacked", "balanced"] = "stacked", rtol: Annotated[floa
     """
 
     def project(updates: Sequence[LowRank]) -> Coordinates:
+        given = list(updates)
         if basis == "balanced":
-            updates = [u.balanced() for u in updates]
+            given = [u.to(torch.float64) for u in given]
+            updates = [u.svd.cut().lowrank() for u in given]
         stack = total(updates)
         left, right = column_basis(stack.left, rtol), column_basis(stack.right.mT, rtol)
-        edges = accumulate((u.rank for u in updates), initial=0)
-        cores = tuple(LowRank(left.coordinates[..., a:b], right.coordinates[..., a:b].mT) for a, b in pairwise(edges))
-        return Coordinates(cores, Lift(left.transform, right.transform.mT, basis == "balanced"))
+        edges = list(pairwise(accumulate((u.rank for u in updates), initial=0)))
+        cores = tuple(LowRank(left.coordinates[..., a:b], right.coordinates[..., a:b].mT) for a, b in edges)
+        lift = Lift(left.transform, right.transform.mT)
+        return Coordinates(cores, lift if basis == "stacked" else _unbalanced(lift, given, updates, edges))
 
     return project
+
+
+def _unbalanced(
+    lift: Lift, given: Sequence[LowRank], balanced: Sequence[LowRank], edges: Sequence[tuple[int, int]]
+) -> Lift:
+    """``lift`` from the balanced factors, rewritten to start from the given ones.
+
+    U√S = left · G with G = right · V / √S, so that no SVD has to come out the same way twice.
+    """
+    assert lift.left is not None and lift.right is not None
+    lefts, rights = [], []
+    for u, b, (start, end) in zip(given, balanced, edges, strict=True):
+        values = b.left.square().sum(-2)  # S, since b.left = U√S
+        lefts.append((u.right @ b.right.mT / values.unsqueeze(-2)) @ lift.left[..., start:end, :])
+        rights.append(lift.right[..., start:end] @ (b.left.mT @ u.left / values.unsqueeze(-1)))
+    return Lift(torch.cat(lefts, -2), torch.cat(rights, -1))

@@ -16,14 +16,16 @@ from coremerge.spaces import SPACES, Coordinates, Lift, Space
 def knots(scaled: bool = True) -> Space:
     """Merge S V_t of the SVD [Δ_1 … Δ_T] = U S [V_1 … V_T], taken from the factors: no m × Tn matrix.
 
-    With left_t = U' R_t (one basis for all) and right_t = L_t Q_t, the SVD of the small [R_1 L_1 … R_T L_T] gives U and S.
+    With left_t = U' R_t (one basis for all) and right_t = L_t Q_t, the SVD of the small [R_1 L_1 … R_T L_T] gives
+    U and S.
 
     Args:
-        scaled: methods see S V_t, as in the KnOTS paper; ``false``: V_t alone, as in the Core Space code, whose result is
-            scaled by S afterwards.
+        scaled: methods see S V_t, as in the KnOTS paper; ``false``: V_t alone, as in the Core Space code, whose
+            result is scaled by S afterwards.
     """
 
     def project(updates: Sequence[LowRank]) -> Coordinates:
+        updates = [u.to(torch.float64) for u in updates]
         basis = linalg.column_basis(total(updates).left)
         edges = accumulate((u.rank for u in updates), initial=0)
         lefts = [basis.coordinates[..., a:b] for a, b in pairwise(edges)]

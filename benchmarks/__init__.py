@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.speed.run`` and ``python -m benchmarks.speed.scaling``."""

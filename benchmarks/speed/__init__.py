@@ -1,0 +1,1 @@
+"""How fast a merge is, how its cost grows, and how that compares with dense ways and with PEFT."""

@@ -1,0 +1,172 @@
+"""The main job on a task set: merge its adapters in several ways and score what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coremerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from coremerge.evaluation import Evaluator, Scores
+    from coremerge.evaluation.taskset import Split
+    from coremerge.lowrank import LowRank
+    from coremerge.merging import MergeResult
+
+CANDIDATES: Mapping[str, Recipe] = {
+    "task arithmetic": Recipe(method="sum", steps=[], rank="exact"),
+    "TIES, full space": Recipe(space="full", method="ties", steps=[], rank="exact"),
+    "KnOTS-TIES": Recipe(space="knots", method="ties", steps=[], rank="exact"),
+    "core TIES": Recipe(method="ties", steps=[], rank="exact"),
+    "core TSV": Recipe(method="tsv", steps=[], rank="exact"),
+    "core Iso-C": Recipe(method="sum", steps=["isotropize"], rank="exact"),
+    "core TSV + Iso-C": Recipe(method="tsv", steps=["isotropize"], rank="exact"),
+    "coremerge's default": Recipe(),
+}
+"""Each way to merge, as published, and what this package does when it is not told how."""
+
+ROWS: Mapping[Split, int] = {"validation": 50, "test": 100}
+"""Rows of each task that a quick run uses."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the parts done and their number."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to merge.
+
+    Attributes:
+        label: its name.
+        scores: on the test split, at the default scale.
+        scale: the default scale, where there is one.
+        seconds: what the merge took, reading the adapters included.
+        tuned_scale: the scale that was best on the validation split.
+        tuned: scores on the test split at that scale.
+    """
+
+    label: str
+    scores: Scores
+    scale: float | None = None
+    seconds: float | None = None
+    tuned_scale: float | None = None
+    tuned: Scores | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "label": self.label,
+            "seconds": self.seconds,
+            "scale": self.scale,
+            "scores": self.scores.to_dict(),
+            "tuned_scale": self.tuned_scale,
+            "tuned": self.tuned.to_dict() if self.tuned else None,
+        }
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table.
+
+    Attributes:
+        name: of the task set.
+        rows: each task's own adapter, no adapter, then the merges.
+        seconds: spent in all.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    seconds: float
+
+    def __getitem__(self, label: str) -> Row:
+        return next(row for row in self.rows if row.label == label)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"name": self.name, "seconds": self.seconds, "rows": [row.to_dict() for row in self.rows]}
+
+
+def run_demo(
+    folder: str | Path,
+    *,
+    full: bool = False,
+    candidates: Mapping[str, Recipe] = CANDIDATES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> DemoResult:
+    """Merge the adapters of a task set in several ways and score every merge on every task.
+
+    Args:
+        folder: of the task set: see :func:`coremerge.evaluation.read_taskset`.
+        full: use every row and a finer grid of scales; otherwise the first :data:`ROWS` of each task.
+        candidates: label → recipe.
+        threads: of the merges.
+        progress: called between the parts.
+
+    Raises:
+        CoremergeError: a file of the task set is missing or wrong, or an extra is not installed.
+    """
+    from coremerge.evaluation import Evaluator, read_taskset
+    from coremerge.formats import load
+    from coremerge.merging import merge
+
+    start = time.perf_counter()
+    taskset = read_taskset(folder)
+    adapters = {name: load(str(taskset.path(task.adapter))) for name, task in taskset.tasks.items()}
+    evaluator = Evaluator(taskset, adapters, None if full else ROWS)
+    labels = ("own adapter", "no adapter", *candidates)
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(labels[done] if done < len(labels) else "done", done, len(labels))
+
+    tell(0)
+    rows = [Row(labels[0], evaluator.own("test"))]
+    evaluator.own("validation")
+    tell(1)
+    rows.append(Row(labels[1], evaluator.score({}, "test")))
+    for label, recipe in candidates.items():
+        tell(len(rows))
+        rows.append(_measure(label, partial(merge, adapters, recipe, threads=threads), evaluator, fine=full))
+    tell(len(rows))
+    return DemoResult(taskset.name, tuple(rows), time.perf_counter() - start)
+
+
+def _measure(label: str, run: Callable[[], MergeResult], evaluator: Evaluator, *, fine: bool) -> Row:
+    """One merge, scored as it comes and with its scale tuned: a merged update is linear in its scale."""
+    start = time.perf_counter()
+    merged = run()
+    updates: dict[str, LowRank] = dict(merged.adapter)
+    seconds = time.perf_counter() - start
+    factor = best_factor(lambda f: evaluator.score(updates, "validation", f).mean, fine=fine)
+    scores = evaluator.score(updates, "test")
+    tuned = scores if factor == 1 else evaluator.score(updates, "test", factor)
+    return Row(label, scores, merged.report.scale, seconds, merged.report.scale * factor, tuned)
+
+
+def best_factor(score: Callable[[float], float], *, fine: bool = False) -> float:
+    """The factor with the best score, by climbing from 1 in both directions along powers of √2 until it falls.
+
+    Args:
+        score: of a factor, higher is better.
+        fine: powers of 2^¼, and two falls in a row instead of one to stop.
+    """
+    step, patience = (2**0.25, 2) if fine else (2**0.5, 1)
+    found = {1.0: score(1.0)}
+    for direction in (step, 1 / step):
+        _climb(score, found, direction, patience)
+    return max(found, key=lambda factor: found[factor])
+
+
+def _climb(score: Callable[[float], float], found: dict[float, float], step: float, patience: int) -> None:
+    """Adds scores of step, step², ... to ``found`` until ``patience`` of them in a row bring nothing."""
+    factor, best, falls = 1.0, found[1.0], 0
+    while falls < patience and 1 / 16 < factor < 16:
+        factor *= step
+        found[factor] = score(factor)
+        falls = falls + 1 if found[factor] <= best else 0
+        best = max(best, found[factor])

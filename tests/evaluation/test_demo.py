@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from coremerge import Recipe
+from coremerge.cli import demo as command
+from coremerge.demo import CANDIDATES, best_factor, run_demo
+from coremerge.errors import SourceError
+
+TWO = {"sum": Recipe(method="sum", steps=[], scale=0.5), "tsv": CANDIDATES["core TSV"]}
+
+
+def test_rows_are_own_none_and_one_per_candidate(folder: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    result = run_demo(folder, candidates=TWO, progress=lambda *call: calls.append(call))
+    assert [row.label for row in result.rows] == ["own adapter", "no adapter", "sum", "tsv"]
+    assert calls == [("own adapter", 0, 4), ("no adapter", 1, 4), ("sum", 2, 4), ("tsv", 3, 4), ("done", 4, 4)]
+    assert result["own adapter"].scores.mean == 1.0
+    assert result["sum"].scale == 0.5
+    assert result["tsv"].seconds is not None
+    json.dumps(result.to_dict())
+
+
+def test_a_tuned_scale_of_one_factor_is_the_default(folder: Path) -> None:
+    result = run_demo(folder, candidates=TWO, full=True)
+    for row in result.rows[2:]:
+        assert row.tuned is not None
+        assert (row.tuned_scale == row.scale) == (row.tuned is row.scores)
+
+
+@pytest.mark.parametrize("peak", [0.3, 1.0, 2.6])
+def test_the_best_factor_is_found_where_scores_have_one_peak(peak: float) -> None:
+    factor = best_factor(lambda f: -abs(f - peak), fine=True)
+    assert abs(factor - peak) < 0.1 * peak
+
+
+def test_the_search_stops_where_scores_keep_rising() -> None:
+    assert best_factor(lambda f: f) == pytest.approx(16)
+    assert best_factor(lambda f: -f) == pytest.approx(1 / 16)
+
+
+def test_the_best_factor_costs_few_scores() -> None:
+    calls: list[float] = []
+
+    def score(factor: float) -> float:
+        calls.append(factor)
+        return -((factor - 1) ** 2)
+
+    assert best_factor(score) == 1.0
+    assert len(calls) == 3
+
+
+def run(*arguments: str) -> str:
+    app = Typer()
+    app.command()(command.demo)
+    result = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_the_command_prints_both_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_example", lambda: folder)
+    text = run("-q")
+    for label in ("own adapter", "no adapter", *CANDIDATES, "normalised", "colour", "length"):
+        assert label in text
+
+
+def test_the_command_prints_json(folder: Path) -> None:
+    rows = json.loads(run(str(folder), "--json"))["rows"]
+    assert [row["label"] for row in rows[2:]] == list(CANDIDATES)
+    assert rows[0]["scores"]["mean"] == 1.0
+
+
+def test_the_example_is_found_below_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / command.EXAMPLE).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert command.find_example() == tmp_path / command.EXAMPLE
+
+
+def test_without_the_example_the_command_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "a" / "b" / "c" / "demo.py"))
+    with pytest.raises(SourceError, match="clone"):
+        command.find_example()
+
+
+def test_nothing_heavy_is_imported_with_the_command() -> None:
+    code = "import sys, coremerge.cli.demo; print({'torch', 'transformers', 'rich.table'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

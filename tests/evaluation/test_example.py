@@ -1,0 +1,71 @@
+"""The shipped example is complete, small, and scores what its cards say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coremerge.evaluation import Evaluator, TaskSet, read_taskset
+from coremerge.formats import load
+
+FOLDER = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
+WORDNET = Path("/usr/share/wordnet")
+
+
+@pytest.fixture(scope="module")
+def taskset() -> TaskSet:
+    return read_taskset(FOLDER)
+
+
+def test_it_has_eight_tasks_two_of_them_regressions_and_stays_small(taskset: TaskSet) -> None:
+    kinds = [task.kind for task in taskset.tasks.values()]
+    assert (len(kinds), kinds.count("regression")) == (8, 2)
+    shipped = [file for file in FOLDER.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert sum(file.stat().st_size for file in shipped) < 15e6
+
+
+def test_every_row_is_read_and_no_test_row_is_a_validation_row(taskset: TaskSet) -> None:
+    for name in taskset.tasks:
+        validation, test = (taskset.rows(name, split) for split in ("validation", "test"))
+        assert (len(validation) >= 400, len(test) >= 1000) == (True, True)
+        assert not {row[:2] for row in validation} & {row[:2] for row in test}
+
+
+def test_the_adapters_differ_in_type_rank_and_scale(taskset: TaskSet) -> None:
+    configs = [
+        json.loads((FOLDER / task.adapter / "adapter_config.json").read_text()) for task in taskset.tasks.values()
+    ]
+    lora = [config for config in configs if config["peft_type"] == "LORA"]
+    assert sorted(config["peft_type"] for config in configs) == ["LORA"] * 7 + ["VERA"]
+    assert {config["r"] for config in lora} == {8, 16, 32}
+    assert all(config["lora_alpha"] != config["r"] for config in lora)
+    assert sum(config["use_rslora"] for config in lora) == 1
+    assert {config["base_model_name_or_path"] for config in configs} == {taskset.base.hub_id}
+
+
+def test_own_scores_are_those_of_the_cards(taskset: TaskSet) -> None:
+    adapters = {name: load(taskset.path(task.adapter)) for name, task in taskset.tasks.items()}
+    own = Evaluator(taskset, adapters).own("validation").raw
+    for name, score in own.items():
+        stated = json.loads((FOLDER / "adapters" / name / "scores.json").read_text())["validation"]
+        assert score == pytest.approx(stated["own"], abs=0.005)
+        assert stated["own"] > stated["no_adapter"] + 0.05
+        assert f"{stated['own']:.4f}" in (FOLDER / "adapters" / name / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not WORDNET.is_dir(), reason="needs Debian's wordnet-base")
+def test_the_rows_are_cut_again_byte_for_byte(tmp_path: Path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(FOLDER)!r})
+from pathlib import Path
+import train; train.HERE = Path({str(tmp_path)!r})
+sys.argv = ["train.py", "--data-only", "--wordnet", {str(WORDNET)!r}]
+train.main()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    shipped = {file.name: file.read_bytes() for file in (FOLDER / "data").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "data").iterdir()} == shipped

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from coremerge.errors import SourceError, TensorError
+from coremerge.evaluation import Evaluator, Scores, read_taskset
+from coremerge.formats import load
+from coremerge.lowrank import LowRank
+
+
+def adapters_of(folder: Path) -> dict[str, Mapping[str, LowRank]]:
+    taskset = read_taskset(folder)
+    return {name: load(taskset.path(task.adapter)) for name, task in taskset.tasks.items()}
+
+
+@pytest.fixture(scope="module")
+def evaluator(folder: Path) -> Evaluator:
+    return Evaluator(read_taskset(folder), adapters_of(folder))
+
+
+def test_each_tasks_own_adapter_scores_one(evaluator: Evaluator) -> None:
+    own = evaluator.own("test")
+    assert dict(own.normalised) == {"colour": 1.0, "length": 1.0}
+    for name in own.raw:
+        assert evaluator.score(evaluator.adapters[name], "test").raw[name] == own.raw[name]
+
+
+def test_scores_are_those_of_the_merged_weights(evaluator: Evaluator, folder: Path) -> None:
+    updates = evaluator.adapters["colour"]
+    rows = evaluator.taskset.rows("length", "test")
+    head = load_file(folder / "length" / "head.safetensors")
+    with evaluator.encoder.carrying(updates, 0.3):
+        features = evaluator.encoder.features(evaluator.encoder.tokenize(rows))
+    outputs = features @ head["weight"][0] + head["bias"][0]
+    expected = torch.corrcoef(torch.stack([outputs, torch.tensor([row.label for row in rows])]))[0, 1].item()
+    assert evaluator.score(updates, "test", 0.3).raw["length"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_update_is_the_base_and_scoring_leaves_it_as_it_was(evaluator: Evaluator) -> None:
+    before = evaluator.score({}, "test")
+    evaluator.score(evaluator.adapters["colour"], "test", 5.0)
+    assert evaluator.score({}, "test") == before
+    assert evaluator.score(evaluator.adapters["colour"], "test", 0.0) == before
+
+
+def test_own_scores_do_not_depend_on_what_was_scored_first(evaluator: Evaluator, folder: Path) -> None:
+    fresh = Evaluator(read_taskset(folder), adapters_of(folder))
+    updates = evaluator.adapters["colour"]
+    assert evaluator.own("test") == Evaluator(read_taskset(folder), adapters_of(folder)).own("test")
+    assert fresh.score(updates, "test") == evaluator.score(updates, "test")
+
+
+def test_limits_take_the_first_rows(folder: Path) -> None:
+    limited = Evaluator(read_taskset(folder), adapters_of(folder), {"test": 4})
+    assert limited.own("test").raw["colour"] in {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert len(limited._prepared("colour", "test")[1]) == 4
+    assert len(limited._prepared("colour", "validation")[1]) == 12
+
+
+def test_mean_and_worst() -> None:
+    scores = Scores({"a": 0.5, "b": 0.3}, {"a": 1.0, "b": 0.5})
+    assert (scores.mean, scores.mean_raw, scores.worst) == (0.75, 0.4, "b")
+    assert scores.to_dict()["normalised"] == {"a": 1.0, "b": 0.5}
+
+
+def test_a_head_of_the_wrong_size_is_refused(own_folder: Path) -> None:
+    save_file({"weight": torch.ones(3, 16), "bias": torch.ones(3)}, own_folder / "colour" / "head.safetensors")
+    with pytest.raises(TensorError, match=r"head\.safetensors.*3 outputs, the task 2"):
+        Evaluator(read_taskset(own_folder), {})
+
+
+def test_a_head_without_bias_is_refused(own_folder: Path) -> None:
+    save_file({"weight": torch.ones(2, 16)}, own_folder / "colour" / "head.safetensors")
+    with pytest.raises(TensorError, match="bias"):
+        Evaluator(read_taskset(own_folder), {})
+
+
+def test_a_missing_head_is_named(own_folder: Path) -> None:
+    (own_folder / "colour" / "head.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"head\.safetensors"):
+        Evaluator(read_taskset(own_folder), {})

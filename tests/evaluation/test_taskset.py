@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from coremerge.errors import ConfigError, SourceError
+from coremerge.evaluation.taskset import Base, read_taskset
+
+
+def edit(folder: Path, *path: str, value: Any = None, remove: bool = False) -> None:
+    file = folder / "tasks.yaml"
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    if remove:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+
+
+def test_reads_a_folder_or_its_file(folder: Path) -> None:
+    taskset = read_taskset(folder)
+    assert taskset == read_taskset(folder / "tasks.yaml")
+    assert list(taskset.tasks) == ["colour", "length"]
+    assert [taskset.tasks[name].outputs for name in taskset.tasks] == [2, 1]
+
+
+def test_rows_hold_class_indices_and_values(folder: Path) -> None:
+    taskset = read_taskset(folder)
+    assert [row.label for row in taskset.rows("colour", "test")][:4] == [0, 1, 1, 0]
+    lengths = taskset.rows("length", "test", limit=3)
+    assert [row.label for row in lengths] == [1.0, 2.0, 3.0]
+    assert [row.pair for row in lengths] == [None, "cat", None]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("tasks", "colour", "metric"), "f1", "tasks.colour.metric"),
+        (("tasks", "colour", "metric"), "pearson", "metric pearson does not go with classification"),
+        (("tasks", "colour", "classes"), [], "classes are listed for classification"),
+        (("tasks", "length", "classes"), ["a"], "classes are listed for classification"),
+        (("max_length",), 0, "max_length = 0"),
+        (("tasks",), {}, "tasks"),
+        (("pooling",), "max", 'pooling = "max"'),
+        (("colour",), 1, "colour = 1"),
+    ],
+)
+def test_a_wrong_value_is_named(own_folder: Path, path: tuple[str, ...], value: Any, message: str) -> None:
+    edit(own_folder, *path, value=value)
+    with pytest.raises(ConfigError) as error:
+        read_taskset(own_folder)
+    assert message in str(error.value)
+    assert str(own_folder / "tasks.yaml") in str(error.value)
+
+
+def test_a_missing_key_is_named(own_folder: Path) -> None:
+    edit(own_folder, "tasks", "length", "head", remove=True)
+    with pytest.raises(ConfigError, match=r"tasks\.length\.head.*Field required.*Add the key"):
+        read_taskset(own_folder)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "{a: [}"])
+def test_what_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tasks.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"tasks\.yaml"):
+        read_taskset(tmp_path)
+
+
+def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"tasks\.yaml.*cannot be read"):
+        read_taskset(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["not json", '{"text": "red"}', '{"text": "red", "label": "maybe"}', "[1]"])
+def test_a_wrong_row_is_named_with_its_line(own_folder: Path, line: str) -> None:
+    file = own_folder / "colour.test.jsonl"
+    good = file.read_text(encoding="utf-8").splitlines()[0]
+    file.write_text(f"{good}\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"colour\.test\.jsonl, line 2.*one of no, yes"):
+        read_taskset(own_folder).rows("colour", "test")
+
+
+def test_a_regression_needs_numbers(own_folder: Path) -> None:
+    file = own_folder / "length.test.jsonl"
+    file.write_text(json.dumps({"text": "red", "label": "long"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="the label a number"):
+        read_taskset(own_folder).rows("length", "test")
+
+
+def test_a_missing_split_is_named(own_folder: Path) -> None:
+    (own_folder / "length.test.jsonl").unlink()
+    with pytest.raises(SourceError, match=r"length\.test\.jsonl"):
+        read_taskset(own_folder).rows("length", "test")
+
+
+def test_the_base_comes_from_its_package_where_that_is_installed() -> None:
+    assert Base(hub_id="org/name", package="no_such_package").locate() == "org/name"
+    assert Base(hub_id="org/name").locate() == "org/name"
+    assert Path(Base(hub_id="org/name", package="coremerge", subfolder="cli").locate()).parts[-2:] == (
+        "coremerge",
+        "cli",
+    )

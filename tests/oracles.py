@@ -1,0 +1,116 @@
+"""Slow, dense, float64 oracles, written from the formulas (docs: the page of maths) and not from the package's code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CUT = 1e-8
+
+
+def rank(x: Tensor) -> int:
+    s = torch.linalg.svdvals(x)
+    return int((s > CUT * s[0]).sum()) if s.numel() else 0
+
+
+def thin(x: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD cut at the numerical rank, or at ``k``."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = rank(x) if k is None else k
+    return u[:, :k], s[:k], vh[:k]
+
+
+def polar(x: Tensor) -> Tensor:
+    """P Qᵀ of X = P S Qᵀ."""
+    p, _, qh = thin(x)
+    return p @ qh
+
+
+def core_space(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Definition 1: U, V from SVDs of the stacked factors; M_t = Uᵀ left_t right_t V."""
+    u = thin(torch.cat(list(lefts), 1))[0]
+    v = thin(torch.cat(list(rights), 0))[2].T
+    return u, v, [(u.T @ left) @ (right @ v) for left, right in zip(lefts, rights, strict=True)]
+
+
+def balanced(x: Tensor) -> tuple[Tensor, Tensor]:
+    """U√S and √S Vᵀ."""
+    u, s, vh = thin(x)
+    return u * s.sqrt(), s.sqrt()[:, None] * vh
+
+
+def knots_space(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """[Δ_1 … Δ_T] = U S [V_1 … V_T], a dense SVD of m × Tn."""
+    u, s, vh = thin(torch.cat(list(deltas), 1))
+    return u, s, list(vh.split(deltas[0].shape[1], dim=1))
+
+
+def sum_(xs: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(xs)).sum(0)
+
+
+def mean(xs: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(xs)).mean(0)
+
+
+def ties(xs: Sequence[Tensor], density: float = 0.2, reduce: str = "mean") -> Tensor:
+    """Trim to the largest ``density`` of the entries, elect the sign of the sum, average those that agree."""
+    trimmed = []
+    for x in xs:
+        keep = max(1, round(density * x.numel()))
+        kept = torch.zeros_like(x).flatten()
+        top = x.abs().flatten().argsort(descending=True)[:keep]
+        kept[top] = x.flatten()[top]
+        trimmed.append(kept.reshape(x.shape))
+    out = torch.zeros_like(xs[0])
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            elected = sum(x[i, j].item() for x in trimmed)
+            agree = [x[i, j].item() for x in trimmed if x[i, j].item() * elected > 0]
+            out[i, j] = sum(agree) / (len(agree) if reduce == "mean" and agree else 1)
+    return out
+
+
+def dare(xs: Sequence[Tensor], masks: Sequence[Tensor], drop_rate: float = 0.5) -> list[Tensor]:
+    """Each entry that its mask keeps, over 1 − drop_rate."""
+    return [x * mask / (1 - drop_rate) for x, mask in zip(xs, masks, strict=True)]
+
+
+def tsv(xs: Sequence[Tensor], k: int | None = None) -> Tensor:
+    """polar([U_1 … U_T]) · diag(S_1 … S_T) · polar([V_1 … V_T])ᵀ."""
+    us, ss, vhs = zip(*(thin(x, k) for x in xs), strict=True)
+    return polar(torch.cat(us, 1)) @ torch.diag(torch.cat(ss)) @ polar(torch.cat(vhs, 0))
+
+
+def cart(xs: Sequence[Tensor], k: int = 8, scale: float = 1.0) -> Tensor:
+    """mean + scale · Σ_t truncate_k(X_t − mean)."""
+    centre = mean(xs)
+    result = centre.clone()
+    for x in xs:
+        u, s, vh = torch.linalg.svd(x - centre, full_matrices=False)
+        result += scale * u[:, :k] @ torch.diag(s[:k]) @ vh[:k]
+    return result
+
+
+def isotropize(x: Tensor, span: bool = True) -> Tensor:
+    """mean(S) · P Qᵀ over the numerical rank, or over all min(p, q) directions."""
+    p, s, qh = thin(x) if span else torch.linalg.svd(x, full_matrices=False)
+    return s.mean() * p @ qh if s.numel() else torch.zeros_like(x)
+
+
+def truncate(x: Tensor, k: int) -> Tensor:
+    """The best approximation of rank k."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return u[:, :k] @ torch.diag(s[:k]) @ vh[:k]
+
+
+def auto_scale(merged: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], ratio: float = 0.45) -> float:
+    """The factor that makes ‖merged‖₂ / mean_t ‖Δ_t‖₂, averaged over modules, equal to ``ratio``."""
+    ratios = []
+    for result, deltas in zip(merged, inputs, strict=True):
+        norms = [torch.linalg.matrix_norm(delta, 2).item() for delta in deltas]
+        norms = [x for x in norms if x > 0]
+        ratios.append(torch.linalg.matrix_norm(result, 2).item() / (sum(norms) / len(norms)))
+    return ratio / (sum(ratios) / len(ratios))

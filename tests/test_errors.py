@@ -1,0 +1,42 @@
+import inspect
+
+import pytest
+
+from coremerge import errors
+from coremerge.errors import ConfigError, CoremergeError
+
+
+def test_the_message_names_file_key_value_and_remedy() -> None:
+    error = ConfigError("must be positive", file="a/config.json", key="r", value=-1, remedy="Give r >= 1")
+    assert str(error) == "a/config.json: r = -1: must be positive. Give r >= 1"
+    assert (error.file, error.key, error.value, error.remedy) == ("a/config.json", "r", -1, "Give r >= 1")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "wrong"),
+        ({"key": "r"}, "r: wrong"),
+        ({"value": None}, "null: wrong"),
+        ({"key": "r", "value": "é"}, 'r = "é": wrong'),
+        ({"file": "f"}, "f: wrong"),
+        ({"remedy": "Do"}, "wrong. Do"),
+    ],
+)
+def test_only_what_is_known_is_said(given: dict, message: str) -> None:
+    assert str(CoremergeError("wrong", **given)) == message
+
+
+def test_long_values_are_cut() -> None:
+    message = str(CoremergeError("wrong", value="x" * 500))
+    assert message.endswith("...: wrong")
+    assert len(message) < 140
+
+
+def test_values_that_json_does_not_know_are_shown() -> None:
+    assert "{1, 2}" in str(CoremergeError("wrong", value={1, 2}))
+
+
+def test_the_docstring_draws_every_error() -> None:
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)]
+    assert all(issubclass(c, CoremergeError) and c.__name__ in errors.__doc__ for c in classes)

@@ -1,0 +1,174 @@
+import json
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from coremerge.adapter import Adapter, Info, Module
+from coremerge.errors import InputError, MismatchError
+from coremerge.plan import IMPORT_BYTES, Plan, make_plan, name_adapters
+from coremerge.recipe import Recipe
+from laws import lowrank, one
+
+
+def adapter(shapes: Mapping[str, tuple[int, int, int]], name: str = "a", **info: object) -> Adapter:
+    return Adapter.from_updates({k: lowrank(*v) for k, v in shapes.items()}, name=name, info=Info(**info))  # type: ignore[arg-type]
+
+
+def plan(*adapters: Adapter, **recipe: object) -> Plan:
+    return make_plan(adapters, Recipe(**recipe))
+
+
+A = adapter({"m": (6, 5, 2), "n": (8, 4, 1)}, "a")
+B = adapter({"m": (6, 5, 3)}, "b")
+
+
+def test_it_lays_out_modules_ranks_and_weights() -> None:
+    p = plan(A, B, weights=[1, 2])
+    assert list(p.adapters) == ["a", "b"]
+    assert {k: (v.module.shape, dict(v.ranks), v.module.rank) for k, v in p.modules.items()} == {
+        "m": ((6, 5), {"a": 2, "b": 3}, 5),
+        "n": ((8, 4), {"a": 1}, 1),
+    }
+    assert p.weights == {"a": {"m": 1, "n": 1}, "b": {"m": 2}}
+    assert p.rank == 5
+
+
+def test_nothing_is_read() -> None:
+    def fail(name: str) -> None:
+        raise AssertionError(name)
+
+    lazy = Adapter({"m": Module((6, 5), 2)}, fail)  # type: ignore[arg-type]
+    assert plan(lazy, lazy).rank == 4
+
+
+def test_labels_that_coincide_are_numbered() -> None:
+    assert list(name_adapters([A, A, B, A.renamed("a-2")])) == ["a", "a-2", "b", "a-2-2"]
+    assert list(name_adapters({"x": A, "y": A})) == ["x", "y"]
+
+
+@pytest.mark.parametrize("nothing", [[], {}])
+def test_no_adapters_are_refused(nothing: object) -> None:
+    with pytest.raises(InputError, match="no adapters given"):
+        make_plan(nothing, Recipe())  # type: ignore[arg-type]
+
+
+def test_an_adapter_without_modules_is_refused() -> None:
+    with pytest.raises(MismatchError, match="b: has no adapted module"):
+        plan(A, adapter({}, "b"))
+    with pytest.raises(MismatchError, match="some/where: has no adapted module"):
+        plan(adapter({}, "b", source="some/where"))
+
+
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(MismatchError, match=r"some/where: module m: shape \(6, 5\) in a, \(7, 5\) in b.*same base"):
+        plan(A, adapter({"m": (7, 5, 1)}, "b", source="some/where"))
+
+
+def test_other_kinds_and_kernels_are_refused() -> None:
+    def conv(kind: str, kernel: tuple[int, ...]) -> Adapter:
+        return Adapter.from_updates({"m": lowrank(4, 12, 1)}, kinds={"m": Module((4, 12), 1, kind, kernel)})  # type: ignore[arg-type]
+
+    with pytest.raises(MismatchError, match="kind conv1d in adapter, linear"):
+        plan(conv("conv1d", (3,)), conv("linear", ()))
+    with pytest.raises(MismatchError, match=r"kernel \(3,\) in adapter, \(4,\)"):
+        plan(conv("conv1d", (3,)), conv("conv1d", (4,)))
+    assert plan(conv("conv1d", (3,)), conv("conv1d", (3,))).modules["m"].module.kernel == (3,)
+
+
+@pytest.mark.parametrize("field", [{"fan_in_fan_out": True}, {"layer_replication": ((0, 2), (1, 2))}])
+def test_other_layouts_are_refused(field: dict) -> None:
+    with pytest.raises(MismatchError, match=f"{next(iter(field))} differs"):
+        plan(B, adapter({"m": (6, 5, 1)}, "c", **field))
+    same = plan(adapter({"m": (6, 5, 1)}, "c", **field), adapter({"m": (6, 5, 1)}, "d", **field))
+    assert getattr(same.info, next(iter(field))) == next(iter(field.values()))
+
+
+def test_adapters_without_a_common_module_are_refused_unless_allowed() -> None:
+    other = adapter({"x": (6, 5, 1)}, "b")
+    with pytest.raises(MismatchError, match=r"no module in common \(a: m; b: x\).*--allow-disjoint"):
+        plan(A, other)
+    assert list(plan(A, other, allow_disjoint=True).modules) == ["m", "n", "x"]
+    assert list(plan(A).modules) == ["m", "n"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rank"),
+    [
+        ({"space": "core", "method": "ties"}, 5),
+        ({"space": "knots", "method": "ties"}, 5),
+        ({"space": "full", "method": "tsv"}, 5),
+        ({"space": "full", "method": "ties"}, 6),
+        ({"space": "full", "method": "sum", "steps": ["isotropize:span=false"]}, 6),
+        ({"space": "full", "method": "tsv", "parameters": {"rank": 4}}, 6),
+        ({"space": "full", "method": "ties", "rank": 4}, 4),
+        ({"rank": 3}, 3),
+        ({"rank": 99}, 5),
+        ({"rank": "exact"}, 5),
+    ],
+)
+def test_the_rank_is_the_most_there_can_be(recipe: dict, rank: int) -> None:
+    assert plan(adapter({"m": (6, 7, 2)}), adapter({"m": (6, 7, 3)}), **recipe).rank == rank
+
+
+def test_output_bytes_are_those_of_factors_of_uniform_rank() -> None:
+    p = plan(A, B, dtype="float16")
+    assert p.output_bytes == 2 * 5 * (6 + 5 + 8 + 4)
+    assert plan(A, B, rank=2).output_bytes == 8 * 2 * (6 + 5 + 8 + 4)
+
+
+def test_the_peak_grows_with_threads_and_with_dense_work() -> None:
+    big = {"m": (2000, 3000, 8)}
+    core, full = (plan(adapter(big), adapter(big), method="ties", space=s) for s in ("core", "full"))
+    assert IMPORT_BYTES < core.peak_bytes(1) < core.peak_bytes(4)
+    assert full.peak_bytes(1) > core.peak_bytes(1) + 2 * 8 * 2000 * 3000
+    assert core.peak_bytes() >= core.peak_bytes(1)
+    assert core.peak_bytes(1) - IMPORT_BYTES > 8 * 2 * 8 * 5000  # the factors
+
+
+def test_the_dtype_is_the_inputs_own_or_as_asked() -> None:
+    half = Adapter.from_updates({"m": lowrank(6, 5, 1).to(torch.float16)})
+    assert plan(half, half).dtype == torch.float16
+    assert plan(half, B).dtype == torch.float32
+    assert plan(half, dtype="bf16").dtype == torch.bfloat16
+
+
+def test_what_the_files_say_is_kept_where_they_agree() -> None:
+    def say(**info: object) -> Adapter:
+        return adapter({"m": (6, 5, 1)}, **info)
+
+    both = plan(say(base_model="x", task_type="T", base_revision="1"), say(task_type="T", base_revision="2")).info
+    assert (both.type, both.base_model, both.task_type, both.base_revision) == ("LORA", "x", "T", None)
+    assert plan(say(), say(base_model="y")).info.base_model == "y"
+    assert plan(say(), say(task_type="T")).info.task_type is None
+
+
+def test_warnings_name_what_a_person_should_know() -> None:
+    def warnings(*adapters: Adapter, **recipe: object) -> str:
+        return "\n".join(plan(*adapters, **recipe).warnings)
+
+    assert warnings(B, B) == ""
+    assert "b lacks 1 of 2 modules" in warnings(A, B)
+    named = [adapter({"m": (6, 5, 1)}, k, base_model=f"base/{k}") for k in "xy"]
+    assert "different base models (base/x, base/y)" in warnings(*named)
+    biased = Adapter.from_updates({"m": lowrank(6, 5, 1)}, biases={"m": torch.ones(6)})
+    assert "vLLM refuses adapters with lora_bias" in warnings(biased)
+    wide = Adapter({"m": Module((5000, 5000), 300)}, lambda _: lowrank(1, 1, 1))
+    assert "rank 600 is above 512" in warnings(wide, wide)
+    assert "all entries of updates as large as 5000 × 5000" in warnings(wide, wide, method="ties", space="full")
+    assert "all entries" not in warnings(wide, wide, method="tsv", space="full")
+
+
+def test_to_dict_is_json() -> None:
+    extra = Adapter.from_updates({"m": lowrank(6, 5, 3)}, name="b", extras={"head.weight": torch.ones(1)})
+    told = json.loads(json.dumps(plan(A, extra).to_dict()))
+    assert [(a["name"], a["modules"], a["ranks"]) for a in told["adapters"]] == [("a", 2, [1, 2]), ("b", 1, [3])]
+    assert told["modules"]["m"] == {"shape": [6, 5], "kind": "linear", "ranks": {"a": 2, "b": 3}, "rank": 5}
+    assert told["extras"] == {"head.weight": {"from": ["b"], "decision": "carried over from b"}}
+    assert (told["rank"], told["dtype"], told["output_bytes"]) == (5, "float64", 8 * 5 * 23)
+    assert told["peak_bytes"] > told["output_bytes"]
+    assert told["warnings"]
+
+
+def test_one_adapter_is_enough() -> None:
+    assert make_plan([one(lowrank(3, 3, 1))], Recipe()).rank == 1

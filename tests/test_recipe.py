@@ -1,0 +1,197 @@
+from pathlib import Path
+
+import pytest
+
+from coremerge.errors import ConfigError
+from coremerge.recipe import DEFAULT_STEPS, Recipe, RecipeFile, read_recipe, write_recipe
+
+
+def read(tmp_path: Path, text: str) -> RecipeFile:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path)
+
+
+def test_steps_belong_to_the_default_method() -> None:
+    assert Recipe().steps == Recipe(steps=None).steps == DEFAULT_STEPS
+    assert Recipe(method="tsv").steps == ()
+    assert Recipe(method="tsv", steps=["isotropize"]).steps == ("isotropize",)
+    assert Recipe(steps=[]).steps == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"), ("torch.float32", "float32"), (None, None)],
+)
+def test_dtypes_have_their_usual_names(given: object, name: str | None) -> None:
+    assert Recipe(dtype=given).dtype == name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methd": "tsv"}, 'methd = "tsv": recipe: .*A recipe takes: space, method'),
+        ({"method": "tvs"}, "no method 'tvs'. Did you mean 'tsv'"),
+        ({"space": "cor"}, "no space 'cor'. Did you mean 'core'"),
+        ({"steps": ["flatten"]}, "no step 'flatten'"),
+        ({"steps": ["truncate"]}, "step 'truncate' needs 'rank'"),
+        ({"steps": ["truncate:rank=0"]}, "greater than or equal to 1"),
+        ({"steps": "isotropize"}, 'steps = "isotropize"'),
+        ({"method": "ties", "parameters": {"drop_rate": 0.1}}, "method 'ties' has no parameter 'drop_rate'"),
+        ({"method": "dare", "parameters": {"drop_rate": 1}}, "less than 1"),
+        ({"method": "cart", "parameters": {"scale": "inf"}}, "finite"),
+        ({"space": "core:rtol=0"}, "greater than 0"),
+        ({"space": "core:basis=other"}, "'stacked' or 'balanced'"),
+        ({"basis": "other"}, 'basis = "other"'),
+        ({"scale": "much"}, 'scale = "much"'),
+        ({"scale": float("nan")}, "scale"),
+        ({"rank": 0}, "rank = 0"),
+        ({"rank": "full"}, 'rank = "full"'),
+        ({"dtype": "int8"}, 'dtype = "int8"'),
+        ({"weights": "0.5,0.5"}, "weights"),
+        ({"weights": {"a": {"m": "x"}}}, "weights"),
+        ({"seed": 0.5}, "seed = 0.5"),
+    ],
+)
+def test_what_means_nothing_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe(**values)
+
+
+def test_a_recipe_cannot_be_changed_from_outside() -> None:
+    parameters = {"density": 0.3}
+    recipe = Recipe(method="ties", parameters=parameters)
+    parameters["density"] = 0.9
+    assert recipe.parameters == {"density": 0.3}
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.method = "sum"
+
+
+def test_the_basis_is_that_of_the_core_space_only() -> None:
+    assert Recipe(space="full", basis="balanced").parts()
+    assert Recipe(space="core:basis=balanced").parts()
+
+
+def test_steps_are_split_in_before_and_after() -> None:
+    parts = Recipe(steps=["isotropize", "balance", {"truncate": {"rank": 2}}]).parts()
+    assert (len(parts.before), len(parts.after)) == (1, 2)
+
+
+MERGEKIT = """
+merge_method: dare_ties
+base_model: meta-llama/Meta-Llama-3-8B
+models:
+  - model: org/one@main
+    parameters: {weight: 0.5}
+  - model: ./two
+  - three
+parameters:
+  density: 0.4
+  drop_rate: 0.3
+  normalize: true
+  lambda: 0.8
+dtype: bfloat16
+"""
+
+
+def test_mergekits_spelling(tmp_path: Path) -> None:
+    file = read(tmp_path, MERGEKIT)
+    assert file.models == ("org/one@main", "./two", "three")
+    assert file.base_model == "meta-llama/Meta-Llama-3-8B"
+    assert file.recipe == Recipe(
+        method="dare_ties",
+        parameters={"density": 0.4, "drop_rate": 0.3},
+        weights=[0.5, 1, 1],
+        normalize=True,
+        scale=0.8,
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "ours", "normalize"),
+    [
+        ("task_arithmetic", "sum", False),
+        ("linear", "sum", True),
+        ("dare_linear", "dare", False),
+        ("ties", "ties", False),
+    ],
+)
+def test_mergekits_methods(tmp_path: Path, method: str, ours: str, normalize: bool) -> None:
+    recipe = read(tmp_path, f"merge_method: {method}").recipe
+    assert (recipe.method, recipe.normalize, recipe.steps) == (ours, normalize, ())
+    assert not read(tmp_path, f"merge_method: {method}\nparameters: {{normalize: false}}").recipe.normalize
+
+
+def test_our_keys_stand_beside_them(tmp_path: Path) -> None:
+    text = (
+        "method: ties\nspace: 'knots:scaled=false'\nsteps: [balance, {truncate: {rank: 3}}]\nbasis: balanced\n"
+        "rank: 4\nscale: auto\nseed: 7\nout_dtype: fp16\nextras: drop\nallow_disjoint: true\n"
+        "weights: {a: 0.5, b: {m: 2}}\n"
+    )
+    file = read(tmp_path, text)
+    assert (file.models, file.base_model) == ((), None)
+    assert file.recipe == Recipe(
+        method="ties", space="knots:scaled=false", steps=["balance", {"truncate": {"rank": 3}}], basis="balanced",
+        rank=4, scale="auto", seed=7, dtype="float16", extras="drop", allow_disjoint=True,
+        weights={"a": 0.5, "b": {"m": 2}},
+    )  # fmt: skip
+
+
+def test_an_empty_mapping_is_the_default(tmp_path: Path) -> None:
+    assert read(tmp_path, "{}") == RecipeFile(Recipe())
+    assert read(tmp_path, "models: [a, b]").recipe == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("a: [", "cannot be read as YAML"),
+        ("merge_methode: ties", "merge_methode: an unknown key. Known: merge_method, models"),
+        ("models: a", 'models = "a": must be a list'),
+        ("models: [{name: a}]", "each entry is a 'model'"),
+        ("models: [{model: a, weight: 1}]", "each entry is a 'model'"),
+        ("models: [{model: a, parameters: {density: 1}}]", "only 'weight' can differ.*top-level"),
+        ("models: [{model: a, parameters: [1]}]", "only 'weight' can differ"),
+        ("models: [{model: a, parameters: {weight: x}}]", "weights"),
+        ("parameters: [1]", "parameters = \\[1\\]: must be a mapping"),
+        ("merge_method: slerp", "no method 'slerp'"),
+        ("merge_method: ties\nparameters: {gamma: 1}", "has no parameter 'gamma'"),
+        ("parameters: {lambda: x}", 'scale = "x"'),
+        ("1: 2", "1: an unknown key"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"recipe.yaml: .*{message}"):
+        read(tmp_path, text)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        read_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        read_recipe(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "models", "base"),
+    [
+        (Recipe(), (), None),
+        (Recipe(weights=[1, 2]), ("a", "b"), "base"),
+        (Recipe(weights=[1, 2], normalize=True), (), None),
+        (Recipe(weights={"a": 1, "b": {"m": 0.5}}), ("a", "b"), None),
+        (Recipe(method="ties", parameters={"density": 0.3}, scale=2.0, space="full", rank=3, seed=4), ("é",), "b"),
+        (Recipe(method="dare", steps=["balance", {"truncate": {"rank": 3}}], dtype="fp16", rank="exact"), ("a",), None),
+        (Recipe(space={"knots": {"scaled": False}}, basis="balanced", extras="drop", allow_disjoint=True), (), None),
+        (Recipe(method="cart", parameters={"rank": 3, "scale": 0.5}, scale=-1, normalize=True), ("a",), None),
+        (Recipe(method="tsv"), (), None),
+        (Recipe(method="sum", weights=[0.5]), ("a",), None),
+    ],
+)
+def test_what_is_written_reads_back(tmp_path: Path, recipe: Recipe, models: tuple[str, ...], base: str | None) -> None:
+    file = read(tmp_path, write_recipe(recipe, models, base))
+    assert (file.models, file.base_model) == (models, base)
+    assert file.recipe == recipe
