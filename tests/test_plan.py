@@ -100,7 +100,7 @@ def test_adapters_without_a_common_module_are_refused_unless_allowed() -> None:
         ({"space": "full", "method": "tsv"}, 5),
         ({"space": "full", "method": "ties"}, 6),
         ({"space": "full", "method": "sum", "steps": ["isotropize:span=false"]}, 6),
-        ({"space": "full", "method": "tsv", "parameters": {"rank": 4}}, 6),
+        ({"space": "full", "method": "tsv", "parameters": {"rank": 4, "pad": True}}, 6),
         ({"space": "full", "method": "ties", "rank": 4}, 4),
         ({"rank": 3}, 3),
         ({"rank": 99}, 5),

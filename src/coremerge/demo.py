@@ -76,18 +76,25 @@ class DemoResult:
         name: of the task set.
         rows: each task's own adapter, no adapter, then the merges.
         seconds: spent in all.
+        full: all rows of the splits were used, not only :data:`ROWS`.
     """
 
     name: str
     rows: tuple[Row, ...]
     seconds: float
+    full: bool
 
     def __getitem__(self, label: str) -> Row:
         return next(row for row in self.rows if row.label == label)
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"name": self.name, "seconds": self.seconds, "rows": [row.to_dict() for row in self.rows]}
+        return {
+            "name": self.name,
+            "seconds": self.seconds,
+            "full": self.full,
+            "rows": [row.to_dict() for row in self.rows],
+        }
 
 
 def run_demo(
@@ -133,7 +140,7 @@ def run_demo(
         tell(len(rows))
         rows.append(_measure(label, partial(merge, adapters, recipe, threads=threads), evaluator, fine=full))
     tell(len(rows))
-    return DemoResult(taskset.name, tuple(rows), time.perf_counter() - start)
+    return DemoResult(taskset.name, tuple(rows), time.perf_counter() - start, full)
 
 
 def _measure(label: str, run: Callable[[], MergeResult], evaluator: Evaluator, *, fine: bool) -> Row:

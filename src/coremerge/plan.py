@@ -205,8 +205,8 @@ def _is_dense(recipe: Recipe) -> bool:
     name, _ = parse_spec(recipe.space)
     steps = [parse_spec(step) for step in recipe.steps]
     spread = any(step == "isotropize" and str(options.get("span", True)).lower() == "false" for step, options in steps)
-    wide_tsv = recipe.method == "tsv" and recipe.parameters.get("rank") is not None
-    return name == "full" and (METHODS[recipe.method].elementwise or spread or wide_tsv)
+    padded = recipe.method == "tsv" and str(recipe.parameters.get("pad", False)).lower() == "true"
+    return name == "full" and (METHODS[recipe.method].elementwise or spread or padded)
 
 
 def _check_shared(adapters: Mapping[str, Adapter], modules: Mapping[str, PlannedModule], recipe: Recipe) -> None:

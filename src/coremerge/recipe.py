@@ -23,7 +23,7 @@ AUTO_RATIO = 0.45
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 DEFAULT_STEPS = ("isotropize",)
-DEFAULT_PARAMETERS = {"rank": "common"}
+DEFAULT_PARAMETERS = {"rank": 4}
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
@@ -36,7 +36,7 @@ class Recipe(BaseModel):
     Args:
         space: ``core`` (default), ``knots`` or ``full``; with parameters as ``"knots:scaled=false"``.
         method: a name of ``coremerge methods``.
-        parameters: the method's. The default method goes with ``rank="common"``, a method that is named with its own
+        parameters: the method's. The default method goes with ``rank=4``, a method that is named with its own
             defaults.
         steps: applied in order: those that act on updates before the method, the others on its result. They belong to
             the default method: a method that is named comes without steps unless they are named, too.
@@ -57,7 +57,7 @@ class Recipe(BaseModel):
 
     Example:
         >>> Recipe().method, Recipe().parameters, Recipe().steps
-        ('tsv', {'rank': 'common'}, ('isotropize',))
+        ('tsv', {'rank': 4}, ('isotropize',))
         >>> Recipe(method="ties").parameters, Recipe(method="ties").steps
         ({}, ())
     """

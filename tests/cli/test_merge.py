@@ -132,9 +132,9 @@ def test_what_is_printed(run):
     told = {key: value.strip() for key, value in told.items()}
     assert told["merged"] == "3 adapters: A, B, C"
     assert told["modules"] == "4, of which 1 in every adapter"
-    assert told["method"] == "tsv (rank=common), then isotropize, in core space, stacked basis"
+    assert told["method"] == "tsv (rank=4), then isotropize, in core space, stacked basis"
     assert told["scale"].endswith("(auto)")
-    assert told["rank"] == "12"
+    assert told["rank"] == "10"
     assert told["energy lost"] == "none"
     assert told["written to"] == "OUT"
     assert result.stderr == "warning: C lacks 3 of 4 modules: it contributes nothing there\n"

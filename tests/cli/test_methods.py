@@ -35,7 +35,7 @@ def test_one_in_full(run):
     [
         ("truncate", "rank  (integer ≥ 1; required)"),
         ("isotropize", "span  (true or false; default true)"),
-        ("tsv", "rank  (integer ≥ 1 or common or none; default none)"),
+        ("tsv", "rank  (integer ≥ 1 or none; default none)"),
         ("sum", "linear: a weighted sum"),
         ("knots", "--space knots[:KEY=VALUE]"),
         ("core", "rtol  (number > 0, < 1; default 1e-08)"),

@@ -68,8 +68,9 @@ def run(*arguments: str) -> str:
 def test_the_command_prints_both_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_example", lambda: folder)
     text = run("-q")
-    for label in ("own adapter", "no adapter", *CANDIDATES, "normalised", "colour", "length"):
+    for label in ("own adapter", "no adapter", *CANDIDATES, "normalised", "colour", "length", "A quick look"):
         assert label in text
+    assert "A quick look" not in run("-q", "--full")
 
 
 def test_the_command_prints_json(folder: Path) -> None:

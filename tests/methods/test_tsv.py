@@ -54,7 +54,7 @@ def test_a_given_rank_takes_the_leading_ones() -> None:
 def test_a_rank_above_the_numerical_one_takes_null_vectors_as_published() -> None:
     """min(m, n)/T vectors per task, most of them arbitrary: only what they leave alone can be compared."""
     updates = [lowrank(12, 10, 2, seed=s) for s in (0, 1)]
-    ours = merged(updates, method="tsv", space="full", parameters={"rank": 5})
+    ours = merged(updates, method="tsv", space="full", parameters={"rank": 5, "pad": True})
     values = torch.cat([torch.linalg.svdvals(u.dense())[:5] for u in updates]).sort(descending=True).values
     close(torch.linalg.svdvals(ours)[:10], values, tol=1e-7)  # ten orthonormal columns on either side
     cut = merged(updates, method="tsv", space="full")
@@ -79,3 +79,8 @@ def test_nothing_at_all() -> None:
     empty = [LowRank.zeros(4, 3), LowRank.zeros(4, 3)]
     assert merged(empty, method="tsv").abs().max() == 0
     assert merged([0.0 * lowrank(4, 3, 2)], method="tsv", steps=["isotropize"]).abs().max() == 0
+
+
+def test_a_rank_above_a_task_s_own_takes_what_there_is():
+    updates = [lowrank(9, 7, 2, seed=1), lowrank(9, 7, 3, seed=2)]
+    close(merged(updates, method="tsv", parameters={"rank": 6}), merged(updates, method="tsv"))

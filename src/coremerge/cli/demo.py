@@ -66,23 +66,28 @@ def render(result: DemoResult) -> list[RenderableType]:
     """The comparison, and the normalised scores per task."""
     from rich.table import Table
 
+    from coremerge.demo import ROWS
+
     summary = Table(
         title=f"{result.name}: scores on the test rows, averaged over tasks ({result.seconds:.0f} s in all)"
     )
-    summary.add_column("merge")
+    summary.add_column("merge", no_wrap=True)
     for heading in ("seconds", "scale: auto", "raw", "normalised", "scale: tuned", "raw", "normalised"):
         summary.add_column(heading, justify="right")
     for row in result.rows:
         summary.add_row(*_summary(row))
     tasks = list(result.rows[0].scores.raw)
     detail = Table(title="Each task's score at the default scale, as a share of its own adapter's")
-    detail.add_column("merge")
+    detail.add_column("merge", no_wrap=True)
     for task in tasks:
         detail.add_column(task.replace("_", " "), justify="right")
     detail.add_row("own adapter, raw", *(f"{result.rows[0].scores.raw[task]:.3f}" for task in tasks))
     for row in result.rows[1:]:
         detail.add_row(row.label, *(f"{row.scores.normalised[task]:.3f}" for task in tasks))
-    return [summary, detail]
+    if result.full:
+        return [summary, detail]
+    used = " and ".join(f"{count} {split}" for split, count in ROWS.items())
+    return [summary, detail, f"A quick look: the first {used} rows of each task. --full uses them all."]
 
 
 def _summary(row: Row) -> list[str]:

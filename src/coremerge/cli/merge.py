@@ -113,7 +113,7 @@ def merge(
 ) -> None:
     """Merge adapters into one.
 
-    By default with TSV (as many directions of each task) and isotropize in Core Space, scaled automatically.
+    By default with TSV (four directions a task) and isotropize in Core Space, scaled automatically.
     """
     from coremerge.cli import _options
     from coremerge.pipeline import prepare

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from coremerge.errors import MismatchError, MissingExtraError, SourceError
 from coremerge.evaluation.taskset import Row, TaskSet
+from coremerge.executors import local
 from coremerge.lowrank import LowRank
 
-BATCH = 32
+BATCH = 16
 """Rows that go through together: few enough that they are of similar lengths."""
 
 
@@ -54,12 +55,13 @@ class Encoder:
             for chunk in chunks
         ]
 
-    @torch.inference_mode()
     def features(self, batches: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
         """(rows, width), in the order of the rows that were tokenised."""
         places = torch.cat([place for place, _ in batches])
-        return torch.cat([self._pooled(batch) for _, batch in batches])[places.argsort()]
+        pooled = local.run(self._pooled, (batch for _, batch in batches))
+        return torch.cat(list(pooled))[places.argsort()]
 
+    @torch.inference_mode()
     def _pooled(self, batch: dict[str, Tensor]) -> Tensor:
         mask = batch["attention_mask"].unsqueeze(-1).float()
         hidden: Tensor = self.model(**batch).last_hidden_state
