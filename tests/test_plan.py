@@ -111,6 +111,11 @@ def test_the_rank_is_the_most_there_can_be(recipe: dict, rank: int) -> None:
     assert plan(adapter({"m": (6, 7, 2)}), adapter({"m": (6, 7, 3)}), **recipe).rank == rank
 
 
+def test_no_rank_is_above_that_of_the_shape() -> None:
+    for space in ("core", "knots", "full"):
+        assert plan(adapter({"m": (6, 7, 5)}), adapter({"m": (6, 7, 5)}), space=space).rank == 6
+
+
 def test_output_bytes_are_those_of_factors_of_uniform_rank() -> None:
     p = plan(A, B, dtype="float16")
     assert p.output_bytes == 2 * 5 * (6 + 5 + 8 + 4)

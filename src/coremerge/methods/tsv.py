@@ -13,6 +13,7 @@ from coremerge.linalg import numerical_rank, polar
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, svds, thin_svd
 from coremerge.methods import METHODS, Method, Site
 
+
 @METHODS.register("tsv", unitary=True, source="Task Singular Vectors, arXiv 2412.00081")
 def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> Method:
     """Put the tasks' singular vectors side by side, replace each stack by its polar factor, multiply back.
