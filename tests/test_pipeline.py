@@ -53,8 +53,8 @@ def test_the_initial_adapter_of_one_of_two_with_one_name(sources, tmp_path):
     with pytest.raises(ConfigError, match="more than one adapter of that name"):
         read_adapters([sources[0], twin], initial={"A": start})
     adapters = read_adapters([sources[0], twin], initial={str(twin): start})
-    assert list(adapters) == ["A", "A-2"]
-    assert adapters["A-2"].modules.popitem()[1].rank == 8
+    assert list(adapters) == [f"{tmp_path.name}/A", "x/A"]
+    assert adapters["x/A"].modules.popitem()[1].rank == 8
 
 
 def test_an_output_is_checked_first(sources):

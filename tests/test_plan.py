@@ -47,6 +47,21 @@ def test_labels_that_coincide_are_numbered() -> None:
     assert list(name_adapters({"x": A, "y": A})) == ["x", "y"]
 
 
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["runs/math/c-9", "runs/code/c-9"], ["math/c-9", "code/c-9"]),
+        (["runs/math/c-9/adapter_model.safetensors", "c-9"], ["math/c-9", "c-9"]),
+        (["org/c-9@v2", "other/c-9:c-9"], ["org/c-9", "other/c-9"]),
+        (["runs/math/c-9", "runs/math/c-9", "c-9"], ["math/c-9", "math/c-9-2", "c-9"]),
+        (["c-9", "c-9"], ["c-9", "c-9-2"]),
+    ],
+)
+def test_labels_that_coincide_say_where_they_are(sources: list[str], names: list[str]) -> None:
+    given = [adapter({"m": (6, 5, 2)}, "c-9", source=source) for source in sources]
+    assert list(name_adapters(given)) == names
+
+
 @pytest.mark.parametrize("nothing", [[], {}])
 def test_no_adapters_are_refused(nothing: object) -> None:
     with pytest.raises(InputError, match="no adapters given"):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from coremerge.errors import ConfigError
+from coremerge.errors import ConfigError, SourceError
 from coremerge.recipe import DEFAULT_STEPS, Recipe, RecipeFile, read_recipe, write_recipe
 
 
@@ -14,9 +14,9 @@ def read(tmp_path: Path, text: str) -> RecipeFile:
 
 def test_steps_belong_to_the_default_method() -> None:
     assert Recipe().steps == Recipe(steps=None).steps == DEFAULT_STEPS
-    assert Recipe(method="tsv").steps == ()
-    assert Recipe(method="tsv", steps=["isotropize"]).steps == ("isotropize",)
-    assert Recipe(steps=[]).steps == ()
+    assert Recipe(method="tsv").steps == []
+    assert Recipe(method="tsv", steps=["isotropize"]).steps == ["isotropize"]
+    assert Recipe(steps=[]).steps == []
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_dtypes_have_their_usual_names(given: object, name: str | None) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"methd": "tsv"}, 'methd = "tsv": recipe: .*A recipe takes: space, method'),
+        ({"methd": "tsv"}, 'methd = "tsv": .*A recipe takes: space, method'),
         ({"method": "tvs"}, "no method 'tvs'. Did you mean 'tsv'"),
         ({"space": "cor"}, "no space 'cor'. Did you mean 'core'"),
         ({"steps": ["flatten"]}, "no step 'flatten'"),
@@ -119,7 +119,7 @@ def test_mergekits_spelling(tmp_path: Path) -> None:
 )
 def test_mergekits_methods(tmp_path: Path, method: str, ours: str, normalize: bool) -> None:
     recipe = read(tmp_path, f"merge_method: {method}").recipe
-    assert (recipe.method, recipe.normalize, recipe.steps) == (ours, normalize, ())
+    assert (recipe.method, recipe.normalize, recipe.steps) == (ours, normalize, [])
     assert not read(tmp_path, f"merge_method: {method}\nparameters: {{normalize: false}}").recipe.normalize
 
 
@@ -169,7 +169,7 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, mes
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+    with pytest.raises(SourceError, match=r"none\.yaml: cannot be read: No such file or directory$"):
         read_recipe(tmp_path / "none.yaml")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):

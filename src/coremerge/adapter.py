@@ -74,6 +74,7 @@ class Info:
         auto_mapping: PEFT's, or None.
         modules_to_save: module names (as PEFT's config lists them) that the extras belong to.
         token_indices: module name → trained token ids, for extras that are token rows.
+        targets: ends of module names: the base model has no such modules but the adapter's.
         files: the files that were read.
         notes: what was normalised or left unread, in plain words.
     """
@@ -89,6 +90,7 @@ class Info:
     auto_mapping: Mapping[str, Any] | None = None
     modules_to_save: tuple[str, ...] = ()
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 

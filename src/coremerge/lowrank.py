@@ -196,6 +196,21 @@ def svds(matrices: Sequence[LowRank]) -> list[ThinSVD]:
     return [matrix.svd for matrix in matrices]
 
 
-def total(matrices: Sequence[LowRank]) -> LowRank:
-    """The exact sum of ``matrices``: factors side by side, rank Σ r."""
-    return LowRank(torch.cat([m.left for m in matrices], -1), torch.cat([m.right for m in matrices], -2))
+def total(matrices: Sequence[LowRank], dtype: torch.dtype | None = None) -> LowRank:
+    """The exact sum of ``matrices``: factors side by side, rank Σ r; in ``dtype``, if given."""
+    return LowRank(
+        _side_by_side([m.left for m in matrices], -1, dtype), _side_by_side([m.right for m in matrices], -2, dtype)
+    )
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int, dtype: torch.dtype | None) -> Tensor:
+    if dtype in (None, parts[0].dtype):
+        return torch.cat(list(parts), dim)
+    # torch.cat and a change of dtype would go through memory twice
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    stack, start = parts[0].new_empty(shape, dtype=dtype), 0
+    for part in parts:
+        stack.narrow(dim, start, part.shape[dim]).copy_(part)
+        start += part.shape[dim]
+    return stack

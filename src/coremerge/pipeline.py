@@ -7,9 +7,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ from coremerge.errors import ConfigError, CoremergeError
 from coremerge.formats import load
 from coremerge.formats.atomic import check_output
 from coremerge.formats.source import locate
-from coremerge.formats.writer import Saved, file_sha256, save
+from coremerge.formats.writer import Saved, save
+from coremerge.hashing import Hashes
 from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult, Report, execute
 from coremerge.plan import Plan, make_plan, name_adapters
@@ -219,17 +219,20 @@ class Prepared:
         device: str = "cpu",
         batch: int | None = None,
         command: Sequence[str] | None = None,
+        hashes: Hashes | None = None,
         progress: Progress | None = None,
     ) -> Merged:
-        """Merge and write: see :func:`merge_files`."""
+        """Merge and write: see :func:`merge_files`; ``hashes`` may have begun with the inputs' files."""
         _check_device(device)
         tell = progress or _silent
-        with _hashes(self.plan.adapters) as hashes:
+        with nullcontext(hashes) if hashes else Hashes() as started:
+            for file in _files(self.plan.adapters):
+                started.start(file)
             try:
                 result = execute(
                     self.plan, threads=threads, device=device, batch=batch, progress=_stage(tell, "merging")
                 )
-                sha256 = hashes()
+                sha256 = _sha256(self.plan.adapters, started)
                 card = self._card(result, sha256, command)
                 saved = self._save(result.adapter, out, card, threads, _stage(tell, "writing"))
             except torch.OutOfMemoryError as error:
@@ -371,18 +374,12 @@ def _check_device(device: str) -> None:
         raise ConfigError(f"cannot be used: {first}", key="device", value=device, remedy="Use --device cpu") from None
 
 
-@contextmanager
-def _hashes(adapters: Mapping[str, Adapter]) -> Iterator[Callable[[], dict[str, dict[str, str]]]]:
-    """SHA-256 of all files that were read, in a thread beside the merge; they are waited for when asked for."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-    try:
-        started: dict[str, dict[str, Future[str]]] = {
-            name: {label: pool.submit(file_sha256, file) for label, file in _named(adapter.info.files).items()}
-            for name, adapter in adapters.items()
-        }
-        yield lambda: {name: {key: f.result() for key, f in files.items()} for name, files in started.items()}
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _sha256(adapters: Mapping[str, Adapter], hashes: Hashes) -> dict[str, dict[str, str]]:
+    """Adapter name → file name → SHA-256 of all files that were read."""
+    return {
+        name: {label: hashes[file] for label, file in _named(adapter.info.files).items()}
+        for name, adapter in adapters.items()
+    }
 
 
 def _named(files: Sequence[Path]) -> dict[str, Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -157,7 +159,9 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
 
 
 def name_adapters(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[str, Adapter]:
-    """Names for adapters: a mapping's own; else each one's label, numbered where labels coincide.
+    """Names for adapters: a mapping's own; else each one's label.
+
+    Where labels coincide, the folder or owner above is put before them (``math/checkpoint-100``), or a number after.
 
     Raises:
         InputError: there are none.
@@ -166,14 +170,27 @@ def name_adapters(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[s
         raise InputError("no adapters given", remedy="Name at least one")
     if isinstance(adapters, Mapping):
         return dict(adapters)
+    short, long = (Counter(map(name, adapters)) for name in (_label, _longer_label))
     named: dict[str, Adapter] = {}
     for adapter in adapters:
-        name, count = adapter.name, 1
+        name = label = _longer_label(adapter) if short[_label(adapter)] > long[_longer_label(adapter)] else adapter.name
+        count = 1
         while name in named:
             count += 1
-            name = f"{adapter.name}-{count}"
+            name = f"{label}-{count}"
         named[name] = adapter
     return named
+
+
+def _label(adapter: Adapter) -> str:
+    return adapter.name
+
+
+def _longer_label(adapter: Adapter) -> str:
+    """With the name of the folder, or on the hub of the owner, that it is in."""
+    parts = re.split("[@:]", adapter.info.source)[0].split("/")
+    above = parts[parts.index(adapter.name) - 1] if adapter.name in parts[1:] else ""
+    return f"{above}/{adapter.name}" if above else adapter.name
 
 
 def _module_names(adapters: Mapping[str, Adapter]) -> list[str]:
@@ -256,6 +273,7 @@ def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra]) -> In
         auto_mapping=agreed("auto_mapping"),
         modules_to_save=tuple(sorted(saved)),
         token_indices={key: ids for key, ids in tokens.items() if key not in dropped},
+        targets=tuple(sorted({target for info in infos for target in info.targets})),
     )
 
 

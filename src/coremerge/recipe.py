@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from coremerge.errors import ConfigError
+from coremerge.errors import ConfigError, SourceError
 from coremerge.registry import Spec
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ AUTO_RATIO = 0.45
 """``scale="auto"``: the merged update's spectral norm over the inputs' mean one, averaged over modules."""
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
-DEFAULT_STEPS = ("isotropize",)
+DEFAULT_STEPS: list[Spec] = ["isotropize"]
 DEFAULT_PARAMETERS = {"rank": 4}
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
@@ -57,9 +57,9 @@ class Recipe(BaseModel):
 
     Example:
         >>> Recipe().method, Recipe().parameters, Recipe().steps
-        ('tsv', {'rank': 4}, ('isotropize',))
+        ('tsv', {'rank': 4}, ['isotropize'])
         >>> Recipe(method="ties").parameters, Recipe(method="ties").steps
-        ({}, ())
+        ({}, [])
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,7 +67,7 @@ class Recipe(BaseModel):
     space: Spec = "core"
     method: str = "tsv"
     parameters: dict[str, Any] = DEFAULT_PARAMETERS
-    steps: tuple[Spec, ...] = DEFAULT_STEPS
+    steps: list[Spec] = DEFAULT_STEPS
     basis: Literal["stacked", "balanced"] = "stacked"
     weights: Weights | None = None
     normalize: bool = False
@@ -81,7 +81,7 @@ class Recipe(BaseModel):
     def __init__(self, **values: Any) -> None:
         named = "method" in values
         if values.get("steps") is None:
-            values["steps"] = () if named else DEFAULT_STEPS
+            values["steps"] = [] if named else DEFAULT_STEPS
         if values.get("parameters") is None:
             values["parameters"] = {} if named else DEFAULT_PARAMETERS
         try:
@@ -89,7 +89,7 @@ class Recipe(BaseModel):
         except ValidationError as error:
             detail = error.errors()[0]
             raise ConfigError(
-                f"recipe: {detail['msg']}",
+                detail["msg"],
                 key=".".join(map(str, detail["loc"][:1])),
                 value=detail["input"],
                 remedy=f"A recipe takes: {', '.join(type(self).model_fields)}"
@@ -162,12 +162,15 @@ def read_recipe(path: str | Path) -> RecipeFile:
     (normalised, as there) and ``dare_linear`` are understood.
 
     Raises:
+        SourceError: the file cannot be read.
         ConfigError: not YAML, or a key or value that means nothing here.
     """
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot be read as YAML: {error}".replace("\n", " "), file=path) from None
     if not isinstance(data, dict):
         raise ConfigError("a recipe is a mapping of keys to values", file=path, value=data)

@@ -52,6 +52,17 @@ def test_a_refusal_has_no_traceback(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "status"), [(["--version"], 0), (["merge", "A", "-o", "B"], 1), (["merge", "-x"], 2)]
+)
+def test_the_script_ends_at_once_with_all_said(tmp_path, words, status):
+    code = "import atexit\natexit.register(print, 'late')\nfrom coremerge.cli import script\nscript()"
+    process = python(code, *words, cwd=tmp_path)
+    shown, told = process.communicate()
+    assert process.returncode == status
+    assert shown + told and "late" not in shown
+
+
 SLOW = """
 import time
 from coremerge.formats.safetensors_layout import TensorFile

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import coremerge
+from coremerge.hashing import file_sha256
 from tiny import make_adapter, make_base, modules
 
 ISSUED = (
@@ -176,17 +177,15 @@ def test_the_card(run):
     card = Path("OUT/README.md").read_text(encoding="utf-8")
     assert shlex.join(["coremerge", *words]) in card
     assert "density: 0.3" in card
-    from coremerge.formats.writer import file_sha256
-
     for name in "AB":
         assert file_sha256(Path(name, "adapter_model.safetensors")) in card
 
 
 def test_labels_that_coincide_are_told_apart(run):
     make_adapter(Path("other/A"), seed=7)
-    words = ["--method", "sum", "--scale", "1", "--weights", "A=1,A-2=3", "--json"]
+    words = ["--method", "sum", "--scale", "1", "--weights", "A=1,other/A=3", "--json"]
     result = run("merge", "A", "other/A", "-o", "OUT", *words)
-    assert [a["name"] for a in json.loads(result.stdout)["plan"]["adapters"]] == ["A", "A-2"]
+    assert [a["name"] for a in json.loads(result.stdout)["plan"]["adapters"]] == ["A", "other/A"]
     close("OUT", total(("A", 1), ("other/A", 3)))
 
 

@@ -1,7 +1,10 @@
 """W + Δ in the base's own files: transformers loads them, and they compute what PEFT computes."""
 
+import errno
 import json
+import os
 import shutil
+import threading
 from typing import ClassVar
 
 import pytest
@@ -25,7 +28,7 @@ from transformers import (
 import coremerge
 from coremerge.adapter import Adapter, Info, Module
 from coremerge.errors import ConfigError, MismatchError, OutputError, SourceError, TensorError, UnsupportedError
-from coremerge.formats import into
+from coremerge.formats import base_weights, into
 from coremerge.formats.into import plan_into, save_into
 from coremerge.lowrank import LowRank
 
@@ -43,6 +46,16 @@ def llama(**settings):
 def gpt2():
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
+
+
+def tied(folder, *, both):
+    """A base with tied weights; ``both`` tables may be in its file all the same."""
+    llama(tie_word_embeddings=True).save_pretrained(folder)
+    if both:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def bert(kind=BertModel, **settings):
@@ -186,8 +199,28 @@ class TestTransformersLoads:
         assert torch.equal(loaded.lm_head.weight, head)
         assert not torch.equal(loaded.model.embed_tokens.weight, head)
 
-    def test_unties_a_text_config_too(self, tmp_path):
-        text = json.dumps({"dtype": "float32", "text_config": {"tie_word_embeddings": True, "hidden_size": 2}})
+    @pytest.mark.parametrize("both", [False, True])
+    def test_token_rows_of_tied_weights_change_both_ends(self, tmp_path, both):
+        rows = {"trainable_token_indices": {"embed_tokens": [7, 2]}}
+        peft, made = trained(llama(tie_word_embeddings=True), tmp_path / "a", target_modules=["q_proj"], **rows)
+        saved = save_into(tied(tmp_path / "base", both=both), made, tmp_path / "out")
+        assert saved.notes == ()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(loaded(TOKENS).logits, peft(TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+    @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")  # PEFT's, and rightly so
+    def test_one_of_two_tied_tables_in_a_file_unties_them(self, tmp_path, target):
+        peft, made = trained(llama(tie_word_embeddings=True), tmp_path / "a", target_modules=[target])
+        saved = save_into(tied(tmp_path / "base", both=True), made, tmp_path / "out")
+        assert "tie_word_embeddings was switched off" in " ".join(saved.notes)
+        assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(loaded(TOKENS).logits, peft(TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("inner", [{"tie_word_embeddings": True, "hidden_size": 2}, {"hidden_size": 2}])
+    def test_unties_a_text_config_too(self, tmp_path, inner):
+        text = json.dumps({"dtype": "float32", "text_config": inner})
         base = plain_base(tmp_path / "base", {"a.weight": torch.zeros(3, 2)}, config=text)
         made = adapter({"a": Module((3, 2), 1)}, extras={"lm_head.weight": torch.ones(3, 2)})
         save_into(base, made, tmp_path / "out", dtype="float16")
@@ -280,6 +313,23 @@ class TestLayers:
             assert after["f8"].dtype == torch.float8_e4m3fn
             assert after["scalar"].dtype == (torch.float64 if dtype else torch.float32)
 
+    def test_tensors_of_several_blocks_are_copied_whole(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(base_weights, "BLOCK", 7)
+        tensors = {"a.weight": torch.ones(2, 3), "b": torch.randn(5, 3), "c": torch.arange(5)}
+        base = plain_base(tmp_path / "base", tensors)
+        save_into(base, adapter({"a": Module((2, 3), 1)}), tmp_path / "out", threads=2)
+        assert all(torch.equal(whole(tmp_path / "out")[key], tensors[key]) for key in "bc")
+
+    @pytest.mark.parametrize(("config", "tied"), [("{}", False), ('{"tie_word_embeddings": true}', True)])
+    def test_an_output_layer_is_tied_only_if_the_config_says_so(self, tmp_path, config, tied):
+        tensors = {name: torch.zeros(5, 2) for name in ("embed_tokens.weight", "lm_head.weight", "other.weight")}
+        base = plain_base(tmp_path / "base", tensors | {"a.weight": torch.ones(2, 3)}, config=config)
+        rows = {"embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 2)}
+        info = Info(token_indices={"embed_tokens": (3,)})
+        save_into(base, adapter({"a": Module((2, 3), 1)}, extras=rows, info=info), tmp_path / "out")
+        changed = {key for key in tensors if whole(tmp_path / "out")[key].any()}
+        assert changed == {"embed_tokens.weight", *(["lm_head.weight"] if tied else [])}
+
     def test_square_weights_go_by_the_flag(self, tmp_path):
         base = plain_base(tmp_path / "base", {"a.weight": torch.zeros(4, 4)})
         for flag in (False, True):
@@ -318,6 +368,22 @@ class TestRefusals:
     def test_an_output_layer_of_a_tied_base(self, base, tmp_path):
         made = adapter({"lm_head": Module((3, 2), 1)})
         self.refused(MismatchError, "shares the input embedding's", base, made, tmp_path)
+
+    def test_another_dtype_for_a_base_quantised_in_part(self, tmp_path):
+        quantised = {"b.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "b.weight_scale_inv": torch.ones(1)}
+        tensors = {"a.weight": torch.zeros(3, 2), **quantised}
+        base = plain_base(tmp_path / "base", tensors, config='{"quantization_config": {"quant_method": "fp8"}}')
+        made = adapter({"a": Module((3, 2), 1)})
+        self.refused(
+            UnsupportedError, "quantization_config: .*Leave out the dtype", base, made, tmp_path, dtype="float16"
+        )
+        save_into(base, made, tmp_path / "out")
+        assert all(torch.equal(whole(tmp_path / "out")[key].float(), quantised[key].float()) for key in quantised)
+
+    def test_an_fp8_weight(self, tmp_path):
+        base = plain_base(tmp_path / "base", {"a.weight": torch.ones(3, 2).to(torch.float8_e4m3fn)})
+        made = adapter({"a": Module((3, 2), 1)})
+        self.refused(UnsupportedError, r"a\.weight: a quantised weight \(F8_E4M3\)", base, made, tmp_path)
 
     def test_another_shape_names_both(self, base, tmp_path):
         made = adapter({"model.a": Module((2, 3), 1)})
@@ -392,6 +458,12 @@ class TestRefusals:
         made = Adapter.from_updates({"a": LowRank(torch.full((2, 1), 6e4), torch.ones(1, 2))})
         self.refused(TensorError, r"a\.weight: values up to 1.2e\+05 do not fit float16", base, made, tmp_path)
 
+    def test_a_weight_that_no_longer_fits(self, tmp_path):
+        tensors = {"a.weight": torch.ones(2, 2), "b": torch.full((3,), 1e5)}
+        base = plain_base(tmp_path / "base", tensors)
+        made = adapter({"a": Module((2, 2), 1)})
+        self.refused(TensorError, "b: values up to 1e\\+05 do not fit float16", base, made, tmp_path, dtype="fp16")
+
     def test_repeated_layers_and_nested_attention(self, base, tmp_path):
         made = adapter({"model.a": Module((3, 2), 1)}, info=Info(layer_replication=((0, 1), (0, 1))))
         self.refused(UnsupportedError, "layer_replication", base, made, tmp_path)
@@ -422,6 +494,33 @@ class TestRefusals:
         with pytest.raises(KeyboardInterrupt):
             save_into(base, Adapter({"model.a": Module((3, 2), 1)}, load), tmp_path / "out")
         assert {p.name for p in tmp_path.iterdir()} == {"base"}
+
+    def test_no_thread_outlives_an_interruption(self, base, tmp_path):
+        def progress(done, count):
+            raise KeyboardInterrupt
+
+        made = adapter({"model.a": Module((3, 2), 1)})
+        with pytest.raises(KeyboardInterrupt) as raised:
+            save_into(base, made, tmp_path / "out", threads=3, progress=progress)
+        assert raised.tb  # which holds all frames
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("coremerge")]
+        assert {p.name for p in tmp_path.iterdir()} == {"base"}
+
+    @pytest.mark.parametrize(
+        ("call", "name"),
+        [
+            ("os.pwrite", "model.safetensors"),
+            ("os.fsync", "model.safetensors"),
+            ("shutil.copyfileobj", "config.json"),
+        ],
+    )
+    def test_a_full_disk_names_the_file_that_was_wanted(self, base, tmp_path, monkeypatch, call, name):
+        def fail(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(call, fail)
+        made = adapter({"model.a": Module((3, 2), 1)})
+        self.refused(OutputError, f"{tmp_path / 'out' / name}: the disk is full", base, made, tmp_path)
 
 
 class TestBase:
@@ -550,7 +649,13 @@ class TestBase:
         (tmp_path / "base/adapter_config.json").touch()
         with pytest.raises(SourceError, match=r"no model\.safetensors here: this is an adapter"):
             plan_into(tmp_path / "base", self.MADE)
-        for missing in (tmp_path / "missing", "not an id", str(tmp_path / "base/adapter_config.json")):
+        for missing in (
+            tmp_path / "missing",
+            "not an id",
+            "~nobody-of-this-name/base",
+            "a\0b",
+            str(tmp_path / "base/adapter_config.json"),
+        ):
             with pytest.raises(SourceError, match="no such base model"):
                 plan_into(missing, self.MADE)
 
@@ -568,6 +673,23 @@ class TestBase:
         with pytest.raises(SourceError, match="ends before the tensor does"):
             save_into(base, Adapter(self.MADE.modules, load), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("gone", ["model.safetensors", "tokenizer.json"])
+    def test_a_base_that_goes_meanwhile(self, base, tmp_path, gone):
+        (base / "tokenizer.json").write_text("{}")
+        plan = plan_into(base, self.MADE)
+        (base / gone).unlink()
+        with pytest.raises(SourceError, match=rf"base/{gone}: cannot be read: No such file"):
+            plan.write(tmp_path / "out")
+        assert {p.name for p in tmp_path.iterdir()} == {"base"}
+
+    def test_a_base_on_a_broken_disk(self, base, tmp_path, monkeypatch):
+        def fail(*_):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(SourceError, match=r"base/model\.safetensors: cannot be read: Input/output error"):
+            save_into(base, self.MADE, tmp_path / "out")
 
     def test_an_adapter_is_loaded_by_peft_beside_it(self, tmp_path):
         base = sharded(llama(), tmp_path / "base")

@@ -225,6 +225,7 @@ class TestInitial:
         adapter = load(trained, initial=start)
         assert {m.rank for m in adapter.modules.values()} == {8}
         assert any("initial" in note and "rank 4 became 8" in note for note in adapter.info.notes)
+        assert {file.parent.name for file in adapter.info.files} == {trained.name, start.name}
         for name in ("q_proj", "k_proj"):
             layer = model.base_model.model.get_submodule(name)
             real = layer.base_layer.weight + layer.get_delta_weight("default") - before[f"{name}.weight"]

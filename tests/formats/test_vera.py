@@ -92,11 +92,13 @@ def test_widths_from_the_base_config_and_the_names(tmp_path: Path, given: str) -
 def test_widths_from_a_hub_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 8, "n_inner": None}))
-    cache = zoo.hub_cache(tmp_path / "hub", "org/base", {"config.json": tmp_path / "config.json"})
+    listed = dict.fromkeys(("config.json", "sub/config.json"), tmp_path / "config.json")
+    cache = zoo.hub_cache(tmp_path / "hub", "org/base", listed)
     model = zoo.adapted(
         zoo.quietly(peft.VeraConfig, r=4, target_modules=["q_proj", "up_proj"], save_projection=False), Block()
     )
-    check(model, load(zoo.save(model, tmp_path / "a"), base="org/base", cache_dir=cache), 4)
+    for name in ("org/base", "org/base:sub"):
+        check(model, load(zoo.save(model, tmp_path / "a"), base=name, cache_dir=cache), 4)
 
 
 def test_fan_in_fan_out_is_read(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,7 @@ class TestProfile:
             task_type="CAUSAL_LM",
             layer_replication=((0, 2), (1, 3)),
             auto_mapping={"parent_library": "transformers"},
+            targets=("q_proj", "v_proj"),
             notes=("read from somewhere",),
         )
         save(replace_info(stacked(), info), tmp_path / "out")
@@ -176,6 +179,11 @@ class TestProfile:
             "use_rslora": False,
         }
         LoraConfig.from_pretrained(tmp_path / "out")
+
+    @pytest.mark.parametrize("name", ["日本/基", "half a pair: \ud83d"])
+    def test_names_in_any_script(self, tmp_path, name):
+        save(replace_info(stacked(), Info(base_model=name)), tmp_path / "out")
+        assert coremerge.load(tmp_path / "out").info.base_model == name
 
     def test_keys_and_shapes(self, tmp_path):
         save(adapter(), tmp_path / "out")
@@ -240,15 +248,54 @@ class TestTargets:
             [*stack, "model.layers.0.self_attn.v_proj"],
             [*stack, "lm_head"],
             ["model.layers.0.self_attn.q_proj"],
-            [name.replace("model", "vision.tower") for name in stack],
+            [*stack, *(name.replace("model", "vision.tower") for name in stack)],
+            [name.replace("q_proj", "self_q_proj") for name in stack],
             [name.replace("q_proj", "dense") for name in stack],
-            [f"model.layers.{i}.experts.{j}.up_proj" for i in range(2) for j in range(2)],
         ):
+            assert target_modules(names, ["q_proj", "v_proj", "lm_head"]) == sorted(names)
             assert target_modules(names) == sorted(names)
 
-    def test_suffixes_where_they_are_exact(self):
+    @pytest.mark.parametrize("targets", [["query", "value"], ["value", "attention.self.query", "dense"]])
+    def test_suffixes_where_they_are_exact(self, targets):
         names = [f"encoder.layer.{i}.attention.self.{x}" for i in range(12) for x in ("query", "value")]
-        assert target_modules(names) == ["attention.self.query", "attention.self.value"]
+        assert target_modules(names, targets) == ["attention.self.query", "attention.self.value"]
+
+    @pytest.mark.parametrize(
+        ("changes", "known"),
+        [
+            ({}, ("q_proj",)),
+            ({"layers_to_transform": [], "exclude_modules": None}, ("q_proj",)),
+            ({"layers_to_transform": [0, 1]}, ()),
+            ({"layers_to_transform": 0}, ()),
+            ({"exclude_modules": ["layers.7.q_proj"]}, ()),
+            ({"target_modules": ".*q_proj"}, ()),
+            ({"target_modules": None}, ()),
+        ],
+    )
+    def test_what_a_config_says_of_the_base(self, tmp_path, changes, known):
+        save(stacked(), tmp_path / "a")
+        told = config(tmp_path / "a") | {"target_modules": ["q_proj"]} | changes
+        (tmp_path / "a/adapter_config.json").write_text(json.dumps(told))
+        assert coremerge.load(tmp_path / "a").info.targets == known
+
+    def test_layers_above_the_adapted_ones_stay_bare(self, tmp_path):
+        def base():
+            layers = [nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q_proj", "v_proj")}) for _ in range(3)]
+            return nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(layers)})})
+
+        for name, settings in (("low", {"target_modules": ["v_proj"], "layers_to_transform": [0, 1]}),
+                               ("all", {"target_modules": ["q_proj"]})):  # fmt: skip
+            peft = get_peft_model(base(), LoraConfig(r=1, **settings))
+            randomise(peft)
+            peft.save_pretrained(tmp_path / name)
+        inputs = [coremerge.load(tmp_path / name) for name in ("low", "all")]
+        coremerge.merge(inputs, coremerge.Recipe(allow_disjoint=True)).adapter.save(tmp_path / "both")
+        for name, made in zip(("low2", "all2"), inputs, strict=True):
+            made.save(tmp_path / name)
+        assert config(tmp_path / "all2")["target_modules"] == ["q_proj"]
+        for name, count in (("low2", 2), ("all2", 3), ("both", 5)):
+            loaded = PeftModel.from_pretrained(base(), tmp_path / name)
+            assert len([name for name, module in loaded.named_modules() if hasattr(module, "lora_A")]) == count
 
 
 class TestBytes:
@@ -343,6 +390,15 @@ class TestRefusals:
 
 
 class TestPlace:
+    def test_a_home_folder_is_found(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        saved = save(adapter(), "~/out")
+        assert saved.path == tmp_path / "out"
+        assert saved.sha256
+        for path in ("~nobody-of-this-name/out", "a\0b"):
+            with pytest.raises(OutputError, match="names no place"):
+                save(adapter(), path)
+
     def test_missing_parents_are_made(self, tmp_path):
         save(adapter(), tmp_path / "a/b/out")
         assert (tmp_path / "a/b/out/adapter_config.json").is_file()
@@ -442,9 +498,41 @@ class TestPlace:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, call, fail)
-        with pytest.raises(OutputError, match=message):
+        with pytest.raises(OutputError, match=message) as raised:
             save(adapter(), tmp_path / "out")
+        assert raised.value.file == str(tmp_path / "out/adapter_model.safetensors")
+        assert "partial" not in str(raised.value)
         assert list(tmp_path.iterdir()) == []
+
+    def test_errors_about_other_files_stay_as_they_are(self, tmp_path):
+        with pytest.raises(OutputError, match=r"^elsewhere: no"), atomic_directory(tmp_path / "out"):
+            raise OutputError("no", file="elsewhere")
+        with pytest.raises(OutputError, match=r"^no$"), atomic_directory(tmp_path / "out"):
+            raise OutputError("no")
+
+    def test_a_file_system_that_cannot_sync_folders(self, tmp_path, monkeypatch):
+        def fsync(descriptor, sync=os.fsync):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        save(adapter(), tmp_path / "out")
+        assert set(coremerge.load(tmp_path / "out")) == set(adapter())
+
+    def test_a_former_result_that_may_not_be_written(self, tmp_path, monkeypatch):
+        save(adapter(), tmp_path / "out")
+        monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (tmp_path / "out", os.W_OK))
+        with pytest.raises(OutputError, match="out: may not be written"):
+            save(stacked(), tmp_path / "out", overwrite=True)
+        assert set(coremerge.load(tmp_path / "out")) == set(adapter())
+
+    def test_a_mounted_disk(self, tmp_path, monkeypatch):
+        (tmp_path / "out").mkdir()
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+        with pytest.raises(OutputError, match=r"out: is where a disk is mounted.*Name a folder in it"):
+            save(adapter(), tmp_path / "out")
+        save(adapter(), tmp_path / "out/below")
 
     def test_a_parent_that_may_not_be_written(self, tmp_path, monkeypatch):
         def fail(*_, **__):
@@ -518,6 +606,16 @@ class TestInterruption:
             with pytest.raises(KeyboardInterrupt):
                 save(Adapter(stacked(layers=4).modules, load), tmp_path / "out", threads=threads)
             assert list(tmp_path.iterdir()) == []
+
+    def test_no_thread_outlives_it(self, tmp_path):
+        def progress(done, count):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as raised:
+            save(stacked(layers=9), tmp_path / "out", threads=3, progress=progress)
+        assert raised.tb  # which holds all frames
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("coremerge")]
+        assert list(tmp_path.iterdir()) == []
 
     def test_any_error_leaves_nothing(self, tmp_path):
         with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out") as folder:

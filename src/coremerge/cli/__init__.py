@@ -5,16 +5,28 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from typing import NoReturn
 
-from coremerge.cli._process import settle
+from coremerge.cli._process import leave, settle
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
 
-def main() -> None:
+def script() -> NoReturn:
     """The console script."""
     settle()
+    try:
+        main()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        leave(end.code)
+    leave(0)
+
+
+def main() -> None:
+    """The command, with the words of ``sys.argv``; ends by :class:`SystemExit`."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written output is removed
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # those of the libraries; our own are part of the output

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 
@@ -26,3 +28,12 @@ def settle() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
             libc.mallopt(_TRIM_THRESHOLD, 512 << 20)
+
+
+def leave(status: int) -> NoReturn:
+    """End now: the system takes back all memory at once, Python would object by object (a tenth of torch's import)."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coremerge.cli._output import duration, facts, number, print_json, progress_bar, remark, size
+from coremerge.hashing import Hashes
 
 if TYPE_CHECKING:
     from coremerge.pipeline import Merged, Prepared
@@ -115,51 +117,65 @@ def merge(
 
     By default with TSV (four directions a task) and isotropize in Core Space, scaled automatically.
     """
-    from coremerge.cli import _options
-    from coremerge.pipeline import prepare
+    with Hashes() as hashes:
+        _begin(hashes, [] if dry_run else adapters or [])
+        from coremerge.cli import _options
+        from coremerge.pipeline import prepare
 
-    file = _options.recipe_file(recipe)
-    sources = adapters or list(file.models)
-    if not sources:
-        raise typer.BadParameter("name at least one adapter, or a recipe that lists models", param_hint="ADAPTER...")
-    if out is None and not dry_run:
-        raise typer.BadParameter("name the folder to write", param_hint="--out / -o")
-    overrides = {
-        "space": space,
-        "basis": basis,
-        "method": method,
-        "parameters": _options.parameters(parameter),
-        "steps": _options.steps(step, no_steps),
-        "scale": _options.number_or(scale, "auto", "--scale"),
-        "weights": _options.weights(weights),
-        "normalize": normalize,
-        "rank": _options.whole_or(rank, "exact", "--rank"),
-        "dtype": dtype,
-        "seed": seed,
-        "extras": extras,
-        "allow_disjoint": allow_disjoint,
-    }
-    with progress_bar(quiet) as progress:
-        prepared = prepare(
-            sources,
-            _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None}),
-            out=out,
-            into=into,
-            base=base or file.base_model,
-            vera_width=vera_width,
-            initial=_options.initial(initial),
-            allow_pickle=allow_pickle,
-            overwrite=overwrite,
-            progress=progress,
-        )
-        if not dry_run:
-            assert out is not None
-            command = ["coremerge", *sys.argv[1:]]
-            merged = prepared.run(out, threads=threads, device=device, batch=batch, command=command, progress=progress)
-    if dry_run:
-        _show_plan(prepared, out, threads, as_json, quiet)
-    else:
-        _show_result(merged, as_json, quiet)
+        file = _options.recipe_file(recipe)
+        sources = adapters or list(file.models)
+        if not sources:
+            raise typer.BadParameter(
+                "name at least one adapter, or a recipe that lists models", param_hint="ADAPTER..."
+            )
+        if out is None and not dry_run:
+            raise typer.BadParameter("name the folder to write", param_hint="--out / -o")
+        overrides = {
+            "space": space,
+            "basis": basis,
+            "method": method,
+            "parameters": _options.parameters(parameter),
+            "steps": _options.steps(step, no_steps),
+            "scale": _options.number_or(scale, "auto", "--scale"),
+            "weights": _options.weights(weights),
+            "normalize": normalize,
+            "rank": _options.whole_or(rank, "exact", "--rank"),
+            "dtype": dtype,
+            "seed": seed,
+            "extras": extras,
+            "allow_disjoint": allow_disjoint,
+        }
+        with progress_bar(quiet) as progress:
+            prepared = prepare(
+                sources,
+                _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None}),
+                out=out,
+                into=into,
+                base=base or file.base_model,
+                vera_width=vera_width,
+                initial=_options.initial(initial),
+                allow_pickle=allow_pickle,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            if not dry_run:
+                assert out is not None
+                command = ["coremerge", *sys.argv[1:]]
+                merged = prepared.run(
+                    out, threads=threads, device=device, batch=batch, command=command, hashes=hashes, progress=progress
+                )
+        if dry_run:
+            _show_plan(prepared, out, threads, as_json, quiet)
+        else:
+            _show_result(merged, as_json, quiet)
+
+
+def _begin(hashes: Hashes, sources: Iterable[str]) -> None:
+    """Start with the files that the model card will name, while torch is imported."""
+    for source in sources:
+        for path in (Path(source), Path(source, "adapter_model.safetensors")):
+            if os.path.isfile(path):  # noqa: PTH113 - no name that the system does not take raises
+                hashes.start(path)
 
 
 def _show_plan(prepared: Prepared, out: Path | None, threads: int | None, as_json: bool, quiet: bool) -> None:

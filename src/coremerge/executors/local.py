@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -31,10 +31,10 @@ def single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(function: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Iterator[B]:
+def run(function: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Generator[B, None, None]:
     """``function`` of each item, in order, with at most ``2 · threads`` of them in flight.
 
-    The first exception ends it; what has not started is cancelled.
+    The first exception ends it, as does ``close()``; what has not started is cancelled.
     """
     threads = threads or default_threads()
     with single_threaded_torch():

@@ -3,7 +3,8 @@
 :func:`atomic_directory` gives a hidden sibling of the wanted directory to write into. Only when the block ends without
 an error is everything brought to disk and the sibling renamed into place, which a file system does in one step. On any
 error, Ctrl-C included, the sibling is removed and the wanted directory is as it was: absent, or the old one. A process
-that is killed cannot clean up; what it leaves behind is hidden (``.NAME.…partial``) and never mistaken for a result.
+that is killed cannot clean up; what it leaves behind is hidden (``.NAME.…partial``, and ``.NAME.….old``, which is the
+old directory) and never mistaken for a result.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def atomic_directory(
         needed: bytes that will be written, to find a full disk before the work is done.
 
     Raises:
-        OutputError: ``path`` is in use, cannot be made, or the disk is too small.
+        OutputError: ``path`` is in use, cannot be made, or the disk is too small. One that the block raises about a
+            file in the sibling is raised anew about that file in ``path``.
     """
     inputs = list(inputs)
     out = check_output(path, overwrite=overwrite, inputs=inputs)
@@ -42,7 +44,10 @@ def atomic_directory(
         with writing(out):
             partial.mkdir()
             _check_space(out, needed)
-        yield partial
+        try:
+            yield partial
+        except OutputError as error:
+            raise _as_wanted(error, partial, Path(path)) from None
         check_output(path, overwrite=overwrite, inputs=inputs)
         with writing(out):
             _sync(partial)
@@ -61,7 +66,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
     Raises:
         OutputError: see :func:`atomic_directory`.
     """
-    out = Path(os.path.realpath(Path(path).expanduser()))
+    out = _real(path)
     for held in inputs:
         real = Path(os.path.realpath(held))
         if out in (real, *real.parents, *Path(held).absolute().parents):
@@ -72,8 +77,10 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
         entries = list(out.iterdir()) if out.exists() else []
     except OSError as error:
         raise write_error(Path(path), error) from None
-    if out == out.parent or out in (Path.cwd(), *Path.cwd().parents):
+    if out in (Path.cwd(), *Path.cwd().parents):
         raise OutputError("the current folder or one above it cannot be replaced", file=path, remedy="Name a new one")
+    if out.is_mount():
+        raise OutputError("is where a disk is mounted and cannot be replaced", file=path, remedy="Name a folder in it")
     if entries and not overwrite:
         raise OutputError("exists and is not empty", file=path, remedy="Choose another folder, or pass --overwrite")
     if entries and not any(entry.suffix == ".safetensors" for entry in entries):
@@ -81,7 +88,24 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
             "holds no weights, so it is not a former result and is not replaced", file=path,
             remedy="Choose another folder, or remove this one yourself",
         )  # fmt: skip
+    if entries and not os.access(out, os.W_OK):
+        raise write_error(Path(path), PermissionError())
     return out
+
+
+def _real(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(Path(path).expanduser()))
+    except (RuntimeError, ValueError) as error:  # ~ of a user that does not exist; a null byte
+        raise OutputError(f"names no place: {error}", file=path, remedy="Choose another output folder") from None
+
+
+def _as_wanted(error: OutputError, partial: Path, path: Path) -> OutputError:
+    """``error`` about a file in ``partial``, as one about that file in ``path``."""
+    if error.file is None or not Path(error.file).is_relative_to(partial):
+        return error
+    wanted = path / Path(error.file).relative_to(partial)
+    return OutputError(error.what, file=wanted, key=error.key, remedy=error.remedy)
 
 
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
@@ -115,7 +139,8 @@ def _sync(folder: Path) -> None:
     for here, _, names in os.walk(folder):
         for name in names:
             _sync_one(Path(here, name))
-        _sync_one(Path(here))
+        with suppress(OSError):  # some file systems cannot sync a folder
+            _sync_one(Path(here))
 
 
 def _sync_one(path: Path) -> None:

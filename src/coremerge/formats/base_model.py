@@ -14,7 +14,7 @@ from coremerge.errors import ConfigError, SourceError
 from coremerge.formats.checkpoint import PREFIX, Options, shorten
 from coremerge.formats.config import Config, read_json
 from coremerge.formats.safetensors_file import SafetensorsFile
-from coremerge.formats.source import download, parse_hub_id
+from coremerge.formats.source import download, local_path, parse_hub_id
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim")
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim")
@@ -114,16 +114,16 @@ def _from_base(options: Options, outs: Mapping[str, int]) -> Mapping[str, int]:
 
 def _find_base(options: Options) -> tuple[Path | None, Path]:
     """The base's folder (None where a config.json was given) and its config."""
-    base = options.base
-    path = Path(str(base)).expanduser()
-    if path.is_file():
+    base = options.base or ""
+    path = local_path(base)
+    if path and path.is_file():
         return None, path
-    if not path.is_dir():
-        hub = None if isinstance(base, Path) else parse_hub_id(str(base))
+    if path is None:
+        hub = None if isinstance(base, Path) else parse_hub_id(base)
         if hub is None:
             raise SourceError("no such base model", file=base, remedy="Give its folder, its config.json or its hub id")
-        path = download(hub, str(base), ["config.json"], options.cache_dir, options.token)
-        path = path / hub.subfolder if hub.subfolder else path
+        inside = f"{hub.subfolder}/config.json" if hub.subfolder else "config.json"
+        path = (download(hub, base, [inside], options.cache_dir, options.token) / inside).parent
     return path, path / "config.json"
 
 

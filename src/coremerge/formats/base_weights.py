@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from coremerge.errors import SourceError, UnsupportedError
 from coremerge.formats.config import read_json
 from coremerge.formats.safetensors_file import Entry, SafetensorsFile
-from coremerge.formats.source import download, parse_hub_id
+from coremerge.formats.source import download, local_path, parse_hub_id
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -37,6 +38,15 @@ BLOCK = 1 << 23
 """Bytes that are copied at a time."""
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the system's errors into a :class:`SourceError` about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
+
+
 class Shard:
     """One safetensors file, of which pieces of tensors can be read.
 
@@ -51,8 +61,9 @@ class Shard:
         self._descriptor = -1
 
     def __enter__(self) -> Shard:
-        self._descriptor = os.open(self.file.path, os.O_RDONLY)
-        self._start: int = 8 + struct.unpack("<Q", os.pread(self._descriptor, 8, 0))[0]
+        with reading(self.file.path):
+            self._descriptor = os.open(self.file.path, os.O_RDONLY)
+            self._start: int = 8 + struct.unpack("<Q", os.pread(self._descriptor, 8, 0))[0]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,12 +74,13 @@ class Shard:
         """``size`` bytes of the tensor ``key``, from ``offset`` on.
 
         Raises:
-            SourceError: the file has become shorter.
+            SourceError: the file has become shorter, or cannot be read.
         """
         buffer = bytearray(size)
         view, done, at = memoryview(buffer), 0, self._start + self.entries[key].start + offset
         while done < size:
-            count = os.preadv(self._descriptor, [view[done:]], at + done)
+            with reading(self.file.path):
+                count = os.preadv(self._descriptor, [view[done:]], at + done)
             if not count:
                 raise SourceError("the file ends before the tensor does", file=self.file.path, key=key)
             done += count
@@ -130,10 +142,10 @@ def open_base(source: str | Path, *, cache_dir: str | Path | None = None, token:
 
 
 def _find(source: str | Path, cache_dir: str | Path | None, token: str | bool | None) -> tuple[Path, str | None]:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = local_path(source)
+    if path and path.is_dir():
         return path, None
-    hub = None if isinstance(source, Path) or path.exists() else parse_hub_id(source)
+    hub = None if isinstance(source, Path) or path else parse_hub_id(source)
     if hub is None:
         raise SourceError("no such base model", file=source, remedy="Give its folder or its hub id")
     prefix = f"{hub.subfolder}/" if hub.subfolder else ""

@@ -248,9 +248,19 @@ def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = ()) -> Info:
         auto_mapping=config.table("auto_mapping") or None,
         modules_to_save=tuple(keys.saved),
         token_indices=dict(keys.token_indices),
+        targets=_targets(config),
         files=(config.path, checkpoint.tensors.path),
         notes=(*keys.notes, *notes),
     )
+
+
+def _targets(config: Config) -> tuple[str, ...]:
+    """The listed ``target_modules``, if PEFT adapted all modules of such names: nothing narrowed them down."""
+    listed = config.raw.get("target_modules")
+    narrowed = config.given("exclude_modules") or config.raw.get("layers_to_transform") not in (None, [])
+    if narrowed or not isinstance(listed, list):
+        return ()
+    return tuple(name for name in listed if isinstance(name, str) and name)
 
 
 def extras(checkpoint: Checkpoint, keys: Keys) -> Mapping[str, Tensor]:

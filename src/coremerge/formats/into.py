@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from coremerge.adapter import Adapter
 from coremerge.errors import UnsupportedError
 from coremerge.executors import local
 from coremerge.formats.atomic import atomic_directory, write_files
-from coremerge.formats.base_weights import INDEX_NAME, BaseModel, Shard, dump_index, open_base
+from coremerge.formats.base_weights import BLOCK, INDEX_NAME, BaseModel, Shard, dump_index, open_base, reading
 from coremerge.formats.placing import Edit, Placement
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
 from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype, raw, writing
@@ -78,16 +79,15 @@ class IntoPlan:
         with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=self.size) as folder:
             for other in self.base.others:
                 if other.as_posix() not in texts:
-                    with writing(folder / other):
-                        (folder / other).parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(self.base.folder / other, folder / other)
+                    _copy(self.base.folder / other, folder / other)
             write_files(folder, texts)
             for name in self.layouts:
-                for _ in self._write_shard(folder, name, threads):
-                    done += 1
-                    if progress:
-                        progress(done, count)
-        out = Path(path)
+                with closing(self._write_shard(folder, name, threads)) as written:
+                    for _ in written:
+                        done += 1
+                        if progress:
+                            progress(done, count)
+        out = Path(path).expanduser()
         changed = {
             self.layouts[self.base.home[key]].slots[key].dtype for key, e in self.placement.edits.items() if e.update
         }
@@ -97,13 +97,13 @@ class IntoPlan:
     def _texts(self) -> dict[str, str]:
         texts = {}
         if self.config:
-            texts["config.json"] = json.dumps({**self.base.config, **self.config}, indent=2, ensure_ascii=False) + "\n"
+            texts["config.json"] = json.dumps({**self.base.config, **self.config}, indent=2) + "\n"
         if self.base.index is not None:
             home = {key: name for name, layout in self.layouts.items() for key in sorted(layout.slots)}
             texts[INDEX_NAME] = dump_index(self.base.index, home, self.size)
         return texts
 
-    def _write_shard(self, folder: Path, name: str, threads: int | None) -> Iterator[None]:
+    def _write_shard(self, folder: Path, name: str, threads: int | None) -> Generator[None, None, None]:
         layout = self.layouts[name]
         with self.base.shards[name] as shard, TensorFile(folder / name, layout) as file:
             yield from local.run(lambda key: self._write_tensor(shard, file, key), list(layout.slots), threads)
@@ -148,6 +148,15 @@ class IntoPlan:
             file.write_bytes(key, raw(rounded), start * width * target.itemsize)
 
 
+def _copy(source: Path, target: Path) -> None:
+    with reading(source):
+        data = source.open("rb")
+    with data, writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            shutil.copyfileobj(data, file, BLOCK)
+
+
 def save_into(
     base: str | Path,
     adapter: Adapter,
@@ -176,7 +185,7 @@ def save_into(
     Raises:
         SourceError: the base cannot be read.
         MismatchError: a module has no weight in the base, or one of another shape.
-        UnsupportedError: the base is quantised, or is there only as pickles.
+        UnsupportedError: a weight that changes is quantised (with ``dtype``: any weight is), or all are pickles.
         TensorError: a sum that is not finite in its dtype.
         OutputError: it cannot be written there.
     """
@@ -200,6 +209,11 @@ def plan_into(
             key="layer_replication", value=adapter.info.layer_replication, remedy="Write an adapter instead of a model",
         )  # fmt: skip
     opened = open_base(base, cache_dir=cache_dir, token=token)
+    if kept is not None and opened.config.get("quantization_config"):
+        raise UnsupportedError(
+            "the base is quantised in part, and its scales must keep their dtype",
+            file=opened.source, key="quantization_config", remedy="Leave out the dtype: each tensor then keeps its own",
+        )  # fmt: skip
     placement = Placement(opened, adapter)
     return IntoPlan(opened, adapter, kept, placement, _layouts(placement, kept), _config(placement, kept))
 
@@ -234,6 +248,6 @@ def _config(placement: Placement, dtype: torch.dtype | None) -> dict[str, object
     if placement.unties:
         changes["tie_word_embeddings"] = False
         inner = base.config.get("text_config")
-        if isinstance(inner, dict) and "tie_word_embeddings" in inner:
+        if isinstance(inner, dict):
             changes["text_config"] = {**inner, "tie_word_embeddings": False}
     return changes

@@ -217,7 +217,7 @@ def relative_to(adapter: Adapter, initial: Adapter) -> Adapter:
         name=adapter.name,
         biases=adapter.biases,
         extras=adapter.extras,
-        info=with_note(adapter.info, note),
+        info=replace(with_note(adapter.info, note), files=(*adapter.info.files, *initial.info.files)),
     )
 
 

@@ -220,6 +220,9 @@ class Placement:
                 remedy="Give the base model with the vocabulary that the adapter was trained on",
             )
         self._edit(key, rows=(name, ids))
+        for output in filter(_is_output, self.entries) if self.ties and _is_input(key) else ():
+            if self.entries[output].shape == shape:  # PEFT trains the rows of both ends
+                self._edit(output, rows=(name, ids))
 
     def _edit(self, key: str, **changes: object) -> None:
         self.edits[key] = replace(self.edits.get(key, Edit()), **changes)  # type: ignore[arg-type]
@@ -233,28 +236,46 @@ class Placement:
                 f"added, for the base has no such tensor: {shorten(self.added)}; load the model with the class of that"
                 " task, and see to its settings in config.json (num_labels, ...)"
             )
-        tables = [key for key in self.edits if key.removesuffix(".weight").endswith(_INPUT_TABLES)]
+        tables = [key for key in self._changed if _is_input(key)]
         if tables and self.ties and not self.unties:
             self.notes.append(
                 f"{tables[0]} is also the output layer of this base (tied weights): its change acts on both ends, as"
                 " in PEFT's own merge_and_unload; the adapter alone acts on the input"
             )
         if self.unties:
-            self.notes.append("tie_word_embeddings was switched off: the adapter has an output layer of its own")
+            self.notes.append("tie_word_embeddings was switched off: input and output layer are no longer the same")
         if self.base.left:
             self.notes.append(f"left out, for they hold the base's weights: {shorten(map(str, self.base.left))}")
 
     @property
     def ties(self) -> bool:
-        """Whether the base has no output layer of its own."""
+        """Whether the base's output layer is its input embedding: its config says so, or nothing, and it has none."""
         inner = self.base.config.get("text_config")
-        said = {**self.base.config, **(inner if isinstance(inner, dict) else {})}.get("tie_word_embeddings", True)
-        return bool(said) and not any(key.endswith(_OUTPUT_TABLES) for key in self.entries)
+        said = {**self.base.config, **(inner if isinstance(inner, dict) else {})}.get("tie_word_embeddings")
+        return bool(said) if said is not None else not any(map(_is_output, self.entries))
 
     @property
     def unties(self) -> bool:
-        """Whether the adapter brings an output layer that the base lacks."""
-        return self.ties and any(key.endswith(_OUTPUT_TABLES) for key in self.added)
+        """Whether they are no longer one: both are in the files, and the adapter brings or changes one of them.
+
+        Some bases hold the output layer although it is tied; which of the two counts then depends on the reader.
+        """
+        if not self.ties or not any(map(_is_output, (*self.entries, *self.added))):
+            return False
+        return any(_is_output(key) or _is_input(key) for key in (*self.added, *self._changed))
+
+    @property
+    def _changed(self) -> list[str]:
+        """The tensors of which more than some rows change."""
+        return [key for key, edit in self.edits.items() if edit.replace or edit.update]
+
+
+def _is_input(key: str) -> bool:
+    return key.removesuffix(".weight").endswith(_INPUT_TABLES)
+
+
+def _is_output(key: str) -> bool:
+    return key.endswith(_OUTPUT_TABLES)
 
 
 def _parameters(module: str) -> list[str]:

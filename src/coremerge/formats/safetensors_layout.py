@@ -180,9 +180,9 @@ class TensorFile:
 
     def close(self) -> None:
         """Let go of the file, complete or not."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _finish(self) -> None:
         if self._missing:

@@ -59,7 +59,7 @@ def locate(
     Raises:
         SourceError: nothing there, several adapters there, or only a pickle that was not asked for.
     """
-    path = _local(source)
+    path = local_path(source)
     if path and path.is_dir():
         return in_folder(path, str(source), allow_pickle=allow_pickle)
     if path:
@@ -74,7 +74,7 @@ def locate(
     return _on_hub(hub, str(source), allow_pickle, cache_dir, token)
 
 
-def _local(source: str | Path) -> Path | None:
+def local_path(source: str | Path) -> Path | None:
     """The existing file or folder that ``source`` names, if any."""
     try:
         path = Path(source).expanduser()

@@ -7,11 +7,11 @@ not grow with their number and the bytes do not depend on the number of threads.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +25,11 @@ from coremerge.errors import OutputError, TensorError
 from coremerge.executors import local
 from coremerge.formats.atomic import atomic_directory, write_files
 from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype
+from coremerge.hashing import file_sha256
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-_STACKS = frozenset(
-    ("model.layers", "layers", "transformer.h", "h", "gpt_neox.layers", "transformer.layers", "encoder.layer",
-     "bert.encoder.layer", "roberta.encoder.layer", "distilbert.transformer.layer")
-)  # fmt: skip
-_VAGUE = frozenset(("dense", "linear", "proj", "out", "output", "fc"))
 
 
 @dataclass(frozen=True)
@@ -61,15 +56,6 @@ class Saved:
     def sha256(self) -> Mapping[str, str]:
         """File name → SHA-256 of each file of tensors; computed when asked for."""
         return {file.name: file_sha256(file) for file in self.weights}
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def save(
@@ -106,7 +92,7 @@ def save(
     rank = max(1, *(module.rank for module in adapter.modules.values()))
     _refuse_clashes(adapter, path)
     layout = Layout.of(_shapes(adapter, rank, kept))
-    texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, rank), indent=2, ensure_ascii=False) + "\n"}
+    texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, rank), indent=2) + "\n"}
     sources = (*adapter.info.files, *inputs)
     with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes) as folder:
         write_files(folder, {**(files or {}), **texts})
@@ -117,10 +103,11 @@ def save(
             def write(name: str) -> None:
                 _write_module(file, name, adapter, rank, kept)
 
-            for done, _ in enumerate(local.run(write, list(adapter.modules), threads), 1):
-                if progress:
-                    progress(done, len(adapter.modules))
-    out = Path(path)
+            with closing(local.run(write, list(adapter.modules), threads)) as written:
+                for done, _ in enumerate(written, 1):
+                    if progress:
+                        progress(done, len(adapter.modules))
+    out = Path(path).expanduser()
     return Saved(out, (out / WEIGHTS_NAME,), file.bytes, rank, kept)
 
 
@@ -232,24 +219,27 @@ def adapter_config(adapter: Adapter, rank: int) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "revision": info.base_revision,
-        "target_modules": target_modules(adapter.modules),
+        "target_modules": target_modules(adapter.modules, info.targets),
         "task_type": info.task_type,
         "trainable_token_indices": {name: list(ids) for name, ids in info.token_indices.items()} or None,
         "use_rslora": False,
     }
 
 
-def target_modules(modules: Iterable[str]) -> list[str]:
-    """What PEFT's config must list so that exactly ``modules`` are adapted, in any base model.
+def target_modules(modules: Iterable[str], targets: Iterable[str] = ()) -> list[str]:
+    """What PEFT's config must list so that exactly ``modules`` are adapted.
 
-    Full names are exact. Where the modules fill a well-known stack of layers, 0 to the last one without a gap, the
-    part of their names that every layer shares is exact, too, and shorter. PEFT matches either by ``endswith``.
+    Full names are exact. Where the modules fill a stack of layers, 0 to the last one without a gap, the part of their
+    names that every layer shares is shorter, and exact if the base has no further layers: ``targets`` says so, the ends
+    of names that no other module of the base has (:attr:`coremerge.adapter.Info.targets`). PEFT matches either by
+    ``endswith``.
 
     Example:
-        >>> target_modules([f"model.layers.{i}.self_attn.{x}_proj" for i in range(4) for x in "qv"])
+        >>> names = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(2) for x in "qv"]
+        >>> target_modules(names, ["q_proj", "v_proj"])
         ['self_attn.q_proj', 'self_attn.v_proj']
-        >>> target_modules(["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"])
-        ['model.layers.0.mlp.up_proj', 'model.layers.2.mlp.up_proj']
+        >>> target_modules(names[:2])
+        ['model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj']
     """
     # PEFT wraps a MultiheadAttention's out_proj together with the layer itself
     names = sorted({name.partition(".base_layer.")[0] for name in modules})
@@ -260,6 +250,6 @@ def target_modules(modules: Iterable[str]) -> list[str]:
     tails = {tail for _, _, tail in found}
     layers = {int(layer) for _, layer, _ in found}
     full = len(layers) > 1 and layers == set(range(len(layers))) and len(names) == len(layers) * len(tails)
-    stacks = {stack for stack, _, _ in found}
-    vague = any(tail.rpartition(".")[2] in _VAGUE or re.search(r"\.\d+(\.|$)", tail) for tail in tails)
-    return sorted(tails) if full and len(stacks) == 1 and stacks <= _STACKS and not vague else names
+    one = len({stack for stack, _, _ in found}) == 1
+    ends = tuple(f".{target}" for target in targets)
+    return sorted(tails) if full and one and all(f".{tail}".endswith(ends) for tail in tails) else names

@@ -148,7 +148,7 @@ def describe(
 
 
 def _card_adapter(name: str, adapter: Adapter, hashes: bool) -> CardAdapter:
-    from coremerge.formats.writer import file_sha256
+    from coremerge.hashing import file_sha256
 
     info = adapter.info
     weights = [file for file in info.files if file.suffix in (".safetensors", ".bin")]

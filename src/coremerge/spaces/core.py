@@ -32,7 +32,7 @@ def core(basis: Literal["stacked", "balanced"] = "stacked", rtol: Annotated[floa
         if basis == "balanced":
             given = [u.to(torch.float64) for u in given]
             updates = [u.svd.cut().lowrank() for u in given]
-        stack = total(updates)
+        stack = total(updates, torch.float64)
         left, right = column_basis(stack.left, rtol), column_basis(stack.right.mT, rtol)
         edges = list(pairwise(accumulate((u.rank for u in updates), initial=0)))
         cores = tuple(LowRank(left.coordinates[..., a:b], right.coordinates[..., a:b].mT) for a, b in edges)
