@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError
@@ -75,3 +76,52 @@ def test_equal_weights_scale_homogeneous_methods(space: str) -> None:
         plain = run(pair, method=method, space=space).adapter["layer"].dense()
         close(run(pair, method=method, space=space, weights=[3, 3]).adapter["layer"].dense(), 3 * plain)
         close(run(pair, method=method, space=space, weights=[-1, -1]).adapter["layer"].dense(), -plain)
+
+
+class TestComponents:
+    """Weights per rank component act on the factors, before anything else."""
+
+    FINE = (1.0, 0.5, -2.0)
+
+    def adapters(self) -> dict[str, Adapter]:
+        return named([lowrank(6, 5, 3), lowrank(6, 5, 2, seed=1)])
+
+    def test_they_weight_the_components(self) -> None:
+        adapters = self.adapters()
+        first, second = adapters
+        module = next(iter(adapters[first]))
+        left, right = adapters[first][module].left, adapters[first][module].right
+        result = run(adapters, method="sum", scale=1.0, weights={first: {module: self.FINE}, second: 3})
+        expected = left @ torch.diag(torch.tensor(self.FINE).double()) @ right + 3 * adapters[second][module].dense()
+        close(result.adapter[module].dense(), expected)
+
+    @pytest.mark.parametrize("values", [(1.0, 2.0), (1.0, 2.0, float("nan"))])
+    def test_their_number_is_the_rank_and_they_are_finite(self, values: tuple) -> None:
+        adapters = self.adapters()
+        first = next(iter(adapters))
+        with pytest.raises(ConfigError, match=f"weights.{first}"):
+            run(adapters, method="sum", weights={first: {next(iter(adapters[first])): values}})
+
+    def test_a_module_that_is_not_there(self) -> None:
+        adapters = self.adapters()
+        first = next(iter(adapters))
+        with pytest.raises(ConfigError, match="no such module"):
+            run(adapters, method="sum", weights={first: {"nothing": (1.0,)}})
+
+    def test_trained_biases_get_their_mean(self) -> None:
+        update = lowrank(6, 5, 3)
+        given = Adapter.from_updates({"m": update}, biases={"m": torch.ones(6).double()})
+        result = run([given], method="sum", scale=1.0, weights={"adapter": {"m": (1.0, 2.0, 6.0)}})
+        close(result.adapter.biases["m"], 3 * torch.ones(6).double())
+
+
+def test_a_sequence_of_adapters_under_other_names_is_matched_by_order() -> None:
+    a, b = lowrank(6, 5, 3), lowrank(6, 5, 2, seed=1)
+    adapters = [Adapter.from_updates({"m": update}, name=name) for update, name in ((a, "x"), (b, "y"))]
+    wanted = 2 * a.dense() + 3 * b.dense()
+    for weights in ({"math": 2, "code": {"m": 3}}, {"y": 3, "x": 2}):
+        close(run(adapters, method="sum", scale=1.0, weights=weights).adapter["m"].dense(), wanted)
+    with pytest.raises(ConfigError, match="no adapter of that name"):
+        run({"x": adapters[0], "y": adapters[1]}, method="sum", weights={"math": 2, "code": 3})
+    with pytest.raises(ConfigError, match="no adapter of that name"):
+        run(adapters, method="sum", weights={"x": 2, "code": 3})

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -246,7 +247,7 @@ class Prepared:
     def _save(
         self, adapter: Adapter, out: str | Path, card: str, threads: int | None, progress: Callable[[int, int], None]
     ) -> Saved:
-        files, inputs = {"README.md": card}, _files(self.plan.adapters)
+        files, inputs = {"README.md": card} | self._weights_file(), _files(self.plan.adapters)
         if self.into is None:
             return save(
                 adapter, out, overwrite=self.overwrite, threads=threads, files=files, inputs=inputs, progress=progress
@@ -264,6 +265,13 @@ class Prepared:
             inputs=inputs,
             progress=progress,
         )
+
+    def _weights_file(self) -> dict[str, str]:
+        from coremerge.report.card import WEIGHTS_FILE, per_module
+
+        if not per_module(self.plan.recipe):
+            return {}
+        return {WEIGHTS_FILE: json.dumps(self.plan.recipe.model_dump(mode="json")["weights"], indent=1) + "\n"}
 
     def _card(self, result: MergeResult, sha256: Mapping[str, Mapping[str, str]], command: Sequence[str] | None) -> str:
         from coremerge.report.card import describe, model_card

@@ -17,7 +17,7 @@ from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, plan_extras
 from coremerge.recipe import Recipe
 from coremerge.registry import parse_spec
-from coremerge.weighting import Table, weight_table
+from coremerge.weighting import Table, fold_components, in_order, weight_table
 
 IMPORT_BYTES = 250_000_000
 """What a process holds once torch is imported."""
@@ -140,6 +140,8 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
         ConfigError: weights or extras that name nothing.
     """
     named = name_adapters(adapters)
+    weights = recipe.weights if isinstance(adapters, Mapping) else in_order(recipe.weights, named)
+    weights, named = fold_components(weights, named)
     modules = {name: _planned(name, named, recipe) for name in _module_names(named)}
     _check_shared(named, modules, recipe)
     holders = {name: tuple(p.ranks) for name, p in modules.items()}
@@ -149,7 +151,7 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
         named,
         recipe,
         modules,
-        weight_table(recipe.weights, holders, named, recipe.normalize),
+        weight_table(weights, holders, named, recipe.normalize),
         extras,
         _merged_info(named.values(), extras),
         dtype,

@@ -27,7 +27,10 @@ DEFAULT_PARAMETERS = {"rank": 4}
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
-Weights = Sequence[float] | Mapping[str, float | Mapping[str, float]]
+Weight = float | tuple[float, ...]
+"""Of a module, or of each of its rank components."""
+
+Weights = Sequence[float] | Mapping[str, float | Mapping[str, Weight]]
 
 
 class Recipe(BaseModel):
@@ -42,7 +45,9 @@ class Recipe(BaseModel):
             the default method: a method that is named comes without steps unless they are named, too.
         basis: of the core space: ``stacked`` or ``balanced``.
         weights: None (all one), a number per adapter in order, a mapping of names to numbers, or a mapping of names to
-            mappings of module names to numbers (a module that is not listed counts as 1).
+            mappings of module names to numbers (a module that is not listed counts as 1) or to one number per rank
+            component; what :func:`coremerge.learning.learn_weights` returns. Adapters that come in a sequence and have
+            none of the names are matched by order.
         normalize: divide the weights by their sum, per module.
         scale: the one factor of the whole merge; ``"auto"`` sets it from spectral norms (:data:`AUTO_RATIO`).
         rank: of the output: a number, ``"exact"``, or None: the default, exact.
@@ -96,6 +101,15 @@ class Recipe(BaseModel):
                 if detail["type"] == "extra_forbidden"
                 else None,
             ) from None
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _plain(cls, value: object) -> object:
+        return (
+            {k: dict(v) if isinstance(v, Mapping) else v for k, v in value.items()}
+            if isinstance(value, Mapping)
+            else value
+        )
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -257,7 +271,7 @@ def write_recipe(recipe: Recipe, models: Sequence[str] = (), base_model: str | N
         else:
             head["models"] = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)]
     if isinstance(weights, Mapping):
-        data["weights"] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in weights.items()}
+        data["weights"] = recipe.model_dump(mode="json")["weights"]
     elif weights is not None and not models:
         data["weights"] = list(weights)
     if base_model:

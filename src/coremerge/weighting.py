@@ -1,19 +1,87 @@
-"""Merge weights: from what a recipe says to a number per adapter and module."""
+"""Merge weights: from what a recipe says to a number per adapter and module, and factors that carry finer ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
+
+from coremerge.adapter import Adapter, Lazy
 from coremerge.errors import ConfigError
+from coremerge.lowrank import LowRank
 from coremerge.recipe import Weights
+
+Coarse = Sequence[float] | Mapping[str, float | Mapping[str, float]]
+"""What is left once weights per rank component are in the factors."""
 
 Table = dict[str, dict[str, float]]
 """adapter name → module name → weight."""
 
 
+def in_order(weights: Weights | None, names: Iterable[str]) -> Weights | None:
+    """``weights`` under ``names``, where these are only labels: if none is the same, one after the other."""
+    listed = list(names)
+    if not isinstance(weights, Mapping) or len(weights) != len(listed) or set(weights) & set(listed):
+        return weights
+    return dict(zip(listed, weights.values(), strict=True))
+
+
+def fold_components(
+    weights: Weights | None, adapters: Mapping[str, Adapter]
+) -> tuple[Coarse | None, dict[str, Adapter]]:
+    """Weights per rank component go into the factors: the other ``weights``, and adapters that carry these.
+
+    Raises:
+        ConfigError: not as many weights as the module's rank.
+    """
+    if not isinstance(weights, Mapping):
+        return weights, dict(adapters)
+    left: dict[str, Any] = dict(weights)
+    changed = dict(adapters)
+    for name, said in weights.items():
+        fine = {k: v for k, v in said.items() if isinstance(v, Sequence)} if isinstance(said, Mapping) else {}
+        if fine and isinstance(said, Mapping) and name in adapters:
+            changed[name] = _reweighted(adapters[name], name, fine)
+            left[name] = {module: value for module, value in said.items() if module not in fine}
+    return left, changed
+
+
+def _reweighted(adapter: Adapter, name: str, fine: Mapping[str, Sequence[float]]) -> Adapter:
+    for module, values in fine.items():
+        rank = adapter.modules[module].rank if module in adapter.modules else None
+        if rank != len(values):
+            what = "no such module" if rank is None else f"rank {rank} there, and {len(values)} weights are given"
+            raise ConfigError(f"adapter {name!r} has {what}", key=f"weights.{name}", value=module)
+        if not all(map(math.isfinite, values)):
+            raise ConfigError("a weight must be finite", key=f"weights.{name}", value=module)
+
+    def read(module: str, dtype: torch.dtype | None = torch.float64) -> LowRank:
+        update = adapter.read(module, dtype)
+        if module not in fine:
+            return update
+        return LowRank(update.left.double() * torch.tensor(fine[module]).double(), update.right.double()).to(
+            dtype or torch.float64
+        )
+
+    def bias(module: str) -> torch.Tensor:
+        own = adapter.biases[module]
+        return own * (math.fsum(fine[module]) / len(fine[module])) if module in fine else own
+
+    return Adapter(
+        adapter.modules,
+        read,
+        read=read,
+        name=adapter.name,
+        biases=Lazy(tuple(adapter.biases), bias),
+        extras=adapter.extras,
+        info=adapter.info,
+    )
+
+
 def weight_table(
-    weights: Weights | None, holders: Mapping[str, Iterable[str]], adapters: Iterable[str], normalize: bool = False
+    weights: Coarse | None, holders: Mapping[str, Iterable[str]], adapters: Iterable[str], normalize: bool = False
 ) -> Table:
     """A weight for each adapter and module.
 
@@ -43,7 +111,7 @@ def weight_table(
     return _normalized(table, holders) if normalize else table
 
 
-def _by_name(weights: Weights | None, names: list[str]) -> Mapping[str, float | Mapping[str, float]]:
+def _by_name(weights: Coarse | None, names: list[str]) -> Mapping[str, float | Mapping[str, float]]:
     if weights is None:
         return {}
     if isinstance(weights, Mapping):

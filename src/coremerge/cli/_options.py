@@ -79,25 +79,27 @@ def whole_or(text: str | None, word: str, option: str) -> int | str | None:
 
 
 def weights(text: str | None) -> Any:
-    """``0.5,0.5``, ``name=0.5,name=1`` or a file of such a list, mapping, or mapping of mappings."""
+    """``0.5,0.5``, ``name=0.5,name=1``, a file of such a list or mapping (also per module), or of learned weights."""
     if text is None:
         return None
     if Path(text).suffix.lower() in {".json", ".yaml", ".yml"}:
         return _weights_in(Path(text))
+    if Path(text).suffix == ".safetensors":
+        from coremerge.learning.result import read_weights
+
+        return read_weights(text)
     parts = [part.strip() for part in text.split(",")]
     if any("=" in part for part in parts):
         return {key: _weight(value) for key, value in _pairs(parts, "--weights", "NAME=NUMBER")}
     return [_weight(part) for part in parts]
 
 
-def _weight(text: str) -> float:
+def _weight(text: str, option: str = "--weights") -> float:
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a number. Give 0.5,0.5 or name=0.5,name=1 or a .json or .yaml file",
-            param_hint="--weights",
-        ) from None
+        forms = ". Give 0.5,0.5 or name=0.5,name=1, match, nsc, or a file" if option == "--weights" else ""
+        raise typer.BadParameter(f"{text!r} is not a number{forms}", param_hint=option) from None
 
 
 def _weights_in(path: Path) -> Any:
@@ -114,9 +116,21 @@ def _weights_in(path: Path) -> Any:
     return found
 
 
-def initial(pairs: Sequence[str] | None) -> dict[str, str]:
-    """``--initial name=path`` …"""
-    return dict(_pairs(pairs or (), "--initial", "NAME=PATH"))
+def initial(pairs: Sequence[str] | None, option: str = "--initial") -> dict[str, str]:
+    """``--initial name=path`` …, or of another ``option`` of that form."""
+    return dict(_pairs(pairs or (), option, "NAME=PATH"))
+
+
+def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
+    """``name=number`` …"""
+    return {key: _weight(value, option) for key, value in _pairs(pairs or (), option, "NAME=NUMBER")}
+
+
+def one_of(text: str | None, known: Sequence[str], option: str) -> str | None:
+    """One of some words."""
+    if text is not None and text not in known:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}", param_hint=option)
+    return text
 
 
 def _pairs(texts: Sequence[str], option: str, form: str) -> list[tuple[str, str]]:

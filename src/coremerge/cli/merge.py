@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coremerge.cli._output import duration, facts, number, print_json, progress_bar, remark, size
+from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, size
 from coremerge.hashing import Hashes
 
 if TYPE_CHECKING:
+    from coremerge.learning import Weights
     from coremerge.pipeline import Merged, Prepared
+
+LEARNED = ("match", "nsc")
+"""Weights that are learned first."""
 
 
 def merge(
@@ -57,8 +62,15 @@ def merge(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="0.5,0.5 in the adapters' order; name=0.5,name=1; or a .json or .yaml file (also per module).",
+            help="0.5,0.5 in the adapters' order; name=0.5,name=1; a .json, .yaml or .safetensors file (also per"
+            " module); or match, nsc: learned first, from --data on --base.",
             metavar="WEIGHTS",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Unlabelled inputs for --weights match or nsc: see coremerge learn-weights.", metavar="NAME=PATH"
         ),
     ] = None,
     normalize: Annotated[
@@ -87,7 +99,10 @@ def merge(
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read legacy .bin files, too.")] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="The base model or its config.json, where a VeRA adapter needs it.", metavar="MODEL"),
+        typer.Option(
+            help="The base model, for --weights match or nsc; or its config.json, where a VeRA adapter needs it.",
+            metavar="MODEL",
+        ),
     ] = None,
     vera_width: Annotated[
         int | None, typer.Option(min=1, help="Instead of --base: the widest input among VeRA's modules.")
@@ -137,7 +152,7 @@ def merge(
             "parameters": _options.parameters(parameter),
             "steps": _options.steps(step, no_steps),
             "scale": _options.number_or(scale, "auto", "--scale"),
-            "weights": _options.weights(weights),
+            "weights": None if weights in LEARNED else _options.weights(weights),
             "normalize": normalize,
             "rank": _options.whole_or(rank, "exact", "--rank"),
             "dtype": dtype,
@@ -145,10 +160,14 @@ def merge(
             "extras": extras,
             "allow_disjoint": allow_disjoint,
         }
+        given = _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None})
+        sources_of = _options.initial(data, "--data")
+        if (weights in LEARNED) != bool(sources_of) or (weights in LEARNED and not base):
+            raise typer.BadParameter("match and nsc go with --base and --data, and only they", param_hint="--weights")
         with progress_bar(quiet) as progress:
-            prepared = prepare(
+            settle = partial(
+                prepare,
                 sources,
-                _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None}),
                 out=out,
                 into=into,
                 base=base or file.base_model,
@@ -158,6 +177,10 @@ def merge(
                 overwrite=overwrite,
                 progress=progress,
             )
+            prepared = settle(given)
+            if weights in LEARNED and not dry_run:
+                found = _learned(sources, str(base), sources_of, progress, objective=weights, seed=seed or 0)
+                prepared = settle(_options.override(given, {"weights": found}))
             if not dry_run:
                 assert out is not None
                 command = ["coremerge", *sys.argv[1:]]
@@ -168,6 +191,14 @@ def merge(
             _show_plan(prepared, out, threads, as_json, quiet)
         else:
             _show_result(merged, as_json, quiet)
+
+
+def _learned(
+    sources: Sequence[str], base: str, data: Mapping[str, str], progress: Progress, **settings: Any
+) -> Weights:
+    from coremerge.cli.learn_weights import learned
+
+    return learned(list(sources), base, data, progress, lambda: False, **settings)
 
 
 def _begin(hashes: Hashes, sources: Iterable[str]) -> None:

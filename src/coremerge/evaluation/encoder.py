@@ -45,11 +45,11 @@ class Encoder:
             ) from None
         self.max_length = taskset.max_length
 
-    def tokenize(self, rows: Sequence[Row]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    def tokenize(self, rows: Sequence[Row], size: int = BATCH) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Batches of similar lengths, each with its rows' places."""
         tokens = [self.tokenizer(r.text, r.pair, truncation=True, max_length=self.max_length).data for r in rows]
         order = sorted(range(len(rows)), key=lambda i: len(tokens[i]["input_ids"]))
-        chunks = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+        chunks = [order[i : i + size] for i in range(0, len(order), size)]
         return [
             (torch.tensor(chunk), dict(self.tokenizer.pad([tokens[i] for i in chunk], return_tensors="pt")))
             for chunk in chunks

@@ -72,7 +72,7 @@ class Evaluator:
         self.taskset = taskset
         self.encoder = Encoder(taskset)
         self.adapters = adapters
-        self._heads = {name: _load_head(taskset, name) for name in taskset.tasks}
+        self.heads = {name: _load_head(taskset, name) for name in taskset.tasks}
         self._limits = limits or {}
         self._prepared = cache(self._prepare)
         self._own = cache(self._score_own)
@@ -101,7 +101,7 @@ class Evaluator:
     def _raw(self, name: str, split: Split) -> float:
         """The task's metric under the weights of the moment."""
         batches, labels = self._prepared(name, split)
-        weight, bias = self._heads[name]
+        weight, bias = self.heads[name]
         return METRICS[self.taskset.tasks[name].metric](self.encoder.features(batches) @ weight.T + bias, labels)
 
     def _prepare(self, name: str, split: Split) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], Tensor]:

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from coremerge.adapter import Adapter, Info
     from coremerge.merging import MergeResult
+    from coremerge.plan import Plan
+    from coremerge.recipe import Recipe, Weight
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -34,6 +36,8 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+WEIGHTS_FILE = "merge_weights.json"
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -125,11 +129,13 @@ def describe(
 
     plan, report, info = result.plan, result.report, result.adapter.info
     own = [f"{name}: {note}" for name, adapter in plan.adapters.items() for note in adapter.info.notes]
+    if per_module(plan.recipe):
+        own.append(f"one weight per module: the recipe shows each adapter's mean, {WEIGHTS_FILE} has them all")
     sources = [adapter.info.source or name for name, adapter in plan.adapters.items()]
     whole = relation == "merge"
     return CardInput(
         [_card_adapter(name, adapter, hashes) for name, adapter in plan.adapters.items()],
-        recipe=write_recipe(plan.recipe, sources, info.base_model),
+        recipe=write_recipe(_with_means(plan), sources, info.base_model),
         command=command,
         relation=relation,
         name="Merged model" if whole else "Merged adapter",
@@ -145,6 +151,25 @@ def describe(
         refused_by_vllm=_why_not_vllm(info, bool(result.adapter.biases)),
         version=__version__,
     )
+
+
+def per_module(recipe: Recipe) -> bool:
+    """Whether weights differ between modules: a table, which is kept in :data:`WEIGHTS_FILE` beside the card."""
+    weights = recipe.weights
+    return isinstance(weights, Mapping) and any(isinstance(value, Mapping) for value in weights.values())
+
+
+def _with_means(plan: Plan) -> Recipe:
+    weights = plan.recipe.weights
+    if not isinstance(weights, Mapping) or not per_module(plan.recipe):
+        return plan.recipe
+    means = {name: _mean(value) if isinstance(value, Mapping) else value for name, value in weights.items()}
+    return plan.recipe.model_copy(update={"weights": means})
+
+
+def _mean(table: Mapping[str, Weight]) -> float:
+    flat = [v for value in table.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return round(sum(flat) / max(1, len(flat)), 4)
 
 
 def _card_adapter(name: str, adapter: Adapter, hashes: bool) -> CardAdapter:

@@ -1,0 +1,59 @@
+"""Which target modules are measured: all, those of the last quarter of the blocks, or those that match a pattern."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from coremerge.errors import ConfigError
+from coremerge.learning.forward import MergedModel
+
+LAST_QUARTER = "last-quarter"
+ALL = "all"
+
+
+def choose_modules(merged: MergedModel, which: str) -> list[str]:
+    """Names of target modules.
+
+    Args:
+        merged: the model.
+        which: ``"all"``, ``"last-quarter"`` (of the blocks, counted in the model; of each stack, if it has several), or
+            a shell pattern of full names, such as ``"*.v_proj"``; several are separated by commas.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    names = list(merged.targets)
+    if which == ALL:
+        chosen = names
+    elif which == LAST_QUARTER:
+        chosen = [name for name in names if _in_last_quarter(merged.model, merged.targets[name].path)]
+    else:
+        patterns = [pattern.strip() for pattern in which.split(",")]
+        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise ConfigError(
+            "measures none of the adapted modules", key="modules", value=which,
+            remedy=f"Give all, last-quarter or a pattern; the adapters have {names[0]} and {len(names) - 1} more",
+        )  # fmt: skip
+    return chosen
+
+
+def _in_last_quarter(model: nn.Module, path: str) -> bool:
+    place = block_of(model, path)
+    return place is not None and place[1] >= 0.75 * place[2]
+
+
+def block_of(model: nn.Module, path: str) -> tuple[str, int, int] | None:
+    """The stack that ``path`` is in, its place there, and the stack's length; None for a module outside of any.
+
+    A stack is the outermost list of modules on the way.
+    """
+    for match in re.finditer(r"\.(\d+)(?=\.|$)", path):
+        stack = path[: match.start()]
+        module = model.get_submodule(stack)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            return stack, int(match.group(1)), len(module)
+    return None

@@ -1,0 +1,76 @@
+"""The null-space ratio of any model's activations, adapter by adapter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from coremerge.adapter import Adapter
+from coremerge.learning.forward import Batch, Coefficients, MergedModel, Target, frozen, token_mask
+from coremerge.learning.ratio import ratio_to_basis, row_basis
+
+Table = dict[str, dict[str, dict[str, float]]]
+"""task → adapter → module → mean ω."""
+
+
+def measure_null_space(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    data: Mapping[str, Iterable[Batch]],
+    *,
+    weights: Mapping[str, float | Mapping[str, float | tuple[float, ...]]] | None = None,
+) -> Table:
+    """The mean null-space ratio of every adapter at every module, on every task's inputs.
+
+    Args:
+        model: as :func:`~coremerge.learning.learn_weights` takes it; it is not changed.
+        adapters: name → adapter.
+        data: task → batches; tasks need not be named after adapters.
+        weights: adapter → weight, or → module → weight, that the model carries meanwhile; by default it carries none:
+            these are the base model's own activations. ``{"math": 1}`` is the model with that adapter alone.
+
+    Returns:
+        task → adapter → module → ω, averaged over the tokens that count.
+    """
+    with frozen(model), torch.no_grad():
+        merged = MergedModel(model, adapters)
+        bases = {n: {k: row_basis(t.right_of(k)).float() for k in t.adapters} for n, t in merged.targets.items()}
+        return {task: _measured(merged, bases, batches, _constant(weights or {})) for task, batches in data.items()}
+
+
+def _measured(
+    merged: MergedModel, bases: Mapping[str, Mapping[str, Tensor]], batches: Iterable[Batch], held: Coefficients
+) -> dict[str, dict[str, float]]:
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    tokens: dict[str, float] = defaultdict(float)
+
+    for batch in batches:
+
+        def watch(target: Target, x: Tensor, batch: Batch = batch) -> None:
+            mask = token_mask(batch, x)
+            counts = torch.ones(x.shape[:-1], device=x.device) if mask is None else (mask.to(x.device) > 0).float()
+            tokens[target.name] += float(counts.sum())
+            for key, basis in bases[target.name].items():
+                sums[key, target.name] += float((ratio_to_basis(x, basis.to(x.device)) * counts).sum())
+
+        with merged.run(batch, held, watch):
+            pass
+    return {
+        key: {name: sums[key, name] / tokens[name] for name in bases if key in bases[name] and tokens[name]}
+        for key in merged.adapters
+    }
+
+
+def _constant(weights: Mapping[str, float | Mapping[str, float | tuple[float, ...]]]) -> Coefficients:
+    def of(target: Target) -> Tensor:
+        values = torch.zeros(len(target.owner))
+        for k, key in enumerate(target.adapters):
+            said = weights.get(key, 0.0)
+            value = said.get(target.name, 1.0) if isinstance(said, Mapping) else said
+            values[target.owner.cpu() == k] = torch.as_tensor(value, dtype=values.dtype)
+        return values
+
+    return of

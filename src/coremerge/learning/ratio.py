@@ -1,0 +1,59 @@
+"""The null-space ratio: the share of an activation that an adapter's down-projection does not see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coremerge import linalg
+
+FLOOR = 1e-6
+"""Squared ratios below it are continued linearly to zero, so that the root's slope stays finite."""
+
+
+def row_basis(right: Tensor) -> Tensor:
+    """An orthonormal basis (p, n) of the rows of ``right`` (r, n), over its numerical rank p, in float64."""
+    _, values, rows = linalg.svd(right.detach().double())
+    return rows[: linalg.numerical_rank(values)]
+
+
+def null_space_ratio(x: Tensor, right: Tensor, mask: Tensor | None = None) -> Tensor:
+    """ω = ‖z − P z‖ / ‖z‖ of activations z, P the projector onto the rows of a down-projection A.
+
+    It does not depend on the adapter's scale, nor on how its update is split into factors. Computed in float32 at
+    least and clamped to [0, 1]; the gradient is finite everywhere. A zero activation has ratio 1.
+
+    Args:
+        x: activations (..., n).
+        right: A (r, n), of any rank and scale.
+        mask: (...), true or positive where an activation counts.
+
+    Returns:
+        (...), or the mean over the mask where there is one.
+
+    Source: Null-Space Compression merging (CVPR 2026), the definition of ω.
+
+    Example:
+        >>> a = torch.tensor([[2.0, 0.0, 0.0]])
+        >>> null_space_ratio(torch.tensor([[1.0, 0.0, 0.0], [3.0, 4.0, 0.0]]), a).tolist()
+        [0.0, 0.800000011920929]
+    """
+    return ratio_to_basis(x, row_basis(right), mask)
+
+
+def ratio_to_basis(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:func:`null_space_ratio` with the rows' orthonormal ``basis`` (p, n) at hand."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # squares neither overflow
+        inside = (x @ basis.mT.to(x)).square().sum(-1)
+        whole = x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
+        outside = (1 - inside / whole).clamp(0, 1)
+        ratio = torch.where(outside > FLOOR, outside.clamp_min(FLOOR).sqrt(), outside / FLOOR**0.5)
+        return ratio if mask is None else masked_mean(ratio, mask)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` (...) where ``mask`` (...) is true; 0 where it is nowhere."""
+    counts = (mask.to(values.device) > 0).to(values.dtype)
+    return (values * counts).sum() / counts.sum().clamp_min(1)

@@ -1,0 +1,175 @@
+"""Learned merge weights, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coremerge.errors import OutputError, SourceError
+
+FORMAT = "coremerge.weights.1"
+
+
+@dataclass(frozen=True, eq=False)
+class Weights(Mapping[str, Mapping[str, "float | tuple[float, ...]"]]):
+    """Adapter name → module name → merge weight, or one weight per rank component: what ``Recipe(weights=…)`` takes.
+
+    Attributes:
+        table: the weights; an adapter's modules that it lacks are absent.
+        settings: what they were learned with.
+        tasks: those whose inputs were used, in the order of ``objective``.
+        objective: (steps, tasks) of every step, before it was taken.
+        path: (steps + 1, coefficients) from the start to the end.
+        state: of the optimiser, to go on.
+        notes: what the person should know, in plain words.
+    """
+
+    table: Mapping[str, Mapping[str, float | tuple[float, ...]]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    objective: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    path: Tensor = field(default_factory=lambda: torch.zeros(1, 0))
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, adapter: str) -> Mapping[str, float | tuple[float, ...]]:
+        return self.table[adapter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return len(self.objective)
+
+    def summary(self) -> dict[str, tuple[float, float, float]]:
+        """Adapter name → mean, least and largest weight."""
+        found = {}
+        for name, row in self.table.items():
+            values = [v for value in row.values() for v in as_tuple(value)]
+            found[name] = (math.fsum(values) / len(values), min(values), max(values))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "weights": {name: dict(row) for name, row in self.table.items()},
+            "settings": dict(self.settings),
+            "objective": [dict(zip(self.tasks, row, strict=True)) for row in self.objective.tolist()],
+            "notes": list(self.notes),
+        }
+
+    def flat(self) -> Tensor:
+        """All weights, in the order of the table, in float64."""
+        values = [v for row in self.table.values() for value in row.values() for v in as_tuple(value)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write them into a ``.safetensors`` file, complete or not at all.
+
+        Raises:
+            OutputError: it exists, or cannot be written.
+        """
+        from safetensors.torch import save
+
+        from coremerge.formats.safetensors_layout import writing
+
+        path = Path(path)
+        check_output(path, overwrite=overwrite)
+        layout = {
+            name: {module: len(value) if isinstance(value, tuple) else 0 for module, value in row.items()}
+            for name, row in self.table.items()
+        }
+        described = {
+            "format": FORMAT,
+            "layout": json.dumps(layout),
+            "tasks": json.dumps(self.tasks),
+            "settings": json.dumps(dict(self.settings)),
+            "notes": json.dumps(self.notes),
+        }
+        tensors = {"weights": self.flat(), "objective": self.objective.float(), "path": self.path.float()}
+        tensors |= {f"state.{key}": value for key, value in self.state.items()}
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with writing(path):
+                path.absolute().parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, described))
+                partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a file that is there already, or a name that :func:`read_weights` would not be asked to read.
+
+    Raises:
+        OutputError: it is one of these.
+    """
+    if path.suffix != ".safetensors":
+        raise OutputError("weights are written as .safetensors", file=path, remedy=f"Call it {path.name}.safetensors")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputError("exists", file=path, remedy="Choose another file, or pass --overwrite")
+
+
+def as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    """The weights of one module, whether it has one or one per rank component."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read what :meth:`Weights.save` wrote.
+
+    Raises:
+        SourceError: not there, or not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        if said.get("format") != FORMAT:
+            raise ValueError("it was not written by coremerge learn-weights")
+        layout, values = json.loads(said["layout"]), tensors["weights"].tolist()
+        return Weights(
+            _table(layout, values),
+            json.loads(said["settings"]),
+            tuple(json.loads(said["tasks"])),
+            tensors["objective"],
+            tensors["path"],
+            {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
+            tuple(json.loads(said["notes"])),
+        )
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"is no file of merge weights: {error}", file=path) from None
+
+
+def _table(
+    layout: Mapping[str, Mapping[str, int]], values: Sequence[float]
+) -> dict[str, dict[str, float | tuple[float, ...]]]:
+    if not all(map(math.isfinite, values)):
+        raise ValueError("weights that are not finite")
+    left = iter(values)
+    table = {
+        name: {module: tuple(next(left) for _ in range(n)) if n else next(left) for module, n in row.items()}
+        for name, row in layout.items()
+    }
+    if next(left, None) is not None:
+        raise ValueError("more weights than modules")
+    return table

@@ -1,0 +1,371 @@
+"""Batches from files, with processors made offline, up to weights that are learned from them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import IMAGE, WORDS, make_adapter, make_model
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessor, CLIPProcessor, LlavaProcessor, PreTrainedTokenizerFast, ViTImageProcessor
+
+from coremerge.errors import ConfigError, InputError, MissingExtraError, SourceError
+from coremerge.learning import learn_weights
+from coremerge.learning.data import load_processor, make_batches
+from coremerge.learning.examples import Example, Message, read_examples
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "<turn>", "user", "assistant", ":"]
+VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(WORDS - 1 - len(SPECIAL))), "<image>"]
+TEMPLATE = "{{ bos_token }}{% for m in messages %} <turn> {{ m['role'] }} {{ m['content'] | trim }} </s>{% endfor %}"
+OF_PARTS = (
+    "{% for m in messages %} {{ m['role'] }} : {% for part in m['content'] if part is mapping %}"
+    "{{ ' <image> ' if part['type'] == 'image' else part['text'] }}{% endfor %} </s>{% endfor %}"
+)
+CHAT = (Message("user", "w1 w2"), Message("assistant", "w3"))
+
+
+def make_tokenizer(kind: str = "decoder", **settings: Any) -> PreTrainedTokenizerFast:
+    """Whole words: an encoder's, with [CLS] and [SEP], or a decoder's, without a pad token."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    if kind == "encoder":
+        names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+        inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", **names, **settings)
+
+
+def make_llava(template: str | None = None) -> LlavaProcessor:
+    """For images of 2 × 2 patches."""
+    tokenizer = make_tokenizer(extra_special_tokens=["<image>"])
+    return LlavaProcessor(
+        clip_pictures(), tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template,
+    )  # fmt: skip
+
+
+def clip_pictures() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+
+
+def pictures(folder: Path, count: int = 3) -> list[Path]:
+    """Of different sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (10 + i, 12), (40 * i, 99, 7)).save(path)
+    return paths
+
+
+def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def words(batch: Any, key: str = "input_ids") -> list[str]:
+    return [" ".join(VOCABULARY[i] for i in row) for row in batch[key].tolist()]
+
+
+def counted(batch: Any) -> list[str]:
+    """The words that the token mask leaves."""
+    rows = zip(batch["input_ids"].tolist(), batch["token_mask"].tolist(), strict=True)
+    return [" ".join(VOCABULARY[i] for i, kept in zip(ids, mask, strict=True) if kept) for ids, mask in rows]
+
+
+class TestTexts:
+    def test_they_are_padded_and_cut(self):
+        examples = [Example("w1 w2 w3 w4 w5 w6"), Example("w1")]
+        (batch,) = make_batches(examples, make_tokenizer("encoder"), max_length=5)
+        assert words(batch) == ["[CLS] w1 [SEP] [PAD] [PAD]", "[CLS] w1 w2 w3 [SEP]"]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+        assert "token_mask" not in batch and "labels" not in batch
+
+    def test_pairs_go_in_together(self):
+        (batch,) = make_batches([Example("w1", "w2 w3"), Example("w4", "")], make_tokenizer("encoder"))
+        assert words(batch) == ["[CLS] w4 [SEP] [SEP] [PAD] [PAD]", "[CLS] w1 [SEP] w2 w3 [SEP]"]
+
+    @pytest.mark.parametrize(("own", "given", "length"), [(7, None, 7), (None, None, 512), (7, 9, 9), (900, None, 512)])
+    def test_lengths(self, own, given, length):
+        tokenizer = make_tokenizer(**({"model_max_length": own} if own else {}))
+        (batch,) = make_batches([Example("w1 " * 1000)], tokenizer, max_length=given)
+        assert batch["input_ids"].shape == (1, length)
+
+    def test_similar_lengths_go_together(self):
+        examples = [Example("w1 " * n) for n in (5, 1, 4, 2, 3)]
+        one, two = (make_batches(examples, make_tokenizer(), size=2) for _ in range(2))
+        assert [batch["input_ids"].shape for batch in one] == [(2, 2), (2, 4), (1, 5)]
+        for a, b in zip(one, two, strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_tokenizer_without_a_pad_token_is_left_so(self, side):
+        tokenizer = make_tokenizer(padding_side=side)
+        (batch,) = make_batches([Example("w1"), Example("w1 w2")], tokenizer)
+        assert words(batch) == ["w1 </s>", "w1 w2"]
+        assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
+        assert (tokenizer.pad_token, tokenizer.padding_side) == (None, side)
+
+    def test_only_what_the_model_takes(self):
+        class Talkative(PreTrainedTokenizerFast):
+            def __call__(self, *args, **settings):
+                return super().__call__(*args, return_special_tokens_mask=True, return_length=True, **settings)
+
+        tokenizer = Talkative(tokenizer_object=make_tokenizer("encoder").backend_tokenizer, pad_token="[PAD]")
+        (batch,) = make_batches([Example("w1")], tokenizer)
+        assert set(batch) == {"input_ids", "attention_mask"}
+
+
+class TestChats:
+    def test_special_tokens_do_not_count(self):
+        tokenizer = make_tokenizer(chat_template=TEMPLATE, extra_special_tokens=["<turn>"])
+        examples = [Example(messages=CHAT), Example(messages=CHAT[:1])]
+        (batch,) = make_batches(examples, tokenizer)
+        assert words(batch)[1] == "<s> <turn> user w1 w2 </s> <turn> assistant w3 </s>"
+        assert counted(batch) == ["user w1 w2", "user w1 w2 assistant w3"]
+        assert batch["token_mask"].dtype == batch["attention_mask"].dtype
+
+    def test_markers_may_be_special_without_a_name(self):
+        tokenizer = make_tokenizer(chat_template=TEMPLATE)
+        tokenizer.add_tokens(["<turn>"], special_tokens=True)
+        assert counted(make_batches([Example(messages=CHAT[:1])], tokenizer)[0]) == ["user w1 w2"]
+
+    def test_a_tokenizer_adds_nothing_to_its_template(self):
+        tokenizer = make_tokenizer("encoder", chat_template="{{ messages[0]['content'] }}")
+        assert words(make_batches([Example(messages=CHAT)], tokenizer)[0]) == ["w1 w2"]
+
+    @pytest.mark.parametrize("holder", ["tokenizer", "processor"])
+    def test_a_template_that_reads_content_in_parts(self, holder):
+        processor = make_llava(OF_PARTS) if holder == "processor" else make_tokenizer(chat_template=OF_PARTS)
+        (batch,) = make_batches([Example(messages=CHAT[:1])], processor)
+        assert counted(batch) == ["user : w1 w2"]
+
+    def test_without_a_template(self):
+        with pytest.raises(ConfigError, match=r"messages: the base model's tokenizer has no chat template. Give"):
+            make_batches([Example(messages=CHAT)], make_tokenizer())
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it: roles must alternate"),
+            ("w1", "the chat template leaves out what the messages say"),
+        ],
+    )
+    def test_a_template_that_does_not_take_them(self, template, message):
+        example = Example(messages=(Message("user", "w5"),), place="a.jsonl, line 3")
+        with pytest.raises(InputError, match=f"a.jsonl, line 3: messages: {message}"):
+            make_batches([example], make_tokenizer(chat_template=template))
+
+
+class TestImages:
+    def test_they_become_pixels(self, tmp_path):
+        examples = read_examples(pictures(tmp_path)[0].parent)
+        first, last = make_batches(examples, ViTImageProcessor(size={"height": 8, "width": 8}), size=2)
+        assert set(first) == {"pixel_values"}
+        assert first["pixel_values"].shape == (2, 3, 8, 8) and last["pixel_values"].shape == (1, 3, 8, 8)
+        inner = [Example(image=path.read_bytes()) for path in sorted(tmp_path.iterdir())]
+        assert torch.equal(make_batches(inner, clip_pictures())[0]["pixel_values"][0], self.pixels(examples[0]))
+
+    @staticmethod
+    def pixels(example):
+        return make_batches([example], clip_pictures())[0]["pixel_values"][0]
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+    def test_of_any_mode(self, tmp_path, mode):
+        Image.new(mode, (9, 9)).save(tmp_path / "a.png")
+        (batch,) = make_batches([Example(image=tmp_path / "a.png")], ViTImageProcessor(size={"height": 8, "width": 8}))
+        assert batch["pixel_values"].shape == (1, 3, 8, 8)
+
+    def test_they_are_the_right_way_up(self, tmp_path):
+        upright = Image.linear_gradient("L").resize((8, 8)).convert("RGB")
+        upside_down = Image.Exif()
+        upside_down[0x0112] = 3
+        upright.save(tmp_path / "a.png")
+        upright.rotate(180).save(tmp_path / "b.png", exif=upside_down)
+        a, b = (self.pixels(Example(image=tmp_path / name)) for name in ("a.png", "b.png"))
+        assert torch.equal(a, b) and a.std() > 0.1
+
+    def test_that_cannot_be_read(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(b"no image")
+        example = Example(image=tmp_path / "a.png", place="a.jsonl, line 3")
+        with pytest.raises(SourceError, match=r'a.jsonl, line 3: image = ".*a.png": this image cannot be read'):
+            make_batches([example], clip_pictures())
+        with pytest.raises(SourceError, match='image = "bytes": this image cannot be read'):
+            make_batches([Example(image=b"no image")], clip_pictures())
+
+
+class TestTextsWithImages:
+    @pytest.fixture
+    def image(self, tmp_path):
+        return pictures(tmp_path, 1)[0]
+
+    def test_an_image_is_put_in_front(self, image):
+        examples = [Example("w1 w2", image=image), Example("w3 <image> w4 w5", image=image)]
+        (batch,) = make_batches(examples, make_llava())
+        assert words(batch) == [
+            "<image> <image> <image> <image> w1 w2 </s>",
+            "w3 <image> <image> <image> <image> w4 w5",
+        ]
+        assert counted(batch) == ["w1 w2", "w3 w4 w5"]
+        assert batch["pixel_values"].shape == (2, 3, 8, 8)
+
+    def test_by_the_chat_template(self, image):
+        processor = make_llava(OF_PARTS)
+        (batch,) = make_batches([Example("w1", image=image)], processor)
+        assert words(batch) == ["user : <image> <image> <image> <image> w1 </s>"]
+        assert counted(batch) == ["user : w1"]
+        assert processor.tokenizer.pad_token is None
+
+    @pytest.mark.parametrize("template", [TEMPLATE, "<image>"])
+    def test_a_template_that_leaves_out_image_or_text(self, image, template):
+        (batch,) = make_batches([Example("w1", image=image)], make_llava(template))
+        assert words(batch) == ["<image> <image> <image> <image> w1"]
+
+    def test_the_images_token_need_not_be_special(self, image):
+        processor = make_llava()
+        processor.tokenizer = make_tokenizer()
+        processor.tokenizer.add_tokens(["<image>"])
+        assert counted(make_batches([Example("w1", image=image)], processor)[0]) == ["w1"]
+        del processor.image_token_id
+        assert counted(make_batches([Example("w1", image=image)], processor)[0]) == ["w1"]
+
+    def test_the_images_tokens_are_not_cut(self, image):
+        examples = [Example("w1 w2 w3 w4", image=image), Example("w1 w2 w3 <image>", image=image)]
+        (batch,) = make_batches(examples, make_llava(), max_length=3)
+        assert words(batch) == ["<image> <image> <image> <image> w1 w2 w3"] * 2
+
+    def test_two_tokens_for_one_image(self, image):
+        example = Example("<image> <image>", image=image, place="a.jsonl, line 3")
+        with pytest.raises(
+            InputError, match=r"a.jsonl, line 3: the processor refuses a text with its image: The total"
+        ):
+            make_batches([example], make_llava())
+
+    def test_side_by_side(self, image):
+        processor = CLIPProcessor(clip_pictures(), make_tokenizer("encoder"))
+        (batch,) = make_batches([Example("w1 w2 w3", image=image)], processor, max_length=4)
+        assert words(batch) == ["[CLS] w1 w2 [SEP]"]
+        assert "token_mask" not in batch and batch["pixel_values"].shape == (1, 3, 8, 8)
+        (batch,) = make_batches([Example(image=image)], processor)
+        assert set(batch) == {"pixel_values"}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("example", "processor", "message"),
+        [
+            (Example("w1"), clip_pictures, "takes images, not texts"),
+            (Example(messages=CHAT), clip_pictures, "no chat template"),
+            (Example(image=b""), make_tokenizer, "takes no images"),
+            (Example(image=b""), make_llava, "an image as a part of a text.*text and image"),
+            (Example("w1", image=b""), make_tokenizer, "texts and images together"),
+        ],
+    )
+    def test_what_the_base_model_does_not_take(self, example, processor, message):
+        with pytest.raises(ConfigError, match=message):
+            make_batches([example], processor())
+
+    @pytest.mark.parametrize("settings", [{"size": 0}, {"max_length": 0}])
+    def test_sizes(self, settings):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))} = 0: at least 1"):
+            make_batches([Example("w1")], make_tokenizer(), **settings)
+
+    def test_several_kinds(self):
+        with pytest.raises(ConfigError, match="this input is messages, but the one at the beginning is text"):
+            make_batches([Example("w1"), Example(messages=CHAT)], make_tokenizer())
+
+    def test_nothing(self):
+        with pytest.raises(InputError, match="no inputs"):
+            make_batches([], make_tokenizer())
+
+
+class TestProcessors:
+    @pytest.mark.parametrize(
+        ("make", "name"),
+        [(make_tokenizer, "Token"), (clip_pictures, "CLIPImageProcessor"), (make_llava, "LlavaProcessor")],
+    )
+    def test_of_a_folder(self, tmp_path, make, name):
+        make().save_pretrained(tmp_path)
+        assert type(load_processor(tmp_path)).__name__.startswith(name)
+
+    @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+    def test_a_model_without_one(self, tmp_path, family):
+        make_model(family).save_pretrained(tmp_path)
+        with pytest.raises(SourceError, match=r"neither a tokenizer nor an image processor can be loaded: .*Save them"):
+            load_processor(tmp_path)
+
+    def test_nothing_there(self, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(SourceError, match="neither a tokenizer"):
+            load_processor("no such/folder")
+
+    def test_of_the_hub(self, monkeypatch):
+        import transformers
+
+        asked = []
+
+        def load(name, **settings):
+            asked.append((name, settings))
+            if len(asked) == 1:
+                raise ImportError("\nneeds torchvision")
+            return make_tokenizer()
+
+        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load)
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+        assert load_processor("org/name@v1:sub").eos_token == "</s>"
+        assert asked == [("org/name", {"revision": "v1", "subfolder": "sub", "trust_remote_code": False})] * 2
+
+    def test_one_for_something_else(self, monkeypatch, tmp_path):
+        import transformers
+
+        for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor"):
+            monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda *_, **__: object())
+        with pytest.raises(SourceError, match="object takes neither texts nor images"):
+            load_processor(tmp_path)
+
+    def test_without_transformers(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(MissingExtraError, match=r"transformers. pip install 'coremerge\[learn\]'"):
+            load_processor(tmp_path)
+
+
+class TestFromFilesToWeights:
+    """The whole way, with the processor saved beside the model."""
+
+    @pytest.fixture
+    def learned(self, tmp_path):
+        def learn(family, processor, source):
+            adapters = {name: make_adapter(family, tmp_path / name, seed) for seed, name in enumerate("ab")}
+            processor.save_pretrained(tmp_path / "base")
+            examples = read_examples(source)
+            batches = make_batches(examples, load_processor(tmp_path / "base"), size=2)
+            return learn_weights(make_model(family), adapters, dict.fromkeys(adapters, batches), steps=2)
+
+        return learn
+
+    @staticmethod
+    def moved(weights):
+        assert bool(weights.flat().isfinite().all()) and not torch.equal(weights.path[0], weights.path[-1])
+
+    def test_texts(self, learned, tmp_path):
+        path = jsonl(tmp_path / "a.jsonl", *({"text": "w1 " * n, "pair": "w2", "label": n} for n in (1, 2, 3)))
+        self.moved(learned("bert", make_tokenizer("encoder"), path))
+
+    def test_images(self, learned, tmp_path):
+        pictures(tmp_path / "in")
+        self.moved(learned("vit", ViTImageProcessor(size={"height": 8, "width": 8}), tmp_path / "in"))
+
+    def test_chats(self, learned, tmp_path):
+        rows = [{"messages": [turn._asdict() for turn in CHAT[:n]]} for n in (1, 2, 1)]
+        self.moved(learned("llama", make_tokenizer(chat_template=TEMPLATE), jsonl(tmp_path / "a.jsonl", *rows)))
+
+    @pytest.mark.parametrize("template", [None, OF_PARTS])
+    def test_texts_with_images(self, learned, tmp_path, template):
+        assert VOCABULARY.index("<image>") == IMAGE
+        paths = pictures(tmp_path / "in")
+        rows = ({"text": "w1 " * n, "image": f"in/{path.name}"} for n, path in enumerate(paths, 1))
+        self.moved(learned("llava", make_llava(template), jsonl(tmp_path / "a.jsonl", *rows)))
