@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from coremerge.learning.measure import measure_null_space
 from coremerge.learning.ratio import null_space_ratio
 from coremerge.learning.result import Weights, read_weights
 from coremerge.learning.weights import PRESETS, Settings, learn_weights
 
+if TYPE_CHECKING:
+    from coremerge.learning.callback import NullSpaceCallback
+
 __all__ = [
     "PRESETS",
+    "NullSpaceCallback",
     "Settings",
     "Weights",
     "learn_weights",
@@ -16,3 +22,15 @@ __all__ = [
     "null_space_ratio",
     "read_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "NullSpaceCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from coremerge.learning.callback import NullSpaceCallback
+    except ImportError:
+        from coremerge.errors import MissingExtraError
+
+        raise MissingExtraError("the callback needs transformers", remedy="pip install 'coremerge[learn]'") from None
+    return NullSpaceCallback

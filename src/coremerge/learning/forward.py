@@ -115,7 +115,7 @@ class MergedModel:
         with ExitStack() as hooks:
             for target in self.targets.values():
                 hooks.callback(target.module.register_forward_hook(hook(target)).remove)
-            output = _backbone_output(self.model, batch)
+            output = backbone_output(self.model, batch)
             first = False
             yield Run(output, found)
 
@@ -143,7 +143,7 @@ class _HeadReachedError(Exception):
     pass
 
 
-def _backbone_output(model: nn.Module, batch: Batch) -> Any:
+def backbone_output(model: nn.Module, batch: Batch) -> Any:
     """What the model's backbone makes of ``batch``."""
     inputs = {key: value for key, value in batch.items() if key not in _UNREAD}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:

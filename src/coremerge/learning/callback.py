@@ -1,0 +1,111 @@
+"""The null-space ratio while a LoRA trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from coremerge.errors import MismatchError
+from coremerge.learning.forward import Batch, backbone_output, token_mask
+from coremerge.learning.ratio import masked_mean, null_space_ratio
+
+PREFIX = "null_space/"
+
+
+class NullSpaceCallback(TrainerCallback):
+    """Logs the mean null-space ratio of every adapted module, on held inputs, to the Trainer's own log.
+
+    As ``null_space/<module>`` and, over all modules, ``null_space/mean``: at the start, every so many steps, and at the
+    end. Training is not disturbed: random numbers, modes and gradients are as they were.
+
+    Args:
+        trainer: whose model is a PEFT model with LoRA.
+        batches: of unlabelled inputs, held back from training.
+        every: steps between two measurements.
+
+    Example:
+        >>> trainer.add_callback(NullSpaceCallback(trainer, batches))  # doctest: +SKIP
+
+    Source: Null-Space Compression merging (CVPR 2026): the ratio falls as training goes on.
+    """
+
+    def __init__(self, trainer: Trainer, batches: Iterable[Batch], *, every: int = 50) -> None:
+        self.trainer, self.batches, self.every = trainer, list(batches), every
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first step."""
+        self._log(control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Every so many steps, and at the last one."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            self._log(control)
+
+    def _log(self, control: TrainerControl) -> None:
+        assert isinstance(self.trainer.model, nn.Module)
+        ratios = null_space_of_training(self.trainer.model, self.batches)
+        mean = sum(ratios.values()) / len(ratios)
+        due = control.should_log  # a log of one's own would cancel the Trainer's at this step
+        self.trainer.log({PREFIX + "mean": mean} | {PREFIX + name: value for name, value in ratios.items()})
+        control.should_log = due
+
+
+def null_space_of_training(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """The mean ratio of each module of a PEFT model with respect to its current ``lora_A``, over tokens that count.
+
+    Args:
+        model: with an active LoRA; embeddings and convolutions are passed over.
+        batches: of inputs; labels are not read.
+
+    Raises:
+        MismatchError: no linear module has a LoRA.
+    """
+    found: dict[str, list[float]] = {}
+    adapted = dict(_adapted(model))
+    base: Any = getattr(getattr(model, "base_model", model), "model", model)  # beneath PEFT's two layers
+    if not adapted:
+        raise MismatchError("no linear layer of this model has a LoRA", remedy="Give the model that PEFT trains")
+    with _undisturbed(model), torch.no_grad(), ExitStack() as hooks:
+        held: list[Batch] = [{}]
+        for name, (module, down) in adapted.items():
+
+            def see(_: nn.Module, args: tuple[Tensor, ...], name: str = name, down: Tensor = down) -> None:
+                ratio = null_space_ratio(args[0], down)
+                mask = token_mask(held[0], args[0])
+                found.setdefault(name, []).append(float(ratio.mean() if mask is None else masked_mean(ratio, mask)))
+
+            hooks.callback(module.register_forward_pre_hook(see).remove)
+        device = next(model.parameters()).device
+        for batch in batches:
+            held[0] = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            backbone_output(base, held[0])
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]:
+    """Name in the base model → the module that holds a LoRA, and its active lora_A (r, n)."""
+    for path, module in model.named_modules():
+        parts = getattr(module, "lora_A", None)
+        names: Any = module.active_adapters if isinstance(parts, nn.ModuleDict) else ()
+        down: Any = next((parts[name].weight for name in names if parts and name in parts), None)
+        if down is not None and down.ndim == 2:
+            yield path.removeprefix("base_model.model."), (module, down)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng(enabled=True):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
