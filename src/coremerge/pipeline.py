@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -226,6 +227,9 @@ class Prepared:
         """Merge and write: see :func:`merge_files`; ``hashes`` may have begun with the inputs' files."""
         _check_device(device)
         tell = progress or _silent
+        from coremerge.report.card import warm_up
+
+        Thread(target=warm_up, daemon=True).start()
         with nullcontext(hashes) if hashes else Hashes() as started:
             for file in _files(self.plan.adapters):
                 started.start(file)

@@ -47,7 +47,7 @@ def test_from_files_to_a_file_to_a_merge(learn, run):
     assert result.exit_code == 0, result.stderr
     assert "adapter  mean weight" in result.stdout and "w.safetensors" in result.stdout
     weights = read_weights("w.safetensors")
-    assert list(weights) == ["A", "B"] and weights.steps == 3 and weights.settings["objective"] == "match"
+    assert list(weights) == ["A", "B"] and weights.steps == 3 and weights.settings["objective"] == "nsc-own"
     assert (
         run("merge", "A", "B", "-o", "OUT", "--method", "sum", "--scale", "1", "--weights", "w.safetensors").exit_code
         == 0

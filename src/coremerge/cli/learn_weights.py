@@ -35,11 +35,15 @@ def learn_weights(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="WEIGHTS.safetensors")],
     objective: Annotated[
-        str | None, typer.Option(help="match (default), nsc or nsc-own.", metavar="OBJECTIVE", show_default=False)
+        str | None, typer.Option(help="nsc-own (default), match or nsc.", metavar="OBJECTIVE", show_default=False)
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="match, vision or language: NSC as in its paper.", metavar="PRESET", show_default=False),
+        typer.Option(
+            help="Settings: nsc-own, match; vision or language: NSC as in its paper.",
+            metavar="PRESET",
+            show_default=False,
+        ),
     ] = None,
     modules: Annotated[
         str | None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from coremerge.learning import Weights
     from coremerge.pipeline import Merged, Prepared
 
-LEARNED = ("match", "nsc")
+LEARNED = ("nsc-own", "match", "nsc")
 """Weights that are learned first."""
 
 
@@ -63,15 +63,13 @@ def merge(
         str | None,
         typer.Option(
             help="0.5,0.5 in the adapters' order; name=0.5,name=1; a .json, .yaml or .safetensors file (also per"
-            " module); or match, nsc: learned first, from --data on --base.",
+            " module); or nsc-own, match, nsc: learned first, from --data on --base.",
             metavar="WEIGHTS",
         ),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Unlabelled inputs for --weights match or nsc: see coremerge learn-weights.", metavar="NAME=PATH"
-        ),
+        typer.Option(help="Unlabelled inputs for learned --weights: see coremerge learn-weights.", metavar="NAME=PATH"),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -100,7 +98,7 @@ def merge(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The base model, for --weights match or nsc; or its config.json, where a VeRA adapter needs it.",
+            help="The base model, for learned --weights; or its config.json, where a VeRA adapter needs it.",
             metavar="MODEL",
         ),
     ] = None,
@@ -163,7 +161,9 @@ def merge(
         given = _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None})
         sources_of = _options.initial(data, "--data")
         if (weights in LEARNED) != bool(sources_of) or (weights in LEARNED and not base):
-            raise typer.BadParameter("match and nsc go with --base and --data, and only they", param_hint="--weights")
+            raise typer.BadParameter(
+                "nsc-own, match and nsc go with --base and --data, and only they", param_hint="--weights"
+            )
         with progress_bar(quiet) as progress:
             settle = partial(
                 prepare,

@@ -27,7 +27,7 @@ class Settings:
     """How weights are learned.
 
     Attributes:
-        objective: ``match``, ``nsc``, ``nsc-own`` or ``entropy``: see :mod:`coremerge.learning.objectives`.
+        objective: ``nsc-own``, ``match``, ``nsc`` or ``entropy``: see :mod:`coremerge.learning.objectives`.
         steps: of the optimiser, each over one batch of every task.
         rate: learning rate.
         start: of every coefficient; None: 2.4 / T, the paper's, but at most 1.
@@ -39,26 +39,28 @@ class Settings:
         patience: stop after so many steps without a new best of the objective's running mean; None: never.
     """
 
-    objective: str = "match"
-    steps: int = 80
-    rate: float = 2e-2
+    objective: str = "nsc-own"
+    steps: int = 100
+    rate: float = 1e-2
     start: float | None = None
     modules: str = ALL
     per: Per = "module"
     pull: float = 0.0
-    bounds: tuple[float, float] | None = (0.0, 2.0)
+    bounds: tuple[float, float] | None = None
     decay: float = 0.0
     patience: int | None = None
 
 
 PRESETS: Mapping[str, Settings] = {
-    "match": Settings(),
-    "vision": Settings("nsc", 100, 1e-3, modules=LAST_QUARTER, bounds=None, decay=0.01),
-    "language": Settings("nsc", 500, 3e-4, modules=LAST_QUARTER, bounds=None, decay=0.01),
+    "nsc-own": Settings(),
+    "match": Settings("match", 80, 2e-2, bounds=(0.0, 2.0)),
+    "vision": Settings("nsc", 100, 1e-3, modules=LAST_QUARTER, decay=0.01),
+    "language": Settings("nsc", 500, 3e-4, modules=LAST_QUARTER, decay=0.01),
 }
-"""``match``: what is recommended. ``vision`` and ``language``: NSC at the settings of its paper."""
+"""``nsc-own``: what is recommended. ``vision`` and ``language``: NSC at the settings of its paper."""
 
-_PRESET_OF = {"match": "match", "nsc": "vision", "nsc-own": "vision", "entropy": "vision"}
+_PRESET_OF = {"nsc-own": "nsc-own", "match": "match", "nsc": "vision", "entropy": "vision"}
+DEFAULT = "nsc-own"
 
 
 def learn_weights(
@@ -86,7 +88,7 @@ def learn_weights(
         adapters: name → adapter, of any rank, alpha and type; all modules linear (or GPT-2's Conv1D).
         data: the same names → batches, as the model takes them; labels are not read. An adapter without data has
             coefficients, too, learned from the others' inputs. Gone through again and again, in the order given.
-        objective: ``match`` (the default), ``nsc``, ``nsc-own`` or ``entropy``: see
+        objective: ``nsc-own`` (the default), ``match``, ``nsc`` or ``entropy``: see
             :mod:`coremerge.learning.objectives`.
         preset: a name of :data:`PRESETS`, or settings; by default the one that goes with the objective.
         preferences: task → its weight in the objective; 1 for those not named.
@@ -121,7 +123,7 @@ def learn_weights(
 def _settings(objective: str | None, preset: str | Settings | None, changes: Mapping[str, Any], count: int) -> Settings:
     if isinstance(preset, str) and preset not in PRESETS:
         raise ConfigError("no such preset", key="preset", value=preset, remedy=f"Known: {', '.join(PRESETS)}")
-    chosen = preset or _PRESET_OF.get(objective or "match", "match")
+    chosen = preset or _PRESET_OF.get(objective or DEFAULT, DEFAULT)
     settings = PRESETS[chosen] if isinstance(chosen, str) else chosen
     unknown = [key for key in changes if key not in asdict(settings)]
     if unknown:

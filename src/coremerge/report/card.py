@@ -198,6 +198,11 @@ class Safe(str):
     __slots__ = ()
 
 
+def warm_up() -> None:
+    """Import and compile what :func:`model_card` needs: this can be done beside other work."""
+    _template()
+
+
 def model_card(card: CardInput) -> str:
     """A README.md with the hub's front matter.
 

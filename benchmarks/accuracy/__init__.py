@@ -1,0 +1,1 @@
+"""How good merges are: scores on the shipped example."""
