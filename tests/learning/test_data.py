@@ -300,7 +300,7 @@ class TestProcessors:
 
     def test_nothing_there(self, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(SourceError, match="neither a tokenizer"):
+        with pytest.raises(SourceError, match="no such base model"):
             load_processor("no such/folder")
 
     def test_of_the_hub(self, monkeypatch):

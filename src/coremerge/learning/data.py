@@ -40,18 +40,31 @@ def load_processor(base: str | Path) -> Any:
         SourceError: there is none that can be loaded.
     """
     transformers = optional("transformers")
-    hub = None if local_path(base) else parse_hub_id(str(base))
-    where = {"revision": hub.revision, "subfolder": hub.subfolder or ""} if hub else {}
+    place, where = base_place(base)
     kinds = (transformers.AutoProcessor, transformers.AutoTokenizer, transformers.AutoImageProcessor)
     problems: list[str] = []
     for kind in kinds:
-        processor = _loaded(partial(kind.from_pretrained, hub.repo if hub else str(base), **where), problems)
+        processor = _loaded(partial(kind.from_pretrained, place, **where), problems)
         if processor is not None:
             return processor
     raise SourceError(
         f"neither a tokenizer nor an image processor can be loaded: {problems[0]}", file=base,
         remedy="Save them into the model's folder, beside its config.json",
     )  # fmt: skip
+
+
+def base_place(base: str | Path) -> tuple[str, dict[str, str | None]]:
+    """What ``from_pretrained`` is to be given for a folder or a hub id: the place, and keywords.
+
+    Raises:
+        SourceError: it is neither.
+    """
+    if local_path(base):
+        return str(base), {}
+    hub = parse_hub_id(str(base))
+    if hub is None:
+        raise SourceError("no such base model", file=base, remedy="Give its folder or its hub id")
+    return hub.repo, {"revision": hub.revision, "subfolder": hub.subfolder or ""}
 
 
 def _loaded(load: Callable[..., Any], problems: list[str]) -> Any:

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from coremerge.errors import ConfigError, MissingExtraError, SourceError
-from coremerge.formats.source import local_path, parse_hub_id
-from coremerge.learning.data import load_processor, make_batches, read_examples
+from coremerge.learning.data import base_place, load_processor, make_batches, read_examples
 from coremerge.learning.result import Weights
 from coremerge.learning.weights import Progress, learn_weights
 from coremerge.pipeline import read_adapters
@@ -94,12 +93,11 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu") -> nn
         from transformers.utils import logging
     except ImportError:
         raise MissingExtraError("a base model needs transformers", remedy="pip install 'coremerge[learn]'") from None
-    hub = None if local_path(base) else parse_hub_id(str(base))
-    where = {"revision": hub.revision, "subfolder": hub.subfolder or ""} if hub else {}
+    place, where = base_place(base)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model: nn.Module = AutoModel.from_pretrained(
-            hub.repo if hub else str(base),
+            place,
             dtype=dtype,
             device_map=None if device == "cpu" else device,
             trust_remote_code=False,
