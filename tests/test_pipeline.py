@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from coremerge import Recipe, load
-from coremerge.errors import ConfigError, InputError, OutputError
-from coremerge.pipeline import merge_files, prepare, read_adapters
+from coremerge.errors import InputError, OutputError
+from coremerge.pipeline import merge_files, prepare
 from tiny import make_adapter
 
 
@@ -45,16 +45,6 @@ def test_preparing_touches_nothing(sources, tmp_path):
     assert prepared.plan.rank == 10
     assert prepared.output_bytes == prepared.plan.output_bytes
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_initial_adapter_of_one_of_two_with_one_name(sources, tmp_path):
-    twin = make_adapter(tmp_path / "x" / "A", seed=5, init_lora_weights="pissa")
-    start = make_adapter(tmp_path / "x" / "A0", seed=6, init_lora_weights="pissa")
-    with pytest.raises(ConfigError, match="more than one adapter of that name"):
-        read_adapters([sources[0], twin], initial={"A": start})
-    adapters = read_adapters([sources[0], twin], initial={str(twin): start})
-    assert list(adapters) == [f"{tmp_path.name}/A", "x/A"]
-    assert adapters["x/A"].modules.popitem()[1].rank == 8
 
 
 def test_an_output_is_checked_first(sources):

@@ -20,21 +20,17 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
 from coremerge.errors import ConfigError, CoremergeError
-from coremerge.formats import load
 from coremerge.formats.atomic import check_output
-from coremerge.formats.source import locate
 from coremerge.formats.writer import Saved, save
 from coremerge.hashing import Hashes
+from coremerge.inputs import Progress, files_of, hashes_of, read_adapters, with_labels
 from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult, Report, execute
-from coremerge.plan import Plan, make_plan, name_adapters
+from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Recipe
 
 if TYPE_CHECKING:
     from coremerge.formats.into import IntoPlan
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the parts done and their number."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +159,8 @@ def prepare(
         progress=progress,
     )
     if out is not None:
-        check_output(out, overwrite=overwrite, inputs=_files(adapters))
-    plan = make_plan(adapters, _with_labels(recipe or Recipe(), dict(zip(adapters, map(str, sources), strict=True))))
+        check_output(out, overwrite=overwrite, inputs=files_of(adapters))
+    plan = make_plan(adapters, with_labels(recipe or Recipe(), adapters, sources))
     return Prepared(plan, None if into is None else _plan_into(into, plan), into, overwrite, start)
 
 
@@ -204,6 +200,11 @@ class Prepared:
         own = [f"{name}: {note}" for name, adapter in self.plan.adapters.items() for note in adapter.info.notes]
         return (*dict.fromkeys([*own, *(self.into_plan.notes if self.into_plan else ())]),)
 
+    def weighted(self, weights: Mapping[str, Any]) -> Prepared:
+        """This merge, whose recipe has no weights, with ``weights`` by the adapters' labels."""
+        recipe = Recipe(**{**dict(self.plan.recipe), "weights": weights})
+        return replace(self, plan=make_plan(self.plan.adapters, recipe))
+
     def to_dict(self) -> dict[str, Any]:
         """For ``--dry-run --json``."""
         return {
@@ -231,13 +232,13 @@ class Prepared:
 
         Thread(target=warm_up, daemon=True).start()
         with nullcontext(hashes) if hashes else Hashes() as started:
-            for file in _files(self.plan.adapters):
+            for file in files_of(self.plan.adapters):
                 started.start(file)
             try:
                 result = execute(
                     self.plan, threads=threads, device=device, batch=batch, progress=_stage(tell, "merging")
                 )
-                sha256 = _sha256(self.plan.adapters, started)
+                sha256 = hashes_of(self.plan.adapters, started)
                 card = self._card(result, sha256, command)
                 saved = self._save(result.adapter, out, card, threads, _stage(tell, "writing"))
             except torch.OutOfMemoryError as error:
@@ -251,7 +252,7 @@ class Prepared:
     def _save(
         self, adapter: Adapter, out: str | Path, card: str, threads: int | None, progress: Callable[[int, int], None]
     ) -> Saved:
-        files, inputs = {"README.md": card} | self._weights_file(), _files(self.plan.adapters)
+        files, inputs = {"README.md": card} | self._weights_file(), files_of(self.plan.adapters)
         if self.into is None:
             return save(
                 adapter, out, overwrite=self.overwrite, threads=threads, files=files, inputs=inputs, progress=progress
@@ -299,64 +300,6 @@ class Prepared:
 CONFIG = "adapter_config.json"
 
 
-def read_adapters(
-    sources: Sequence[str | Path],
-    *,
-    base: str | Path | None = None,
-    vera_width: int | None = None,
-    initial: Mapping[str, str | Path] | None = None,
-    allow_pickle: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Adapter]:
-    """The adapters in ``sources`` under unique labels; arguments and errors as of :func:`merge_files`."""
-    starts = _initials(sources, initial or {}, allow_pickle)
-    adapters = []
-    for done, source in enumerate(sources):
-        if progress:
-            progress("reading", done, len(sources))
-        start = starts.get(done)
-        adapters.append(load(source, base=base, vera_width=vera_width, initial=start, allow_pickle=allow_pickle))
-    return name_adapters(adapters)
-
-
-def _initials(
-    sources: Sequence[str | Path], initial: Mapping[str, str | Path], allow_pickle: bool
-) -> dict[int, str | Path]:
-    """Index of a source → where its initial adapter is."""
-    if not initial:
-        return {}
-    names = [{str(source), locate(source, allow_pickle=allow_pickle).name} for source in sources]
-    found: dict[int, str | Path] = {}
-    for name, start in initial.items():
-        at = [i for i, known in enumerate(names) if name in known]
-        if len(at) != 1:
-            raise ConfigError(
-                f"{'no' if not at else 'more than one'} adapter of that name",
-                key="initial",
-                value=name,
-                remedy=f"Adapters: {', '.join(map(str, sources))}",
-            )
-        found[at[0]] = start
-    return found
-
-
-def _with_labels(recipe: Recipe, sources: Mapping[str, str]) -> Recipe:
-    """``recipe`` with adapters that it names by their sources under their labels (label → source)."""
-    labels = {source: label for label, source in sources.items()}
-    changes: dict[str, Any] = {}
-    if isinstance(recipe.weights, Mapping):
-        changes["weights"] = {
-            (key if key in sources else labels.get(key, key)): value for key, value in recipe.weights.items()
-        }
-    if recipe.extras is not None and recipe.extras not in sources:
-        changes["extras"] = labels.get(recipe.extras, recipe.extras)
-    return recipe.model_copy(update=changes) if changes else recipe
-
-
-def _files(adapters: Mapping[str, Adapter]) -> list[Path]:
-    return [file for adapter in adapters.values() for file in adapter.info.files]
-
-
 def _plan_into(base: str | Path, plan: Plan) -> IntoPlan:
     """Whether the merged update has a place in ``base``, known before it is computed."""
     from coremerge.formats.into import plan_into
@@ -384,25 +327,6 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         first = (str(error).splitlines() or [""])[0].split(". ")[0]
         raise ConfigError(f"cannot be used: {first}", key="device", value=device, remedy="Use --device cpu") from None
-
-
-def _sha256(adapters: Mapping[str, Adapter], hashes: Hashes) -> dict[str, dict[str, str]]:
-    """Adapter name → file name → SHA-256 of all files that were read."""
-    return {
-        name: {label: hashes[file] for label, file in _named(adapter.info.files).items()}
-        for name, adapter in adapters.items()
-    }
-
-
-def _named(files: Sequence[Path]) -> dict[str, Path]:
-    """Files by their names; the first of a name is the adapter's own, a later one the initial adapter's."""
-    named: dict[str, Path] = {}
-    for file in files:
-        name = file.name
-        while name in named:
-            name = f"initial {name}"
-        named[name] = file
-    return named
 
 
 def _stage(progress: Progress, label: str) -> Callable[[int, int], None]:

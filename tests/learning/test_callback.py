@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from families import batches, make_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import coremerge.learning
@@ -73,6 +73,24 @@ def test_it_is_the_ratio_of_the_modules_inputs(family, targets):
     assert found[name] == pytest.approx(expected, abs=1e-5)
     assert model.training and not any(module._forward_pre_hooks for module in model.modules())
     assert null_space_ratio(down, down).max() < 1e-2
+
+
+def test_veras_shared_projection_is_measured():
+    torch.manual_seed(3)
+    config = VeraConfig(r=3, target_modules=["query", "output.dense"], projection_prng_key=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own
+        model = get_peft_model(make_model("bert"), config)
+    found = null_space_of_training(model, batches("bert", 1))
+    down = model.base_model.vera_A["default"].double()
+    for name in found:
+        inputs = model.get_submodule(f"base_model.model.{name}").in_features
+        out = model.get_submodule(f"base_model.model.{name}").out_features
+        update = LowRank(torch.zeros(out, 3).double(), down[:, :inputs])
+        expected = measure_null_space(
+            make_model("bert"), {"a": Adapter.from_updates({name: update})}, {"t": batches("bert", 1)}
+        )
+        assert found[name] == pytest.approx(expected["t"]["a"][name], abs=1e-5)
 
 
 def test_other_layers_are_passed_over():

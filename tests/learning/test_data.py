@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, WORDS, make_adapter, make_model
+from families import IMAGE, make_adapter, make_model
+from made import OF_PARTS, TEMPLATE, VOCABULARY, clip_pictures, jsonl, make_llava, make_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPImageProcessor, CLIPProcessor, LlavaProcessor, PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import CLIPProcessor, PreTrainedTokenizerFast, ViTImageProcessor
 
-from coremerge.errors import ConfigError, InputError, MissingExtraError, SourceError
+from coremerge.errors import ConfigError, InputError, SourceError
 from coremerge.learning import learn_weights
-from coremerge.learning.data import load_processor, make_batches
-from coremerge.learning.examples import Example, Message, read_examples
+from coremerge.learning.data import make_batches
+from coremerge.learning.examples import read_examples
+from coremerge.learning.processor import load_processor
+from coremerge.learning.rows import Example, Message
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "<turn>", "user", "assistant", ":"]
-VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(WORDS - 1 - len(SPECIAL))), "<image>"]
-TEMPLATE = "{{ bos_token }}{% for m in messages %} <turn> {{ m['role'] }} {{ m['content'] | trim }} </s>{% endfor %}"
-OF_PARTS = (
-    "{% for m in messages %} {{ m['role'] }} : {% for part in m['content'] if part is mapping %}"
-    "{{ ' <image> ' if part['type'] == 'image' else part['text'] }}{% endfor %} </s>{% endfor %}"
-)
 CHAT = (Message("user", "w1 w2"), Message("assistant", "w3"))
-
-
-def make_tokenizer(kind: str = "decoder", **settings: Any) -> PreTrainedTokenizerFast:
-    """Whole words: an encoder's, with [CLS] and [SEP], or a decoder's, without a pad token."""
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    if kind == "encoder":
-        names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
-        inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", **names, **settings)
-
-
-def make_llava(template: str | None = None) -> LlavaProcessor:
-    """For images of 2 × 2 patches."""
-    tokenizer = make_tokenizer(extra_special_tokens=["<image>"])
-    return LlavaProcessor(
-        clip_pictures(), tokenizer, patch_size=4, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template,
-    )  # fmt: skip
-
-
-def clip_pictures() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
 
 
 def pictures(folder: Path, count: int = 3) -> list[Path]:
@@ -60,11 +29,6 @@ def pictures(folder: Path, count: int = 3) -> list[Path]:
     for i, path in enumerate(paths):
         Image.new("RGB", (10 + i, 12), (40 * i, 99, 7)).save(path)
     return paths
-
-
-def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
 
 
 def words(batch: Any, key: str = "input_ids") -> list[str]:
@@ -281,56 +245,6 @@ class TestRefusals:
     def test_nothing(self):
         with pytest.raises(InputError, match="no inputs"):
             make_batches([], make_tokenizer())
-
-
-class TestProcessors:
-    @pytest.mark.parametrize(
-        ("make", "name"),
-        [(make_tokenizer, "Token"), (clip_pictures, "CLIPImageProcessor"), (make_llava, "LlavaProcessor")],
-    )
-    def test_of_a_folder(self, tmp_path, make, name):
-        make().save_pretrained(tmp_path)
-        assert type(load_processor(tmp_path)).__name__.startswith(name)
-
-    @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
-    def test_a_model_without_one(self, tmp_path, family):
-        make_model(family).save_pretrained(tmp_path)
-        with pytest.raises(SourceError, match=r"neither a tokenizer nor an image processor can be loaded: .*Save them"):
-            load_processor(tmp_path)
-
-    def test_nothing_there(self, monkeypatch):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(SourceError, match="no such base model"):
-            load_processor("no such/folder")
-
-    def test_of_the_hub(self, monkeypatch):
-        import transformers
-
-        asked = []
-
-        def load(name, **settings):
-            asked.append((name, settings))
-            if len(asked) == 1:
-                raise ImportError("\nneeds torchvision")
-            return make_tokenizer()
-
-        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", load)
-        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
-        assert load_processor("org/name@v1:sub").eos_token == "</s>"
-        assert asked == [("org/name", {"revision": "v1", "subfolder": "sub", "trust_remote_code": False})] * 2
-
-    def test_one_for_something_else(self, monkeypatch, tmp_path):
-        import transformers
-
-        for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor"):
-            monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda *_, **__: object())
-        with pytest.raises(SourceError, match="object takes neither texts nor images"):
-            load_processor(tmp_path)
-
-    def test_without_transformers(self, monkeypatch, tmp_path):
-        monkeypatch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(MissingExtraError, match=r"transformers. pip install 'coremerge\[learn\]'"):
-            load_processor(tmp_path)
 
 
 class TestFromFilesToWeights:

@@ -14,7 +14,8 @@ from transformers import CLIPConfig, CLIPModel
 from coremerge import Adapter, LowRank, Recipe, merge
 from coremerge.adapter import Module
 from coremerge.errors import InputError, MismatchError, UnsupportedError
-from coremerge.learning.forward import MergedModel, blocks, find_modules, frozen, token_mask
+from coremerge.learning.backbone import frozen
+from coremerge.learning.forward import MergedModel, find_modules
 from coremerge.learning.objectives import alone
 
 
@@ -177,6 +178,10 @@ def test_no_adapters():
         MergedModel(make_model("bert"), {})
 
 
+def test_the_families_are_the_issues():
+    assert set(families.FAMILIES) >= {"bert", "vit", "clip", "llama", "gpt2", "t5", "llava"}
+
+
 def test_a_model_of_two_towers_runs_the_one_that_is_fed():
     config = CLIPConfig(
         text_config={
@@ -194,22 +199,3 @@ def test_a_model_of_two_towers_runs_the_one_that_is_fed():
     for tower, family in (("vision_model", "clip"), ("text_model", "llama")):
         adapter = Adapter.from_updates({f"{tower}.encoder.layers.0.self_attn.q_proj": update})
         assert hidden(model, batches(family)[0], {"a": adapter}, weighted({"a": 1.0})).shape[-1] == 16
-
-
-def test_blocks_are_counted_in_every_stack():
-    assert {family: len(blocks(make_model(family))) for family in FAMILIES} == {
-        "bert": 4, "vit": 4, "clip": 4, "llama": 4, "gpt2": 4, "t5": 8, "llava": 8,
-    }  # fmt: skip
-
-
-def test_masks():
-    batch = {"attention_mask": torch.ones(2, 3), "decoder_attention_mask": torch.ones(2, 5)}
-    assert token_mask(batch, torch.zeros(2, 3, 4)) is batch["attention_mask"]
-    assert token_mask(batch, torch.zeros(2, 5, 4)) is batch["decoder_attention_mask"]
-    assert token_mask(batch, torch.zeros(6, 4)).shape == (6,)
-    assert token_mask(batch, torch.zeros(2, 9, 4)) is None
-    assert token_mask({**batch, "token_mask": torch.zeros(2, 3)}, torch.zeros(2, 3, 4)).sum() == 0
-
-
-def test_the_families_are_the_issues():
-    assert set(families.FAMILIES) >= {"bert", "vit", "clip", "llama", "gpt2", "t5", "llava"}

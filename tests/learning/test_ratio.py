@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coremerge.learning import null_space_ratio
-from coremerge.learning.ratio import FLOOR, masked_mean, row_basis
+from coremerge.learning.ratio import FLOOR, mean_over, row_basis
 
 
 def oracle(x: Tensor, right: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_padding_does_not_count() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     kept = torch.cat([x[0, :2], x[1, :3]])
     torch.testing.assert_close(null_space_ratio(x, right, mask), null_space_ratio(kept, right).mean())
-    assert float(masked_mean(x[..., 0], torch.zeros(2, 4))) == 0
+    assert float(mean_over(x[..., 0], torch.zeros(2, 4))) == 0
 
 
 def test_the_basis_has_the_numerical_rank() -> None:

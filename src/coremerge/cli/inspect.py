@@ -48,7 +48,7 @@ def inspect(
     from coremerge.cli import _options
     from coremerge.diagnostics import align, retain
     from coremerge.formats import load
-    from coremerge.pipeline import read_adapters
+    from coremerge.inputs import read_adapters
 
     with progress_bar(quiet) as progress:
         held = read_adapters(

@@ -13,6 +13,7 @@ import typer
 from coremerge.cli._output import facts, number, print_json, progress_bar, remark, table
 
 if TYPE_CHECKING:
+    from coremerge.adapter import Adapter
     from coremerge.learning import Weights
 
 SHOWN = 4
@@ -82,6 +83,7 @@ def learn_weights(
     what was learned; --resume goes on.
     """
     from coremerge.cli import _options
+    from coremerge.inputs import by_label, read_adapters
     from coremerge.learning.result import check_output, read_weights
 
     check_output(out, overwrite=overwrite)
@@ -97,13 +99,14 @@ def learn_weights(
         "patience": patience,
     }
     with progress_bar(quiet) as bar, interruptible() as stopped:
+        read = read_adapters(adapters, base=base, allow_pickle=allow_pickle, progress=bar)
         weights = learned(
-            adapters,
+            read,
             base,
-            _options.initial(data, "--data"),
+            by_label(_options.initial(data, "--data"), read, adapters),
             bar,
             stopped,
-            preferences=_options.numbers(preference, "--preference"),
+            preferences=by_label(_options.numbers(preference, "--preference"), read, adapters),
             count=count,
             size=size,
             max_length=max_length,
@@ -113,7 +116,6 @@ def learn_weights(
             device=device,
             seed=seed,
             resume=read_weights(resume) if resume else None,
-            allow_pickle=allow_pickle,
             **{key: value for key, value in settings.items() if value is not None},
         )
     weights.save(out, overwrite=overwrite)
@@ -121,7 +123,7 @@ def learn_weights(
 
 
 def learned(
-    adapters: list[str],
+    adapters: Mapping[str, Adapter],
     base: str,
     data: Mapping[str, str],
     bar: Callable[[str, int, int], None],

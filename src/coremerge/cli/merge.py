@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,6 @@ from coremerge.cli._output import Progress, duration, facts, number, print_json,
 from coremerge.hashing import Hashes
 
 if TYPE_CHECKING:
-    from coremerge.learning import Weights
     from coremerge.pipeline import Merged, Prepared
 
 LEARNED = ("nsc-own", "match", "nsc")
@@ -133,6 +131,7 @@ def merge(
     with Hashes() as hashes:
         _begin(hashes, [] if dry_run else adapters or [])
         from coremerge.cli import _options
+        from coremerge.inputs import by_label
         from coremerge.pipeline import prepare
 
         file = _options.recipe_file(recipe)
@@ -164,10 +163,12 @@ def merge(
             raise typer.BadParameter(
                 "nsc-own, match and nsc go with --base and --data, and only they", param_hint="--weights"
             )
+        if weights in LEARNED:
+            given = given.model_copy(update={"weights": None})
         with progress_bar(quiet) as progress:
-            settle = partial(
-                prepare,
+            prepared = prepare(
                 sources,
+                given,
                 out=out,
                 into=into,
                 base=base or file.base_model,
@@ -177,10 +178,9 @@ def merge(
                 overwrite=overwrite,
                 progress=progress,
             )
-            prepared = settle(given)
             if weights in LEARNED and not dry_run:
-                found = _learned(sources, str(base), sources_of, progress, objective=weights, seed=seed or 0)
-                prepared = settle(_options.override(given, {"weights": found}))
+                named = by_label(sources_of, prepared.plan.adapters, sources)
+                prepared = _learned(prepared, str(base), named, progress, objective=weights, seed=seed or 0)
             if not dry_run:
                 assert out is not None
                 command = ["coremerge", *sys.argv[1:]]
@@ -193,12 +193,10 @@ def merge(
             _show_result(merged, as_json, quiet)
 
 
-def _learned(
-    sources: Sequence[str], base: str, data: Mapping[str, str], progress: Progress, **settings: Any
-) -> Weights:
+def _learned(prepared: Prepared, base: str, data: Mapping[str, str], progress: Progress, **settings: Any) -> Prepared:
     from coremerge.cli.learn_weights import learned
 
-    return learned(list(sources), base, data, progress, lambda: False, **settings)
+    return prepared.weighted(learned(prepared.plan.adapters, base, data, progress, lambda: False, **settings))
 
 
 def _begin(hashes: Hashes, sources: Iterable[str]) -> None:

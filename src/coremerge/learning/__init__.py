@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from coremerge.learning.measure import measure_null_space
 from coremerge.learning.ratio import null_space_ratio
 from coremerge.learning.result import Weights, read_weights
-from coremerge.learning.weights import PRESETS, Settings, learn_weights
+from coremerge.learning.settings import PRESETS, Settings
+from coremerge.learning.weights import learn_weights
 
 if TYPE_CHECKING:
     from coremerge.learning.callback import NullSpaceCallback

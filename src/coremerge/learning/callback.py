@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coremerge.errors import MismatchError
-from coremerge.learning.forward import Batch, backbone_output, token_mask
-from coremerge.learning.ratio import masked_mean, null_space_ratio
+from coremerge.learning.backbone import Batch, backbone_output, evaluating, token_mask
+from coremerge.learning.ratio import mean_over, ratio_to_basis, row_basis
 
 PREFIX = "null_space/"
 
@@ -58,28 +58,28 @@ class NullSpaceCallback(TrainerCallback):
 
 
 def null_space_of_training(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """The mean ratio of each module of a PEFT model with respect to its current ``lora_A``, over tokens that count.
+    """The mean ratio of each module of a PEFT model with respect to its current A, over tokens that count.
 
     Args:
-        model: with an active LoRA; embeddings and convolutions are passed over.
+        model: with an active LoRA, or VeRA, whose shared A stays as it is; embeddings and convolutions are passed over.
         batches: of inputs; labels are not read.
 
     Raises:
         MismatchError: no linear module has a LoRA.
     """
     found: dict[str, list[float]] = {}
-    adapted = dict(_adapted(model))
     base: Any = getattr(getattr(model, "base_model", model), "model", model)  # beneath PEFT's two layers
+    adapted = list(_adapted(model))
     if not adapted:
         raise MismatchError("no linear layer of this model has a LoRA", remedy="Give the model that PEFT trains")
-    with _undisturbed(model), torch.no_grad(), ExitStack() as hooks:
-        held: list[Batch] = [{}]
-        for name, (module, down) in adapted.items():
+    held: list[Batch] = [{}]
+    with evaluating(model), torch.random.fork_rng(), torch.no_grad(), ExitStack() as hooks:
+        for name, module, down in adapted:
+            basis = row_basis(down).float()
 
-            def see(_: nn.Module, args: tuple[Tensor, ...], name: str = name, down: Tensor = down) -> None:
-                ratio = null_space_ratio(args[0], down)
-                mask = token_mask(held[0], args[0])
-                found.setdefault(name, []).append(float(ratio.mean() if mask is None else masked_mean(ratio, mask)))
+            def see(_: nn.Module, args: tuple[Tensor, ...], name: str = name, basis: Tensor = basis) -> None:
+                ratio = ratio_to_basis(args[0], basis)
+                found.setdefault(name, []).append(float(mean_over(ratio, token_mask(held[0], args[0]))))
 
             hooks.callback(module.register_forward_pre_hook(see).remove)
         device = next(model.parameters()).device
@@ -89,23 +89,12 @@ def null_space_of_training(model: nn.Module, batches: Iterable[Batch]) -> dict[s
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]:
-    """Name in the base model → the module that holds a LoRA, and its active lora_A (r, n)."""
+def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Name in the base model, the module that holds a LoRA or VeRA, and its active A (r, n)."""
     for path, module in model.named_modules():
-        parts = getattr(module, "lora_A", None)
-        names: Any = module.active_adapters if isinstance(parts, nn.ModuleDict) else ()
-        down: Any = next((parts[name].weight for name in names if parts and name in parts), None)
+        downs: Any = getattr(module, "lora_A", None) or getattr(module, "vera_A", None)
+        names: Any = module.active_adapters if downs and hasattr(module, "base_layer") else ()
+        part = next((downs[name] for name in names if name in downs), None)
+        down = getattr(part, "weight", part)
         if down is not None and down.ndim == 2:
-            yield path.removeprefix("base_model.model."), (module, down)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(enabled=True):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+            yield path.removeprefix("base_model.model."), module, down[:, : module.in_features]

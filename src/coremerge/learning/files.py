@@ -1,22 +1,24 @@
-"""From files to merge weights: adapters, a base model and inputs, each from where people have them."""
+"""Merge weights from files: a base model and inputs, each from where people have them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from coremerge.errors import ConfigError, MissingExtraError, SourceError
-from coremerge.learning.data import base_place, load_processor, make_batches, read_examples
+from coremerge.adapter import Adapter
+from coremerge.errors import MissingExtraError, SourceError
+from coremerge.learning.data import make_batches
+from coremerge.learning.examples import read_examples
+from coremerge.learning.processor import base_place, load_processor
 from coremerge.learning.result import Weights
-from coremerge.learning.weights import Progress, learn_weights
-from coremerge.pipeline import read_adapters
+from coremerge.learning.weights import Progress, check_names, learn_weights
 
 
 def learn_files(
-    sources: Sequence[str | Path],
+    adapters: Mapping[str, Adapter],
     base: str | Path,
     data: Mapping[str, str | Path],
     *,
@@ -26,54 +28,36 @@ def learn_files(
     dtype: str = "auto",
     device: str = "cpu",
     seed: int = 0,
-    allow_pickle: bool = False,
-    vera_width: int | None = None,
-    initial: Mapping[str, str | Path] | None = None,
     resume: Weights | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Weights:
-    """Learn merge weights for the adapters in ``sources`` on the base model that they were trained on.
+    """Learn merge weights for ``adapters`` on the base model that they were trained on, from files.
 
     Args:
-        sources: folders, files or hub ids: see :func:`coremerge.load`.
+        adapters: label → adapter: see :func:`coremerge.inputs.read_adapters`.
         base: the base model: a folder or a hub id.
-        data: an adapter's label or source → its unlabelled inputs: see :mod:`coremerge.learning.data`.
+        data: an adapter's label → its unlabelled inputs: see :func:`coremerge.learning.examples.read_examples`.
         count: inputs drawn for each task.
         size: inputs of a batch.
         max_length: tokens of an input.
         dtype: of the base model: ``"float32"``, ``"bfloat16"``, or the stored one: ``"auto"``.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` to spread the model over what is there.
         seed: of the draw of inputs.
-        allow_pickle: read legacy ``.bin`` adapters.
-        vera_width: see :func:`coremerge.load`.
-        initial: see :func:`coremerge.pipeline.merge_files`.
         resume: see :func:`~coremerge.learning.learn_weights`, as are ``progress`` and ``settings``.
 
     Raises:
         CoremergeError: a refusal that says what to do.
     """
-    adapters = read_adapters(sources, base=base, vera_width=vera_width, initial=initial, allow_pickle=allow_pickle)
-    labels = {str(source): label for label, source in zip(adapters, sources, strict=True)}
-    named = {_label(key, labels): source for key, source in data.items()}
+    check_names("data", data, adapters)
     processor = load_processor(base)
     batches = {
         key: make_batches(read_examples(source, count=count, seed=seed), processor, size=size, max_length=max_length)
-        for key, source in named.items()
+        for key, source in data.items()
     }
     model = load_model(base, dtype, device)
     at = {key: [_moved(batch, model) for batch in listed] for key, listed in batches.items()}
     return learn_weights(model, adapters, at, seed=seed, resume=resume, progress=progress, **settings)
-
-
-def _label(key: str, labels: Mapping[str, str]) -> str:
-    if key in labels.values():
-        return key
-    if key in labels:
-        return labels[key]
-    raise ConfigError(
-        "no adapter of that name", key="data", value=key, remedy=f"Adapters: {', '.join(labels.values())}"
-    )
 
 
 def _moved(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

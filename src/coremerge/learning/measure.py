@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
-from coremerge.learning.forward import Batch, Coefficients, MergedModel, Target, frozen, token_mask
-from coremerge.learning.ratio import ratio_to_basis, row_basis
+from coremerge.learning.backbone import Batch, frozen, token_mask
+from coremerge.learning.forward import Coefficients, MergedModel, Target
+from coremerge.learning.ratio import ratio_to_basis, row_basis, sum_over
 
 Table = dict[str, dict[str, dict[str, float]]]
 """task → adapter → module → mean ω."""
@@ -45,21 +46,21 @@ def _measured(
     merged: MergedModel, bases: Mapping[str, Mapping[str, Tensor]], batches: Iterable[Batch], held: Coefficients
 ) -> dict[str, dict[str, float]]:
     sums: dict[tuple[str, str], float] = defaultdict(float)
-    tokens: dict[str, float] = defaultdict(float)
+    tokens: dict[tuple[str, str], float] = defaultdict(float)
 
     for batch in batches:
 
         def watch(target: Target, x: Tensor, batch: Batch = batch) -> None:
             mask = token_mask(batch, x)
-            counts = torch.ones(x.shape[:-1], device=x.device) if mask is None else (mask.to(x.device) > 0).float()
-            tokens[target.name] += float(counts.sum())
             for key, basis in bases[target.name].items():
-                sums[key, target.name] += float((ratio_to_basis(x, basis.to(x.device)) * counts).sum())
+                sum_, count = map(float, sum_over(ratio_to_basis(x, basis.to(x.device)), mask))
+                sums[key, target.name] += sum_
+                tokens[key, target.name] += count
 
         with merged.run(batch, held, watch):
             pass
     return {
-        key: {name: sums[key, name] / tokens[name] for name in bases if key in bases[name] and tokens[name]}
+        key: {name: sums[key, name] / tokens[key, name] for name in bases if tokens[key, name]}
         for key in merged.adapters
     }
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from coremerge.errors import ConfigError, InputError
-from coremerge.learning.forward import Batch, Coefficients, MergedModel, Target, Watch, token_mask
-from coremerge.learning.ratio import masked_mean, ratio_to_basis, row_basis
+from coremerge.learning.backbone import Batch, token_mask
+from coremerge.learning.forward import Coefficients, MergedModel, Target, Watch
+from coremerge.learning.ratio import mean_over, ratio_to_basis, row_basis, sum_over
 
 
 class Objective(Protocol):
@@ -57,11 +58,7 @@ class NullSpace:
 
         def ratio(target: Target, x: Tensor) -> Tensor | None:
             basis = self._bases.get(target.name, {}).get(task)
-            if basis is None:
-                return None
-            mask = token_mask(batch, x)
-            ratios = ratio_to_basis(x, basis.to(x.device))
-            return ratios.mean() if mask is None else masked_mean(ratios, mask)
+            return None if basis is None else mean_over(ratio_to_basis(x, basis.to(x.device)), token_mask(batch, x))
 
         return ratio
 
@@ -100,8 +97,7 @@ class Match:
 
 def _distance(x: Tensor, goal: Tensor, mask: Tensor | None) -> Tensor:
     """‖x − goal‖² / ‖goal‖² over the tokens that count, in float32."""
-    counts = torch.ones(x.shape[:-1], device=x.device) if mask is None else (mask.to(x.device) > 0).float()
-    apart, whole = ((v.square().sum(-1) * counts).sum() for v in (x.float() - goal.float(), goal.float()))
+    apart, whole = (sum_over(v.square().sum(-1), mask)[0] for v in (x.float() - goal.float(), goal.float()))
     return apart / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
 

@@ -38,10 +38,11 @@ def null_space_ratio(x: Tensor, right: Tensor, mask: Tensor | None = None) -> Te
         >>> null_space_ratio(torch.tensor([[1.0, 0.0, 0.0], [3.0, 4.0, 0.0]]), a).tolist()
         [0.0, 0.800000011920929]
     """
-    return ratio_to_basis(x, row_basis(right), mask)
+    ratio = ratio_to_basis(x, row_basis(right))
+    return ratio if mask is None else mean_over(ratio, mask)
 
 
-def ratio_to_basis(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tensor:
+def ratio_to_basis(x: Tensor, basis: Tensor) -> Tensor:
     """:func:`null_space_ratio` with the rows' orthonormal ``basis`` (p, n) at hand."""
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -49,11 +50,18 @@ def ratio_to_basis(x: Tensor, basis: Tensor, mask: Tensor | None = None) -> Tens
         inside = (x @ basis.mT.to(x)).square().sum(-1)
         whole = x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
         outside = (1 - inside / whole).clamp(0, 1)
-        ratio = torch.where(outside > FLOOR, outside.clamp_min(FLOOR).sqrt(), outside / FLOOR**0.5)
-        return ratio if mask is None else masked_mean(ratio, mask)
+        return torch.where(outside > FLOOR, outside.clamp_min(FLOOR).sqrt(), outside / FLOOR**0.5)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` (...) where ``mask`` (...) is true; 0 where it is nowhere."""
+def sum_over(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum of ``values`` (...) where ``mask`` (...) is true or positive, and how many these are; None: everywhere."""
+    if mask is None:
+        return values.sum(), values.new_tensor(float(values.numel()))
     counts = (mask.to(values.device) > 0).to(values.dtype)
-    return (values * counts).sum() / counts.sum().clamp_min(1)
+    return (values * counts).sum(), counts.sum()
+
+
+def mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Their mean; 0 where the mask is true nowhere."""
+    total, count = sum_over(values, mask)
+    return total / count.clamp_min(1)

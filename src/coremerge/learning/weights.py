@@ -4,63 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, InputError
-from coremerge.learning.blocks import ALL, LAST_QUARTER, choose_modules
-from coremerge.learning.forward import Batch, MergedModel, Target, frozen
+from coremerge.learning.backbone import Batch, frozen
+from coremerge.learning.blocks import choose_modules
+from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.objectives import Entropy, Match, NullSpace, Objective
 from coremerge.learning.result import Weights
+from coremerge.learning.settings import Per, Settings, settle
 
-Per = Literal["adapter", "module", "component"]
 Heads = Mapping[str, Callable[[Any, Batch], Tensor]]
 Progress = Callable[[int, int, Mapping[str, float]], "bool | None"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How weights are learned.
-
-    Attributes:
-        objective: ``nsc-own``, ``match``, ``nsc`` or ``entropy``: see :mod:`coremerge.learning.objectives`.
-        steps: of the optimiser, each over one batch of every task.
-        rate: learning rate.
-        start: of every coefficient; None: 2.4 / T, the paper's, but at most 1.
-        modules: that are measured: see :func:`~coremerge.learning.blocks.choose_modules`. All have coefficients.
-        per: one coefficient per ``adapter``, per adapter and ``module``, or per rank ``component``.
-        pull: weight of the mean squared distance to the start in the objective.
-        bounds: that coefficients are kept within, or None.
-        decay: AdamW's weight decay.
-        patience: stop after so many steps without a new best of the objective's running mean; None: never.
-    """
-
-    objective: str = "nsc-own"
-    steps: int = 100
-    rate: float = 1e-2
-    start: float | None = None
-    modules: str = ALL
-    per: Per = "module"
-    pull: float = 0.0
-    bounds: tuple[float, float] | None = None
-    decay: float = 0.0
-    patience: int | None = None
-
-
-PRESETS: Mapping[str, Settings] = {
-    "nsc-own": Settings(),
-    "match": Settings("match", 80, 2e-2, bounds=(0.0, 2.0)),
-    "vision": Settings("nsc", 100, 1e-3, modules=LAST_QUARTER, decay=0.01),
-    "language": Settings("nsc", 500, 3e-4, modules=LAST_QUARTER, decay=0.01),
-}
-"""``nsc-own``: what is recommended. ``vision`` and ``language``: NSC at the settings of its paper."""
-
-_PRESET_OF = {"nsc-own": "nsc-own", "match": "match", "nsc": "vision", "entropy": "vision"}
-DEFAULT = "nsc-own"
 
 
 def learn_weights(
@@ -107,7 +67,7 @@ def learn_weights(
         MismatchError: the model lacks a module, or has it in another shape.
         UnsupportedError: a module that cannot be hooked.
     """
-    settings = _settings(objective, preset, changes, len(adapters))
+    settings = settle(objective, preset, changes, len(adapters))
     tasks = _tasks(adapters, data, preferences or {}, heads if settings.objective == "entropy" else None)
     torch.manual_seed(seed)
     with frozen(model, checkpointing=checkpointing), torch.enable_grad():
@@ -120,20 +80,16 @@ def learn_weights(
     return run.result(seed)
 
 
-def _settings(objective: str | None, preset: str | Settings | None, changes: Mapping[str, Any], count: int) -> Settings:
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise ConfigError("no such preset", key="preset", value=preset, remedy=f"Known: {', '.join(PRESETS)}")
-    chosen = preset or _PRESET_OF.get(objective or DEFAULT, DEFAULT)
-    settings = PRESETS[chosen] if isinstance(chosen, str) else chosen
-    unknown = [key for key in changes if key not in asdict(settings)]
-    if unknown:
-        raise ConfigError("no such setting", key=unknown[0], remedy=f"Known: {', '.join(asdict(settings))}")
-    settings = replace(settings, objective=objective or settings.objective, **changes)
-    if settings.objective not in _PRESET_OF:
-        raise ConfigError(
-            "no such objective", key="objective", value=settings.objective, remedy=f"Known: {', '.join(_PRESET_OF)}"
-        )
-    return settings if settings.start is not None else replace(settings, start=min(1.0, 2.4 / count))
+def check_names(key: str, named: Iterable[str], adapters: Iterable[str]) -> None:
+    """Whether all that is ``named`` are adapters.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    known = list(adapters)
+    for name in named:
+        if name not in known:
+            raise ConfigError("no adapter of that name", key=key, value=name, remedy=f"Adapters: {', '.join(known)}")
 
 
 def _objective(settings: Settings, merged: MergedModel, heads: Heads) -> Objective:
@@ -152,12 +108,8 @@ def _tasks(
     heads: Heads | None,
 ) -> dict[str, float]:
     """Each task that has data, in the adapters' order, with its weight in the objective."""
-    for key, given in (("data", data), ("preferences", preferences)):
-        for name in given:
-            if name not in adapters:
-                raise ConfigError(
-                    "no adapter of that name", key=key, value=name, remedy=f"Adapters: {', '.join(adapters)}"
-                )
+    check_names("data", data, adapters)
+    check_names("preferences", preferences, adapters)
     tasks = {name: float(preferences.get(name, 1.0)) for name in adapters if name in data}
     if heads is not None:
         tasks = {name: weight for name, weight in tasks.items() if name in heads}

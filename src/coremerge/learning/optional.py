@@ -1,0 +1,26 @@
+"""Libraries that only some inputs need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from coremerge.errors import MissingExtraError
+
+
+def optional(module: str) -> Any:
+    """A module of an optional dependency.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = "pillow" if module.startswith("PIL") else module
+        raise MissingExtraError(f"such inputs need {name}", remedy="pip install 'coremerge[learn]'") from None
+
+
+def first_line(error: Exception) -> str:
+    """Of what it says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,69 @@
+"""How weights are learned, and presets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from coremerge.errors import ConfigError
+from coremerge.learning.blocks import ALL, LAST_QUARTER
+
+Per = Literal["adapter", "module", "component"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How weights are learned.
+
+    Attributes:
+        objective: ``nsc-own``, ``match``, ``nsc`` or ``entropy``: see :mod:`coremerge.learning.objectives`.
+        steps: of the optimiser, each over one batch of every task.
+        rate: learning rate.
+        start: of every coefficient; None: 2.4 / T, the paper's, but at most 1.
+        modules: that are measured: see :func:`~coremerge.learning.blocks.choose_modules`. All have coefficients.
+        per: one coefficient per ``adapter``, per adapter and ``module``, or per rank ``component``.
+        pull: weight of the mean squared distance to the start in the objective.
+        bounds: that coefficients are kept within, or None.
+        decay: AdamW's weight decay.
+        patience: stop after so many steps without a new best of the objective's running mean; None: never.
+    """
+
+    objective: str = "nsc-own"
+    steps: int = 100
+    rate: float = 1e-2
+    start: float | None = None
+    modules: str = ALL
+    per: Per = "module"
+    pull: float = 0.0
+    bounds: tuple[float, float] | None = None
+    decay: float = 0.0
+    patience: int | None = None
+
+
+PRESETS: Mapping[str, Settings] = {
+    "nsc-own": Settings(),
+    "match": Settings("match", 80, 2e-2, bounds=(0.0, 2.0)),
+    "vision": Settings("nsc", 100, 1e-3, modules=LAST_QUARTER, decay=0.01),
+    "language": Settings("nsc", 500, 3e-4, modules=LAST_QUARTER, decay=0.01),
+}
+"""``nsc-own``: what is recommended. ``vision`` and ``language``: NSC at the settings of its paper."""
+
+PRESET_OF = {"nsc-own": "nsc-own", "match": "match", "nsc": "vision", "entropy": "vision"}
+DEFAULT = "nsc-own"
+
+
+def settle(objective: str | None, preset: str | Settings | None, changes: Mapping[str, Any], count: int) -> Settings:
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise ConfigError("no such preset", key="preset", value=preset, remedy=f"Known: {', '.join(PRESETS)}")
+    chosen = preset or PRESET_OF.get(objective or DEFAULT, DEFAULT)
+    settings = PRESETS[chosen] if isinstance(chosen, str) else chosen
+    unknown = [key for key in changes if key not in asdict(settings)]
+    if unknown:
+        raise ConfigError("no such setting", key=unknown[0], remedy=f"Known: {', '.join(asdict(settings))}")
+    settings = replace(settings, objective=objective or settings.objective, **changes)
+    if settings.objective not in PRESET_OF:
+        raise ConfigError(
+            "no such objective", key="objective", value=settings.objective, remedy=f"Known: {', '.join(PRESET_OF)}"
+        )
+    return settings if settings.start is not None else replace(settings, start=min(1.0, 2.4 / count))

@@ -1,0 +1,23 @@
+"""The backbone of a model; that it is left as it was is tested in test_forward.py, with adapters on it."""
+
+from __future__ import annotations
+
+import torch
+from families import FAMILIES, make_model
+
+from coremerge.learning.backbone import blocks, token_mask
+
+
+def test_blocks_are_counted_in_every_stack():
+    assert {family: len(blocks(make_model(family))) for family in FAMILIES} == {
+        "bert": 4, "vit": 4, "clip": 4, "llama": 4, "gpt2": 4, "t5": 8, "llava": 8,
+    }  # fmt: skip
+
+
+def test_masks():
+    batch = {"attention_mask": torch.ones(2, 3), "decoder_attention_mask": torch.ones(2, 5)}
+    assert token_mask(batch, torch.zeros(2, 3, 4)) is batch["attention_mask"]
+    assert token_mask(batch, torch.zeros(2, 5, 4)) is batch["decoder_attention_mask"]
+    assert token_mask(batch, torch.zeros(6, 4)).shape == (6,)
+    assert token_mask(batch, torch.zeros(2, 9, 4)) is None
+    assert token_mask({**batch, "token_mask": torch.zeros(2, 3)}, torch.zeros(2, 3, 4)).sum() == 0
