@@ -85,6 +85,7 @@ def write(section: str, body: str, raw: object, *, seed: int, folder: Path = ROO
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     about = f"`{command()}`, seed {seed}, {now}. {machine()}. {versions()}. Load average at the end: {load:.1f}."
     text = f"## {section}\n\n{about}\n\n{body.strip()}\n"
+    folder.mkdir(parents=True, exist_ok=True)
     page = folder / "RESULTS.md"
     parts = re.split(r"(?m)^(?=## )", page.read_text(encoding="utf-8")) if page.exists() else [HEAD]
     titles = [part.split("\n", 1)[0] for part in parts]

@@ -213,7 +213,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
-    folder.mkdir(parents=True, exist_ok=True)
     bench = open_bench(given.quick)
     if given.only != "comparison":
         body, raw = ablation(bench)
