@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,20 @@ class Split:
     targets: Tensor
 
 
-def fit(encoder: Encoder, model: nn.Module, head: nn.Linear, split: Split, labels: Targets, *, rate: float) -> None:
-    """Two epochs of AdamW, learning rates warmed up and then falling to zero."""
+def fit(
+    encoder: Encoder,
+    model: nn.Module,
+    head: nn.Linear,
+    split: Split,
+    labels: Targets,
+    *,
+    rate: float,
+    watch: Callable[[int], bool] | None = None,
+) -> None:
+    """Two epochs of AdamW, learning rates warmed up and then falling to zero.
+
+    ``watch`` is given the number of steps done, 0 first, and says whether to go on.
+    """
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW([{"params": own, "lr": rate}, {"params": head.parameters(), "lr": HEAD_RATE}])
     batches = [batch for epoch in range(EPOCHS) for batch in shuffled_batches(split.rows.lengths, epoch)]
@@ -132,12 +144,16 @@ def fit(encoder: Encoder, model: nn.Module, head: nn.Linear, split: Split, label
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / len(batches))
     )
     model.train()
-    for batch in batches:
+    for done, batch in enumerate(batches):
+        if watch and not watch(done):
+            return
         loss = labels.loss(head(encoder.features(model, split.rows, batch)), split.targets[batch])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+    if watch:
+        watch(len(batches))
 
 
 def measure(encoder: Encoder, folder: Path, split: Split, labels: Targets) -> dict[str, float | int]:
