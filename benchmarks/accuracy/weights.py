@@ -48,7 +48,11 @@ ABLATION: Mapping[str, dict[str, Any]] = {
     "nsc, rate 1e-2, all modules, weights within 0 to 1": {
         "objective": "nsc", "rate": 1e-2, "modules": "all", "bounds": (0.0, 1.0),
     },
+    "nsc, rate 1e-2, all modules, fixed total": {
+        "objective": "nsc", "rate": 1e-2, "modules": "all", "fixed_total": True,
+    },
     "distance to the own ratio, rate 1e-2, all modules": {"objective": "nsc-own", "rate": 1e-2, "modules": "all"},
+    "distance to the own ratio, fixed total": {"objective": "nsc-own", "fixed_total": True},
     "match: all modules, 2e-2, 80 steps": {"objective": "match"},
     "match, last quarter": {"objective": "match", "modules": "last-quarter"},
     "match, per component": {"objective": "match", "per": "component"},

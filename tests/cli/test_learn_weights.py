@@ -81,6 +81,21 @@ def test_in_one_go_needs_a_base_and_inputs(learn, run, words):
     assert result.exit_code == 2 and "--base and --data" in result.stderr
 
 
+def test_weights_are_held(learn):
+    held = ["--steps", "3", "--rate", "0.5", "--bounds", "0.9,1.1", "--fixed-total"]
+    assert learn(*DATA, "-o", "w.safetensors", *held).exit_code == 0
+    weights = read_weights("w.safetensors")
+    assert weights.settings["bounds"] == [0.9, 1.1] and weights.settings["fixed_total"] is True
+    assert 0.9 - 1e-6 <= weights.flat().min() < weights.flat().max() <= 1.1 + 1e-6
+
+
+def test_adapters_may_be_called_as_they_were_given(learn, run):
+    words = ["--data", "./A=a.jsonl", "--preference", "./A=2", "-o", "w.safetensors", "--steps", "1"]
+    result = run("learn-weights", "./A", "B", "--base", "base", *words)
+    assert result.exit_code == 0, result.stderr
+    assert read_weights("w.safetensors").tasks == ("A",)
+
+
 def test_json(learn):
     result = learn(*DATA, "-o", "w.safetensors", "--steps", "2", "--json", "--objective", "nsc", "--preference", "A=2")
     told = json.loads(result.stdout)
@@ -127,6 +142,8 @@ def test_ctrl_c_keeps_what_was_learned_and_resume_goes_on(learn, monkeypatch):
         (["--data", "A", "-o", "w.safetensors"], 2, "'A' is not NAME=PATH"),
         ([*DATA, "-o", "w.safetensors", "--per", "layer"], 2, "none of adapter, module, component"),
         ([*DATA, "-o", "w.safetensors", "--preference", "A=x"], 2, "'x' is not a number"),
+        ([*DATA, "-o", "w.safetensors", "--bounds", "1"], 2, "'1' is not LOW,HIGH"),
+        ([*DATA, "-o", "w.safetensors", "--bounds", "2,x"], 2, "'2,x' is not LOW,HIGH"),
         ([*DATA, "-o", "w.safetensors", "--objective", "best"], 1, "no such objective"),
         ([*DATA, "-o", "w.safetensors", "--base", "nowhere"], 1, "nowhere"),
     ],

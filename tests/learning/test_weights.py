@@ -68,6 +68,20 @@ class TestObjectives:
         batch = batches("bert")[0]
         with NullSpace(MergedModel(model, adapters), list(adapters["a"]), own=True)("b", batch, alone("b")) as loss:
             assert loss.item() == 0
+        with NullSpace(MergedModel(model, adapters), list(adapters["a"]), own=True)("b", batch, constant(0.4)) as loss:
+            found = loss.item()
+        merged, own = inputs(model, plain_sum(adapters, 0.4), batch), inputs(model, adapters["b"], batch)
+        rights, mask = {name: adapters["b"][name].right for name in adapters["b"]}, batch["attention_mask"]
+        apart = [null_space_ratio(merged[n], a, mask) - null_space_ratio(own[n], a, mask) for n, a in rights.items()]
+        assert found == pytest.approx(torch.stack(apart).abs().mean().item(), abs=1e-5)
+
+    def test_the_adapters_own_ratio_is_taken_once_a_batch(self, model, adapters):
+        passes = []
+        model.bert.register_forward_pre_hook(lambda *_: passes.append(1))
+        objective = NullSpace(MergedModel(model, adapters), list(adapters["a"]), own=True)
+        for batch, expected in zip([*batches("bert", 2)] * 2, (2, 4, 5, 6), strict=True):
+            with objective("b", batch, constant(0.4)):
+                assert len(passes) == expected
 
     def test_matching(self, model, adapters):
         batch = batches("bert")[0]
@@ -184,6 +198,16 @@ class TestDescent:
         assert bound.flat().min() >= 0.9 - 1e-6 and bound.flat().max() <= 1.05 + 1e-6
         stopped = learn_weights(model, adapters, data, steps=60, rate=0.3, objective="match", bounds=None, patience=3)
         assert stopped.steps < 60
+
+    @pytest.mark.parametrize("per", ["adapter", "module", "component"])
+    def test_a_fixed_total(self, model, adapters, data, per):
+        found = learn_weights(model, adapters, data, steps=5, rate=0.1, per=per, start=0.5, fixed_total=True)
+        if per == "adapter":
+            assert found.path.mean(-1).tolist() == pytest.approx([0.5] * 6)
+        for module in adapters["a"]:
+            values = [torch.tensor(found[name][module]).reshape(-1) for name in found]
+            assert torch.cat(values).mean().item() == pytest.approx(0.5, abs=1e-6)
+        assert not torch.equal(found.path[0], found.path[-1])
 
     def test_preferences_count(self, model, adapters, data):
         for_a = learn_weights(model, adapters, data, objective="match", steps=30, rate=3e-2, preferences={"b": 0.0})
@@ -308,3 +332,18 @@ class TestMeasure:
         assert free[first] == held[first] and free[last] != held[last]
         same = measure_null_space(model, adapters, data, weights={"a": dict.fromkeys(adapters["a"], 1.0)})["a"]["a"]
         assert same == held
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_spread_by_accelerate(adapters, data, place, tmp_path):
+    """As with several devices: hooks of accelerate move every part's inputs, or fetch its weights, as it runs."""
+    from accelerate import dispatch_model
+
+    parts = dict.fromkeys(("bert.embeddings", "bert.pooler", "dropout", "classifier"), "cpu")
+    parts |= {f"bert.encoder.layer.{i}": place if i % 2 else "cpu" for i in range(4)}
+    spread = dispatch_model(make_model("bert"), parts, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    for objective in ("nsc-own", "match"):
+        found = learn_weights(spread, adapters, data, objective=objective, steps=3)
+        expected = learn_weights(make_model("bert"), adapters, data, objective=objective, steps=3)
+        torch.testing.assert_close(found.path, expected.path)
+        assert not torch.equal(found.path[0], found.path[-1])

@@ -213,6 +213,18 @@ class TestDescribe:
         assert described.rank is None
 
     @pytest.mark.parametrize(
+        ("name", "said", "expected"),
+        [
+            ("model.layers.0.self_attn.q_proj", None, "CAUSAL_LM"),
+            ("model.layers.0.self_attn.q_proj", "SEQ_CLS", "SEQ_CLS"),
+            ("encoder.layer.0.attention.self.query", None, None),
+        ],
+    )
+    def test_a_decoders_head_is_known_by_its_modules(self, name, said, expected):
+        made = Adapter.from_updates({name: LowRank(torch.ones(6, 1), torch.ones(1, 5))}, info=Info(task_type=said))
+        assert describe(coremerge.merge([made])).task_type == expected
+
+    @pytest.mark.parametrize(
         ("info", "biases", "why"),
         [
             (Info(), {"layer": torch.ones(6)}, "lora_bias"),

@@ -126,6 +126,19 @@ def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
     return {key: _weight(value, option) for key, value in _pairs(pairs or (), option, "NAME=NUMBER")}
 
 
+def interval(text: str | None, option: str) -> tuple[float, float] | None:
+    """``low,high``"""
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0.0
+    if not low < high:
+        raise typer.BadParameter(f"{text!r} is not LOW,HIGH", param_hint=option)
+    return low, high
+
+
 def one_of(text: str | None, known: Sequence[str], option: str) -> str | None:
     """One of some words."""
     if text is not None and text not in known:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coremerge.learning import Weights
 
 SHOWN = 4
-"""Tasks whose objective has room beside the bar."""
+"""Tasks whose objective has room beside the bar; of more, the highest is shown."""
 
 
 def learn_weights(
@@ -57,6 +57,10 @@ def learn_weights(
     rate: Annotated[float | None, typer.Option(min=0.0, help="Learning rate.")] = None,
     start: Annotated[float | None, typer.Option(help="Of every weight. Default: 2.4 / adapters, at most 1.")] = None,
     pull: Annotated[float | None, typer.Option(min=0.0, help="Towards the start.")] = None,
+    bounds: Annotated[str | None, typer.Option(help="That weights are kept within.", metavar="LOW,HIGH")] = None,
+    fixed_total: Annotated[
+        bool | None, typer.Option("--fixed-total", help="Keep the sum of each module's weights.", show_default=False)
+    ] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps without progress.")] = None,
     preference: Annotated[
         list[str] | None, typer.Option(help="Weight of a task in the objective; 1 by default.", metavar="NAME=NUMBER")
@@ -96,6 +100,8 @@ def learn_weights(
         "rate": rate,
         "start": start,
         "pull": pull,
+        "bounds": _options.interval(bounds, "--bounds"),
+        "fixed_total": fixed_total,
         "patience": patience,
     }
     with progress_bar(quiet) as bar, interruptible() as stopped:
@@ -140,9 +146,10 @@ def learned(
     bar("loading the base model", 0, 1)
 
     def progress(done: int, total: int, losses: Mapping[str, float]) -> bool:
-        mean = sum(losses.values()) / len(losses)
-        each = ", ".join(f"{name} {number(value)}" for name, value in losses.items())
-        bar(f"objective {number(mean)}" + (f" ({each})" if len(losses) <= SHOWN else ""), done, total)
+        mean, highest = sum(losses.values()) / len(losses), max(losses, key=losses.__getitem__)
+        shown = losses if len(losses) <= SHOWN else {f"highest: {highest}": losses[highest]}
+        each = ", ".join(f"{name} {number(value)}" for name, value in shown.items())
+        bar(f"objective {number(mean)} ({each})", done, total)
         return not stopped()
 
     kind = torch.bfloat16 if autocast else None

@@ -29,7 +29,8 @@ class NullSpace:
     Args:
         merged: the model.
         measured: names of the target modules that count.
-        own: take the distance to the ratio that the adapter reaches alone, instead of the ratio itself.
+        own: take the distance to the ratio that the adapter reaches alone, instead of the ratio itself. A batch must
+            then stay as it is between calls.
 
     Source: Null-Space Compression merging (CVPR 2026); ``own`` is ours.
     """
@@ -41,17 +42,22 @@ class NullSpace:
             for name, target in merged.targets.items()
             if name in measured
         }
+        self._goals: dict[tuple[str, int], tuple[Batch, Mapping[str, Tensor]]] = {}
 
     @contextmanager
     def __call__(self, task: str, batch: Batch, coefficients: Coefficients) -> Iterator[Tensor]:
         """See :class:`Objective`."""
-        watch = self.watch(task, batch)
-        goal: Mapping[str, Tensor] = {}
-        if self.own:
-            with torch.no_grad(), self.merged.run(batch, alone(task), watch) as run:
-                goal = run.found
-        with self.merged.run(batch, coefficients, watch) as run:
+        goal = self._goal(task, batch) if self.own else {}
+        with self.merged.run(batch, coefficients, self.watch(task, batch)) as run:
             yield _mean((abs(ratio - goal[name]) if goal else ratio for name, ratio in run.found.items()), task)
+
+    def _goal(self, task: str, batch: Batch) -> Mapping[str, Tensor]:
+        """The ratios of the task's adapter alone: the same each time, so taken once a batch."""
+        key = task, id(batch)
+        if key not in self._goals:
+            with torch.no_grad(), self.merged.run(batch, alone(task), self.watch(task, batch)) as run:
+                self._goals[key] = batch, run.found  # with the batch, so that no other comes to have its id
+        return self._goals[key][1]
 
     def watch(self, task: str, batch: Batch) -> Watch:
         """The mean ratio at each module."""

@@ -25,6 +25,8 @@ class Settings:
         per: one coefficient per ``adapter``, per adapter and ``module``, or per rank ``component``.
         pull: weight of the mean squared distance to the start in the objective.
         bounds: that coefficients are kept within, or None.
+        fixed_total: keep the sum of each module's coefficients (of all, if they are per adapter) where it starts, as
+            far as bounds allow.
         decay: AdamW's weight decay.
         patience: stop after so many steps without a new best of the objective's running mean; None: never.
     """
@@ -37,6 +39,7 @@ class Settings:
     per: Per = "module"
     pull: float = 0.0
     bounds: tuple[float, float] | None = None
+    fixed_total: bool = False
     decay: float = 0.0
     patience: int | None = None
 

@@ -133,8 +133,15 @@ class _Vector:
         for name, target in merged.targets.items():
             keys = (_key(settings.per, name, target.adapters[k], i) for i, k in enumerate(target.owner.tolist()))
             self._index[name] = torch.tensor([places.setdefault(key, len(places)) for key in keys])
-        self.values = nn.Parameter(torch.full((len(places),), float(settings.start or 0.0)))
+        self.start = float(settings.start or 0.0)
+        self.values = nn.Parameter(torch.full((len(places),), self.start))
         self.touched = torch.zeros(len(places), dtype=torch.bool)
+
+    def hold_total(self) -> None:
+        """Shift the coefficients of each module, or all where modules share them, back to the mean they started at."""
+        groups = [slice(None)] if self.per == "adapter" else [torch.unique(index) for index in self._index.values()]
+        for group in groups:
+            self.values.data[group] += self.start - self.values.data[group].mean()
 
     def of(self, target: Target) -> Tensor:
         """One coefficient per rank component."""
@@ -214,6 +221,8 @@ class _Descent:
             values.grad += 2 * settings.pull * (values.detach() - self.start) / len(values)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if settings.fixed_total:
+            self.vector.hold_total()
         if settings.bounds is not None:
             values.data.clamp_(*settings.bounds)
         self.path.append(values.detach().clone())
@@ -251,7 +260,7 @@ class _Descent:
 
 def _endless(batches: Iterable[Batch], task: str, skip: int) -> Iterator[Batch]:
     """``batches`` again and again, from the one that is due after ``skip`` steps."""
-    kept = batches if isinstance(batches, Sequence) else list(batches)
+    kept = list(batches)
     if not kept:
         raise InputError("no inputs", key=task, remedy="Give at least one batch")
     at = skip

@@ -36,6 +36,7 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+_BENEATH_A_HEAD = ("model.layers.", "transformer.h.", "gpt_neox.layers.")
 WEIGHTS_FILE = "merge_weights.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -141,7 +142,7 @@ def describe(
         name="Merged model" if whole else "Merged adapter",
         base_model=info.base_model,
         base_revision=info.base_revision,
-        task_type=info.task_type,
+        task_type=info.task_type or _task_type(result.adapter),
         modules=len(result.adapter),
         rank=None if whole else report.rank,
         scale=report.scale,
@@ -157,6 +158,11 @@ def per_module(recipe: Recipe) -> bool:
     """Whether weights differ between modules: a table, which is kept in :data:`WEIGHTS_FILE` beside the card."""
     weights = recipe.weights
     return isinstance(weights, Mapping) and any(isinstance(value, Mapping) for value in weights.values())
+
+
+def _task_type(modules: Iterable[str]) -> str | None:
+    """Of adapters whose configs name none: a prefix that decoders have only beneath their language head."""
+    return "CAUSAL_LM" if any(name.startswith(_BENEATH_A_HEAD) for name in modules) else None
 
 
 def _with_means(plan: Plan) -> Recipe:
