@@ -71,8 +71,18 @@ def test_in_one_go(learn, run):
     words = ["merge", "A", "B", "--method", "sum", "--scale", "1", "--base", "base", *DATA]
     assert run(*words, "-o", "OUT", "--weights", "match", "--json").exit_code == 0
     assert Path("OUT/merge_weights.json").exists()
-    assert run(*words, "-o", "PLAN", "--weights", "nsc", "--dry-run").exit_code == 0
+    planned = run(*words, "-o", "PLAN", "--weights", "nsc", "--dry-run")
+    assert planned.exit_code == 0 and "learned weights are for" not in planned.stderr
     assert not Path("PLAN").exists()
+
+
+def test_what_they_are_for_is_said(learn, run):
+    said = "note: learned weights are for --method sum --scale 1"
+    learn(*DATA, "-o", "w.safetensors", "--steps", "1")
+    words = ["merge", "A", "B", "--weights", "w.safetensors"]
+    assert said in run(*words, "-o", "OUT").stderr
+    assert said not in run(*words, "-o", "OTHER", "--method", "ties").stderr
+    assert not run(*words, "-o", "QUIET", "-q").stderr
 
 
 @pytest.mark.parametrize("words", [["--weights", "match"], ["--weights", "nsc", "--base", "base"], [*DATA]])

@@ -18,5 +18,5 @@ def test_a_missing_extra_is_named(monkeypatch, module, name):
 
 
 def test_the_first_line_that_says_something():
-    assert first_line(OSError("\n \nno such file \nin all the world")) == "no such file"
+    assert first_line(OSError("\n \nno such file. \nin all the world")) == "no such file"
     assert first_line(ValueError()) == "ValueError"

@@ -200,7 +200,7 @@ def _text(weights: Weights, out: Path) -> str:
                     ("objective", weights.settings["objective"]),
                     ("steps", weights.steps if weights.steps == wanted else f"{weights.steps} of {wanted}"),
                     ("written to", out),
-                    ("use", f"coremerge merge ... --weights {out}"),
+                    ("use", f"coremerge merge ... --method sum --scale 1 --weights {out}"),
                 ]
             ),
         )

@@ -191,6 +191,9 @@ def merge(
             _show_plan(prepared, out, threads, as_json, quiet)
         else:
             _show_result(merged, as_json, quiet)
+        learned = weights in LEARNED or str(weights).endswith(".safetensors")
+        if learned and method is None and recipe is None and not quiet:
+            remark("note", "learned weights are for --method sum --scale 1; the default flattens what they balance")
 
 
 def _learned(prepared: Prepared, base: str, data: Mapping[str, str], progress: Progress, **settings: Any) -> Prepared:

@@ -22,5 +22,5 @@ def optional(module: str) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Of what it says."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Of what it says, without its full stop."""
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
