@@ -143,7 +143,7 @@ def memory(quick: bool, objective: str) -> list[list[object]]:
     """A row for each number of tasks: the peak, and what the adapters hold."""
     rows: list[list[object]] = []
     width = sum(sum(update.shape) for update in make_adapters(make_model(quick), 1)["task0"].values())
-    for count in MEMORY_TASKS[:2] if quick else MEMORY_TASKS:
+    for count in MEMORY_TASKS[:1] if quick else MEMORY_TASKS:
         child = [sys.executable, "-m", "benchmarks.speed.learning", "--child", str(count), objective]
         used = measure([*child, *(["--quick"] if quick else [])])
         rows.append([count, used.peak / 2**20, count * RANK * width * 4 / 2**20])

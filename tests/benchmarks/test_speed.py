@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.speed import dense, run, scaling, shapes
+from benchmarks.speed import dense, learning, run, scaling, shapes
 from benchmarks.speed.shapes import SHAPES
 
 from benchmarks import results
@@ -69,6 +69,13 @@ def test_the_scaling_benchmark_runs(tmp_path: Path) -> None:
     page = (tmp_path / "RESULTS.md").read_text()
     assert page.count("exponent") >= 4
     assert "70B-shaped" in page
+
+
+@pytest.mark.slow
+def test_the_learning_benchmark_runs(tmp_path: Path) -> None:
+    learning.main(["--quick", "--results", str(tmp_path)])
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "nsc-own × PEFT" in page and "| tasks | adapters' factors MB |" in page
 
 
 def test_a_quick_merge_of_a_set(tmp_path: Path) -> None:
