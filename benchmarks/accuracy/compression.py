@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from coremerge.learning.callback import null_space_of_training
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "compression.png"
+SECTION = "Accuracy: compression while training"
 INPUTS = 64
 EARLY, EVERY = (0, 2, 4, 6, 8, 12, 16), 10
 LAST_BLOCK = "layer.5."
@@ -149,6 +151,7 @@ def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str], path: Pa
         )
         panel.set_ylabel(metrics[name], fontsize=8)
         panel.tick_params(labelsize=7)
+        panel.locator_params(axis="x", nbins=4)
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("null-space ratio ω of the adapter's own inputs", fontsize=9)
     bar = figure.colorbar(dots, ax=figure.axes, label="training step", shrink=0.6, aspect=30)
@@ -160,6 +163,7 @@ def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str], path: Pa
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of two tasks; results go to the work folder")
+    parser.add_argument("--redraw", action="store_true", help="the figure alone, from results.json")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun etc.")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
@@ -167,6 +171,11 @@ def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, str(EXAMPLE))
     import train  # type: ignore[import-not-found]
 
+    figure = folder / FIGURE.name if given.quick or given.results else FIGURE
+    metrics = {name: task.metric for name, task in train.TASK_SET.tasks.items()}
+    if given.redraw:
+        known = json.loads((folder / "results.json").read_text())[SECTION]["numbers"]
+        return draw({name: [Point(**point) for point in points] for name, points in known.items()}, metrics, figure)
     tasks = train.cut(train.WordNet(given.wordnet))
     encoder = train.Encoder(train.TASK_SET.base.locate(), train.TASK_SET.max_length)
     names = ["depth", "part_of_speech"] if given.quick else list(tasks)
@@ -174,11 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = {name: train.TASK_SET.tasks[name].kind for name in names}
     fixed = [name for name in names if not isinstance(train.SETTINGS[name].config, train.LoraConfig)]
     lines = [row(name, kinds[name] + (" (VeRA)" if name in fixed else ""), curves[name]) for name in names]
-    draw(
-        curves,
-        {name: train.TASK_SET.tasks[name].metric for name in names},
-        folder / "compression.png" if given.quick or given.results else FIGURE,
-    )
+    draw(curves, metrics, figure)
     body = (
         f"ω on {INPUTS} validation inputs against the score on the other validation rows, from the first step to the"
         f" last, {len(next(iter(curves.values())))} measurements a task; negative: the score rises as ω falls. ω and"
@@ -187,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         " move; it is left out of the means.\n\n" + results.table(HEADER, [*lines, *means(kinds, curves, fixed)])
     )
     raw = {name: [asdict(point) for point in points] for name, points in curves.items()}
-    results.write("Accuracy: compression while training", body, raw, seed=train.SEED, folder=folder)
+    results.write(SECTION, body, raw, seed=train.SEED, folder=folder)
+    return None
 
 
 if __name__ == "__main__":
