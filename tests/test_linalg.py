@@ -36,6 +36,26 @@ def test_the_basis_of_an_ill_conditioned_stack_is_as_good(smallest: float) -> No
     close(vectors @ basis.coordinates, stack, 1.0, tol=2e-9)
 
 
+@given(stacks())
+def test_any_basis_is_orthonormal_and_spans_the_stack(updates: list[LowRank]) -> None:
+    stack = torch.cat([u.left for u in updates], 1)
+    basis, reference = column_basis(stack, singular=False), column_basis(stack)
+    assert basis.rank == reference.rank
+    vectors = stack @ basis.transform
+    close(vectors.T @ vectors, torch.eye(basis.rank).double(), 1.0, tol=1e-6)
+    close(vectors @ basis.coordinates, stack, stack.abs().max().item() if stack.numel() else 1.0)
+
+
+def test_any_basis_is_triangular_where_the_stack_is_well_conditioned() -> None:
+    stack = normal()(3, 40, 5)
+    coordinates = column_basis(stack, singular=False).coordinates
+    assert torch.equal(coordinates, coordinates.triu())
+    close(coordinates.mT @ coordinates, stack.mT @ stack, 40.0)
+    stack[1, :, 4] = stack[1, :, 0] + 1e-5 * stack[1, :, 4]
+    vectors = stack @ column_basis(stack, singular=False).transform  # one of a batch is ill-conditioned: all by QR
+    close(vectors.mT @ vectors, torch.eye(5).double().expand(3, 5, 5), 1.0, tol=1e-9)
+
+
 def test_a_zero_column_has_coordinates_of_exactly_zero() -> None:
     draw = normal()
     stack = torch.cat([draw(9, 3), torch.zeros(9, 2), draw(9, 1)], 1)

@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from coremerge.errors import ConfigError, SourceError
+from coremerge.lowrank import LowRank
 from coremerge.recipe import DEFAULT_STEPS, Recipe, RecipeFile, read_recipe, write_recipe
 
 
@@ -65,6 +67,24 @@ def test_a_recipe_cannot_be_changed_from_outside() -> None:
     assert recipe.parameters == {"density": 0.3}
     with pytest.raises(ValueError, match="frozen"):
         recipe.method = "sum"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "singular"),
+    [
+        (Recipe(), False),
+        (Recipe(method="sum", steps=["balance", "isotropize"]), False),
+        (Recipe(method="ties"), True),
+        (Recipe(method="dare", steps=["isotropize"]), True),
+        (Recipe(space="core:singular=true"), True),
+    ],
+)
+def test_singular_bases_are_for_methods_that_see_them(recipe: Recipe, singular: bool) -> None:
+    updates = [LowRank(torch.randn(9, 2).double(), torch.randn(2, 7).double()) for _ in range(2)]
+    (first, second) = (core.left for core in recipe.parts().space(updates).cores)
+    gram = torch.cat([first, second], 1)
+    gram = gram @ gram.T  # diagonal in the singular basis of the stack
+    assert bool(((gram - gram.diag().diag()).abs() < 1e-9).all()) == singular
 
 
 def test_the_basis_is_that_of_the_core_space_only() -> None:

@@ -124,11 +124,12 @@ class Basis:
         return self.transform.shape[-1]
 
 
-def column_basis(stack: Tensor, rtol: float = RTOL) -> Basis:
+def column_basis(stack: Tensor, rtol: float = RTOL, *, singular: bool = True) -> Basis:
     """The left singular vectors of ``stack`` (..., m, R) whose singular values exceed ``rtol`` times the first.
 
     A well-conditioned stack needs its Gram matrix only; any other takes a QR and a small SVD; both in float64, whatever
-    the dtype of ``stack``. The vectors themselves are not formed: see :class:`Basis`.
+    the dtype of ``stack``. The vectors themselves are not formed: see :class:`Basis`. Unless they have to be
+    ``singular`` vectors, another orthonormal basis of their span is taken where it costs less.
     """
     stack = stack.double()
     m, width = stack.shape[-2:]
@@ -136,7 +137,11 @@ def column_basis(stack: Tensor, rtol: float = RTOL) -> Basis:
         empty = stack.new_zeros(*stack.shape[:-2], width, 0)
         return Basis(empty, empty.mT)
     if width <= m:
-        values, vectors = torch.linalg.eigh(stack.mT @ stack)
+        gram = stack.mT @ stack
+        triangular = None if singular else _triangular_basis(gram)
+        if triangular is not None:
+            return triangular
+        values, vectors = torch.linalg.eigh(gram)
         if _well_conditioned(values):
             sigma, vectors = values.flip(-1).sqrt(), vectors.flip(-1)
             return _basis(sigma, vectors)
@@ -145,6 +150,17 @@ def column_basis(stack: Tensor, rtol: float = RTOL) -> Basis:
     rank = numerical_rank(sigma, rtol)
     something = (small != 0).any(-2).unsqueeze(-1)  # a zero column keeps coordinates of zero, not of 1e-17
     return _basis(sigma[..., :rank], vh[..., :rank, :].mT * something)
+
+
+def _triangular_basis(gram: Tensor) -> Basis | None:
+    """From X = Q R, R by Cholesky: C = R⁻¹ and Qᵀ X = R; None where X may be ill-conditioned."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed.any()):
+        return None
+    right = factor.mT
+    inverse = torch.linalg.solve_triangular(right, torch.eye(gram.shape[-1]).to(gram).expand_as(gram), upper=True)
+    condition = right.square().sum((-2, -1)) * inverse.square().sum((-2, -1))  # at least that of the Gram matrix
+    return Basis(inverse, right) if bool((condition * GRAM_CONDITION < 1).all()) else None
 
 
 def _basis(sigma: Tensor, right: Tensor) -> Basis:

@@ -134,9 +134,10 @@ class Recipe(BaseModel):
         from coremerge.steps import STEPS, After, Before
 
         name, options = parse_spec(self.space, "space")
-        if name == "core":
-            options = {"basis": self.basis, **options}
         steps = [STEPS.build(step) for step in self.steps]
+        if name == "core":
+            unitary = [METHODS[self.method].unitary, *(STEPS[parse_spec(step)[0]].unitary for step in self.steps)]
+            options = {"basis": self.basis, "singular": not all(unitary), **options}
         return Parts(
             SPACES[name].make(options),
             METHODS[self.method].make(self.parameters),

@@ -15,7 +15,11 @@ from coremerge.spaces import SPACES, Coordinates, Lift, Space
 
 
 @SPACES.register("core", source="Core Space merging, arXiv 2509.17786, Definition 1 and appendix A.4")
-def core(basis: Literal["stacked", "balanced"] = "stacked", rtol: Annotated[float, Field(gt=0, lt=1)] = RTOL) -> Space:
+def core(
+    basis: Literal["stacked", "balanced"] = "stacked",
+    rtol: Annotated[float, Field(gt=0, lt=1)] = RTOL,
+    singular: bool = True,
+) -> Space:
     """Merge p × q cores between the singular bases of the stacked factors, cut at their numerical rank.
 
     U are the left singular vectors of [left_1 … left_T], V the right ones of [right_1; …; right_T];
@@ -25,6 +29,8 @@ def core(basis: Literal["stacked", "balanced"] = "stacked", rtol: Annotated[floa
         basis: ``stacked`` as in the paper: element-wise methods then see how each update is split into factors;
             ``balanced`` rewrites each update as U√S, √S Vᵀ first, so that only the updates themselves count.
         rtol: directions below this share of the largest singular value of a stack are cut.
+        singular: the singular vectors themselves; else any orthonormal basis of their span, which is quicker. A recipe
+            that does not say decides by its method: whether that sees the basis.
     """
 
     def project(updates: Sequence[LowRank]) -> Coordinates:
@@ -33,7 +39,7 @@ def core(basis: Literal["stacked", "balanced"] = "stacked", rtol: Annotated[floa
             given = [u.to(torch.float64) for u in given]
             updates = [u.svd.cut().lowrank() for u in given]
         stack = total(updates, torch.float64)
-        left, right = column_basis(stack.left, rtol), column_basis(stack.right.mT, rtol)
+        left, right = (column_basis(x, rtol, singular=singular) for x in (stack.left, stack.right.mT))
         edges = list(pairwise(accumulate((u.rank for u in updates), initial=0)))
         cores = tuple(LowRank(left.coordinates[..., a:b], right.coordinates[..., a:b].mT) for a, b in edges)
         lift = Lift(left.transform, right.transform.mT)
