@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+POLL = 0.005
+"""Seconds between two looks at a process."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +30,33 @@ class Usage:
 def measure(command: Sequence[str | Path]) -> Usage:
     """Run ``command`` to its end.
 
+    The peak is read while it runs where Linux tells it, as what it tells afterwards is at least this process's own.
+
     Raises:
         RuntimeError: it failed; with its stderr.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    process.stderr.close()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}: {errors.decode()[-2000:]}")
+    start, peak, done = time.perf_counter(), 0, 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=errors)
+        while not done:
+            peak = max(peak, _peak_now(process.pid))
+            time.sleep(POLL)
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{' '.join(map(str, command))}: {errors.read().decode()[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+    return Usage(wall, usage.ru_utime + usage.ru_stime, peak or usage.ru_maxrss * unit)
+
+
+def _peak_now(pid: int) -> int:
+    """Bytes; 0 where it cannot be told, or has ended."""
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
 
 
 def alternate(
