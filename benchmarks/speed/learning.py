@@ -176,8 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
         " beside those of PEFT with all adapters active and their factors trained; `nsc-own` measures its goals once a"
         " batch, in the turn that does not count.\n\n"
         + results.table(header, table)
-        + "\n\nPeak memory of whole processes, two steps, one batch a task. An adapter's factors are held twice: as"
-        " they were read, and side by side at the module.\n\n"
+        + "\n\nPeak memory of whole processes, two steps, one batch a task. An adapter's factors are held as they"
+        " were read and side by side at the module, the right ones also as an orthonormal basis; the rest of the growth"
+        " is activations of the adapters' joint rank.\n\n"
         + results.table(
             ["tasks", "adapters' factors MB", "nsc-own: peak MB", "match: peak MB"],
             [[a, size, peak, b[1]] for (a, peak, size), b in zip(peaks["nsc-own"], peaks["match"], strict=True)],

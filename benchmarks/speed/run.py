@@ -22,8 +22,12 @@ from benchmarks.speed import dense, shapes, stand_in
 from benchmarks.speed.process import Usage, alternate, median
 from benchmarks.speed.shapes import SHAPES, Shape
 from coremerge import Adapter, LowRank, Recipe, merge
+from coremerge.executors import local
 
 RECIPE = Recipe(space="core", method="tsv", steps=["isotropize"], rank="exact")
+SIDE_BY_SIDE = 16
+"""Modules that are timed together, as a merge has them."""
+
 OPTIONS = ["--space", "core", "--method", "tsv", "--step", "isotropize", "--rank", "exact", "-q"]
 
 
@@ -105,13 +109,12 @@ def per_module(settings: Settings) -> tuple[str, object]:
     lines = [[f"{r.size[0]}×{r.size[1]}", r.way, r.seconds, r.seconds / _ours(rows, r.size), r.how] for r in rows]
     totals = [[way, sum(counts[r.size] * r.seconds for r in rows if r.way == way)] for way in ways]
     return (
-        f"T = {shape.adapters}, r = {shape.rank}. coremerge: project, TSV, isotropize and lift in float64, on one"
-        f" thread; the others in float32 on all {torch.get_num_threads()}. All start from factors or updates in memory."
-        " PEFT's svd and cat merge by weighted sum only (svd: then cut to rank r).\n\n"
+        f"T = {shape.adapters}, r = {shape.rank}. coremerge: project, TSV, isotropize and lift in float64; the"
+        f" others in float32. All on {torch.get_num_threads()} cores, unless said otherwise, and from factors or"
+        " updates in memory. PEFT's svd and cat merge by weighted sum only (svd: then cut to rank r).\n\n"
         + results.table(["module", "way", "s", "× coremerge", "measured"], lines)
         + f"\n\nAll {sum(counts.values())} modules, extrapolated from the table above (module by module, times their"
-        " number; coremerge works on as many modules at once as there are cores, so its wall time is less):\n\n"
-        + results.table(["way", "s"], totals),
+        " number):\n\n" + results.table(["way", "s"], totals),
         [asdict(row) for row in rows],
     )
 
@@ -133,7 +136,11 @@ def _ours(rows: list[Row], size: tuple[int, int]) -> float:
 def _one_size(settings: Settings, size: tuple[int, int]) -> list[Row]:
     made = [shapes.factors(settings.shape, size, i, 0) for i in range(settings.shape.adapters)]
     ours = statistics.median(timed(lambda: merge_module(made)) for _ in range(4 * settings.repeats))
-    rows = [Row(size, "coremerge", ours, f"median of {4 * settings.repeats}")]
+    many = statistics.median(timed(lambda: merge_many(made)) / SIDE_BY_SIDE for _ in range(settings.repeats))
+    rows = [
+        Row(size, "coremerge", many, f"{SIDE_BY_SIDE} side by side, over {SIDE_BY_SIDE}; median of {settings.repeats}"),
+        Row(size, "coremerge, one alone, one thread", ours, f"median of {4 * settings.repeats}"),
+    ]
     return rows + _dense_rows(size, [b @ a for a, b in made], settings.whole) + _peft_rows(settings, size)
 
 
@@ -174,6 +181,18 @@ def merge_module(made: list[tuple[torch.Tensor, torch.Tensor]]) -> LowRank:
     return merge(adapters, RECIPE, threads=1).adapter["module"]
 
 
+def merge_many(made: list[tuple[torch.Tensor, torch.Tensor]], count: int = SIDE_BY_SIDE) -> None:
+    """As many modules, on all cores."""
+    names = [f"module{i}" for i in range(count)]
+    adapters = [
+        Adapter.from_updates({name: LowRank(b.double(), a.double()) for name in names}, name=str(i))
+        for i, (b, a) in enumerate(made)
+    ]
+    merged = merge(adapters, RECIPE).adapter
+    for _ in local.run(merged.__getitem__, names):
+        pass
+
+
 def timed(work: Callable[[], object]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -196,13 +215,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--work", type=Path, default=Path("work/bench"), help="for the adapters that are made")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
+    parts: dict[str, Part] = {"the whole command": whole_command, "one module": per_module, "on a GPU": gpu}
+    parser.add_argument("--only", choices=parts)
     given = parser.parse_args(arguments)
     shape = SHAPES["tiny" if given.quick else given.shape]
     repeats = given.repeats or (1 if given.quick else 9 if given.full else 5)
     settings = Settings(shape, repeats, given.full or given.quick, given.work)
     folder = given.results or (given.work if given.quick else results.ROOT)
-    parts: dict[str, Part] = {"the whole command": whole_command, "one module": per_module, "on a GPU": gpu}
-    for title, part in parts.items():
+    for title, part in ((given.only, parts[given.only]),) if given.only else parts.items():
         body, raw = part(settings)
         results.write(f"Speed: {title}", body, raw, seed=shape.seed, folder=folder)
 
