@@ -186,7 +186,7 @@ def merge_many(made: list[tuple[torch.Tensor, torch.Tensor]], count: int = SIDE_
     names = [f"module{i}" for i in range(count)]
     adapters = [
         Adapter.from_updates({name: LowRank(b.double(), a.double()) for name in names}, name=str(i))
-        for i, (b, a) in enumerate(made)
+        for i, (a, b) in enumerate(made)
     ]
     merged = merge(adapters, RECIPE).adapter
     for _ in local.run(merged.__getitem__, names):
