@@ -80,7 +80,7 @@ class Bench:
         draw = random.Random(seed)
         rows = {name: self.taskset.rows(name, "validation") for name in self.taskset.tasks}
         drawn = {name: draw.sample(rows[name], min(INPUTS, len(rows[name]))) for name in rows}
-        return {name: [batch for _, batch in self.evaluator.encoder.tokenize(drawn[name], BATCH)] for name in drawn}
+        return {name: [batch for _, batch in self.evaluator.encoder.batches(drawn[name], BATCH)] for name in drawn}
 
     def weights(self, seed: int, settings: Mapping[str, Any]) -> tuple[Weights, float]:
         """Learned weights, and the seconds that it took."""
@@ -117,7 +117,7 @@ def open_bench(quick: bool) -> Bench:
     """The shipped example."""
     torch.set_grad_enabled(True)
     taskset = read_taskset(EXAMPLE)
-    adapters = {name: load(taskset.path(task.adapter)).load() for name, task in taskset.tasks.items()}
+    adapters = {name: load(path).load() for name, path in taskset.own().items()}
     limits: Any = {"validation": 20, "test": 30} if quick else ROWS
     return Bench(taskset, adapters, Evaluator(taskset, adapters, limits), 2 if quick else None)
 

@@ -123,7 +123,7 @@ def run_demo(
 
     start = time.perf_counter()
     taskset = read_taskset(folder)
-    adapters = {name: load(str(taskset.path(task.adapter))) for name, task in taskset.tasks.items()}
+    adapters = {name: load(path) for name, path in taskset.own().items()}
     evaluator = Evaluator(taskset, adapters, None if full else ROWS)
     labels = ("own adapter", "no adapter", *candidates)
 
@@ -145,35 +145,14 @@ def run_demo(
 
 def _measure(label: str, run: Callable[[], MergeResult], evaluator: Evaluator, *, fine: bool) -> Row:
     """One merge, scored as it comes and with its scale tuned: a merged update is linear in its scale."""
+    from coremerge.evaluation.scales import Scales, walk
+
     start = time.perf_counter()
     merged = run()
     updates: dict[str, LowRank] = dict(merged.adapter)
     seconds = time.perf_counter() - start
-    factor = best_factor(lambda f: evaluator.score(updates, "validation", f).mean, fine=fine)
+    scales = Scales(start=1, factor=2**0.25, patience=2) if fine else Scales(start=1)
+    factor, _ = walk(lambda f: evaluator.score(updates, "validation", f).mean, scales)
     scores = evaluator.score(updates, "test")
     tuned = scores if factor == 1 else evaluator.score(updates, "test", factor)
     return Row(label, scores, merged.report.scale, seconds, merged.report.scale * factor, tuned)
-
-
-def best_factor(score: Callable[[float], float], *, fine: bool = False) -> float:
-    """The factor with the best score, by climbing from 1 in both directions along powers of √2 until it falls.
-
-    Args:
-        score: of a factor, higher is better.
-        fine: powers of 2^¼, and two falls in a row instead of one to stop.
-    """
-    step, patience = (2**0.25, 2) if fine else (2**0.5, 1)
-    found = {1.0: score(1.0)}
-    for direction in (step, 1 / step):
-        _climb(score, found, direction, patience)
-    return max(found, key=lambda factor: found[factor])
-
-
-def _climb(score: Callable[[float], float], found: dict[float, float], step: float, patience: int) -> None:
-    """Adds scores of step, step², ... to ``found`` until ``patience`` of them in a row bring nothing."""
-    factor, best, falls = 1.0, found[1.0], 0
-    while falls < patience and 1 / 16 < factor < 16:
-        factor *= step
-        found[factor] = score(factor)
-        falls = falls + 1 if found[factor] <= best else 0
-        best = max(best, found[factor])

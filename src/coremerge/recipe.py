@@ -198,6 +198,19 @@ def read_recipe(path: str | Path) -> RecipeFile:
 def _from_mapping(data: dict[str, Any]) -> RecipeFile:
     base = data.pop("base_model", None)
     models, weights = _models(data.pop("models", None))
+    values = read_values(data)
+    if weights is not None:
+        values["weights"] = weights
+    return RecipeFile(Recipe(**values), models, None if base is None else str(base))
+
+
+def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of :class:`Recipe` from a recipe file's keys, without those that name models.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    data = dict(data)
     parameters = data.pop("parameters", None) or {}
     if not isinstance(parameters, Mapping):
         raise ConfigError("must be a mapping", key="parameters", value=parameters)
@@ -223,12 +236,9 @@ def _from_mapping(data: dict[str, Any]) -> RecipeFile:
         values["scale"] = parameters.pop("lambda")
     if method is not None:
         values["method"] = _ALIASES.get(str(method), str(method))
-    if weights is not None:
-        values["weights"] = weights
     if parameters or method is not None:
         values["parameters"] = parameters
-    recipe = Recipe(**values)
-    return RecipeFile(recipe, models, None if base is None else str(base))
+    return values
 
 
 def _models(entries: object) -> tuple[tuple[str, ...], list[float] | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from safetensors import safe_open
 
 import coremerge
 from coremerge.learning import read_weights
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
 from families import WORDS, make_adapter, make_model
 
 TEXTS = ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w2 w4")

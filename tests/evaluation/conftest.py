@@ -98,6 +98,5 @@ def write_rows(path: Path, task: str, split: str) -> None:
     for i in range(12):
         words = [WORDS[(i * k + len(split)) % len(WORDS)] for k in range(1, 2 + i % 5)]
         label = float(len(words)) if task == "length" else ("yes" if i % 3 else "no")
-        row = {"text": " ".join(words), "label": label}
-        rows.append(row | {"pair": "cat"} if i % 2 else row)
+        rows.append({"text": " ".join(words), "label": label} | ({"pair": "cat"} if task == "length" else {}))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from coremerge import Recipe
 from coremerge.cli import demo as command
-from coremerge.demo import CANDIDATES, best_factor, run_demo
+from coremerge.demo import CANDIDATES, run_demo
 from coremerge.errors import SourceError
 
 TWO = {"sum": Recipe(method="sum", steps=[], scale=0.5), "tsv": CANDIDATES["core TSV"]}
@@ -33,28 +33,6 @@ def test_a_tuned_scale_of_one_factor_is_the_default(folder: Path) -> None:
     for row in result.rows[2:]:
         assert row.tuned is not None
         assert (row.tuned_scale == row.scale) == (row.tuned is row.scores)
-
-
-@pytest.mark.parametrize("peak", [0.3, 1.0, 2.6])
-def test_the_best_factor_is_found_where_scores_have_one_peak(peak: float) -> None:
-    factor = best_factor(lambda f: -abs(f - peak), fine=True)
-    assert abs(factor - peak) < 0.1 * peak
-
-
-def test_the_search_stops_where_scores_keep_rising() -> None:
-    assert best_factor(lambda f: f) == pytest.approx(16)
-    assert best_factor(lambda f: -f) == pytest.approx(1 / 16)
-
-
-def test_the_best_factor_costs_few_scores() -> None:
-    calls: list[float] = []
-
-    def score(factor: float) -> float:
-        calls.append(factor)
-        return -((factor - 1) ** 2)
-
-    assert best_factor(score) == 1.0
-    assert len(calls) == 3
 
 
 def run(*arguments: str) -> str:

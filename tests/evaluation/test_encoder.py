@@ -10,15 +10,18 @@ from torch import nn
 from coremerge.errors import MismatchError, MissingExtraError, SourceError
 from coremerge.evaluation.encoder import BATCH, Encoder
 from coremerge.evaluation.taskset import Row, read_taskset
+from coremerge.learning.rows import Example
 from coremerge.lowrank import LowRank
 
 MODULE = "encoder.layer.0.attention.self.query"
-ROWS = [
-    Row("red", None, 0.0),
-    Row("green blue cat dog", None, 0.0),
-    Row("red", "tree tree", 0.0),
-    Row("cat", None, 0.0),
-]
+
+
+def row(text: str, pair: str | None = None) -> Row:
+    return Row(Example(text, pair), 0.0)
+
+
+ROWS = [row("red"), row("green blue cat dog"), row("red tree tree"), row("cat")]
+PAIRS = [row("red", "tree tree"), row("green blue", "cat")]
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +34,23 @@ def update(m: int = 16, n: int = 16) -> LowRank:
     return LowRank(torch.randn(m, 2, generator=generator), torch.randn(2, n, generator=generator))
 
 
-def test_features_are_token_means_in_the_rows_order(encoder: Encoder) -> None:
-    features = encoder.features(encoder.tokenize(ROWS))
-    for row, feature in zip(ROWS, features, strict=True):
-        tokens = encoder.tokenizer(row.text, row.pair, return_tensors="pt")
+@pytest.mark.parametrize("rows", [ROWS, PAIRS])
+def test_features_are_token_means_in_the_rows_order(encoder: Encoder, rows: list[Row]) -> None:
+    features = encoder.features(encoder.batches(rows))
+    for given, feature in zip(rows, features, strict=True):
+        tokens = encoder.processor(given.example.text, given.example.pair, return_tensors="pt")
         expected = encoder.model(**tokens).last_hidden_state[0].mean(0)
         torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_long_rows_are_cut(encoder: Encoder) -> None:
-    ((_, batch),) = encoder.tokenize([Row("red " * 50, None, 0.0)])
+    ((_, batch),) = encoder.batches([row("red " * 50)])
     assert batch["input_ids"].shape == (1, 12)
 
 
 def test_batches_are_of_similar_lengths(encoder: Encoder) -> None:
-    rows = [Row("red " * (1 + i % 7), None, 0.0) for i in range(2 * BATCH)]
-    batches = encoder.tokenize(rows)
+    rows = [row("red " * (1 + i % 7)) for i in range(2 * BATCH)]
+    batches = encoder.batches(rows)
     assert [batch["input_ids"].shape[1] for _, batch in batches] == sorted(b["input_ids"].shape[1] for _, b in batches)
     assert torch.cat([places for places, _ in batches]).sort().values.tolist() == list(range(2 * BATCH))
 
@@ -100,5 +104,5 @@ def test_a_base_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> No
 
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match=r"coremerge\[demo\]"):
+    with pytest.raises(MissingExtraError, match=r"coremerge\[evaluate\]"):
         Encoder(read_taskset(folder))

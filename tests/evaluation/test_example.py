@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 
 from coremerge.evaluation import Evaluator, TaskSet, read_taskset
+from coremerge.evaluation.taskset import Row
 from coremerge.formats import load
 
 FOLDER = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
 WORDNET = Path("/usr/share/wordnet")
+
+
+def texts(row: Row) -> tuple[str | None, str | None]:
+    return row.example.text, row.example.pair
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +37,21 @@ def test_every_row_is_read_and_no_test_row_is_a_validation_row(taskset: TaskSet)
     for name in taskset.tasks:
         validation, test = (taskset.rows(name, split) for split in ("validation", "test"))
         assert (len(validation) >= 400, len(test) >= 1000) == (True, True)
-        assert not {row[:2] for row in validation} & {row[:2] for row in test}
+        assert not {texts(row) for row in validation} & {texts(row) for row in test}
 
 
 def test_the_adapters_differ_in_type_rank_and_scale(taskset: TaskSet) -> None:
-    configs = [
-        json.loads((FOLDER / task.adapter / "adapter_config.json").read_text()) for task in taskset.tasks.values()
-    ]
+    configs = [json.loads((path / "adapter_config.json").read_text()) for path in taskset.own().values()]
     lora = [config for config in configs if config["peft_type"] == "LORA"]
     assert sorted(config["peft_type"] for config in configs) == ["LORA"] * 7 + ["VERA"]
     assert {config["r"] for config in lora} == {8, 16, 32}
     assert all(config["lora_alpha"] != config["r"] for config in lora)
     assert sum(config["use_rslora"] for config in lora) == 1
-    assert {config["base_model_name_or_path"] for config in configs} == {taskset.base.hub_id}
+    assert {config["base_model_name_or_path"] for config in configs} == {taskset.base and taskset.base.hub_id}
 
 
 def test_own_scores_are_those_of_the_cards(taskset: TaskSet) -> None:
-    adapters = {name: load(taskset.path(task.adapter)) for name, task in taskset.tasks.items()}
+    adapters = {name: load(path) for name, path in taskset.own().items()}
     own = Evaluator(taskset, adapters).own("validation").raw
     for name, score in own.items():
         stated = json.loads((FOLDER / "adapters" / name / "scores.json").read_text())["validation"]

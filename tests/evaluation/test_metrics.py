@@ -2,21 +2,76 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from coremerge.evaluation.metrics import accuracy, pearson
+from coremerge.evaluation.metrics import METRICS, Metric, accuracy, fisher, pearson, rmse, spearman, wilson
+
+DRAW = np.random.default_rng(0)
+LABELS = DRAW.integers(0, 3, 200).astype(float)
+GUESSES = np.where(DRAW.random(200) < 0.7, LABELS, DRAW.integers(0, 3, 200))
+X, Y = DRAW.normal(size=(2, 50))
 
 
 def test_accuracy_counts_rows() -> None:
-    outputs = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
-    assert accuracy(outputs, torch.tensor([1.0, 0.0, 0.0, 1.0])) == 0.5
+    assert accuracy(np.array([1, 0, 1, 0]), np.array([1.0, 0.0, 0.0, 1.0])) == 0.5
 
 
-def test_pearson_is_numpys() -> None:
-    x, y = np.random.default_rng(0).normal(size=(2, 50))
-    expected = np.corrcoef(x, y)[0, 1]
-    assert pearson(torch.tensor(x)[:, None], torch.tensor(y)) == pytest.approx(expected, abs=1e-12)
+def test_f1_and_iou_are_means_over_the_classes_that_occur() -> None:
+    counts = [[int(((a == GUESSES) & (b == LABELS)).sum()) for a in range(3)] for b in range(3)]
+    right = [counts[c][c] for c in range(3)]
+    wrong = [sum(counts[c]) + sum(row[c] for row in counts) - 2 * right[c] for c in range(3)]
+    f1 = np.mean([2 * right[c] / (2 * right[c] + wrong[c]) for c in range(3)])
+    iou = np.mean([right[c] / (right[c] + wrong[c]) for c in range(3)])
+    assert METRICS["f1"].score(GUESSES, LABELS) == pytest.approx(f1)
+    assert METRICS["miou"].score(GUESSES, LABELS) == pytest.approx(iou)
 
 
-def test_pearson_of_a_constant_is_zero() -> None:
-    assert pearson(torch.ones(4, 1), torch.arange(4.0)) == 0.0
+def test_correlations_are_numpys() -> None:
+    assert pearson(X, Y) == pytest.approx(np.corrcoef(X, Y)[0, 1], abs=1e-12)
+    ranks = [values.argsort().argsort() for values in (X, Y)]
+    assert spearman(X, Y) == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-12)
+
+
+def test_errors_are_those_of_their_definitions() -> None:
+    assert rmse(X, Y) == pytest.approx(np.sqrt(((X - Y) ** 2).mean()))
+    assert METRICS["mae"].score(X, Y) == pytest.approx(np.abs(X - Y).mean())
+    assert METRICS["r2"].score(X, Y) == pytest.approx(1 - ((X - Y) ** 2).sum() / ((Y - Y.mean()) ** 2).sum())
+    assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {"rmse", "mae"}
+
+
+def test_a_correlation_with_a_constant_is_zero() -> None:
+    assert pearson(np.ones(4), np.arange(4.0)) == spearman(np.arange(4.0), np.ones(4)) == 0.0
+
+
+def test_wilsons_interval_is_from_the_counts() -> None:
+    low, high = wilson(np.array([1.0] * 8 + [0.0] * 2), np.ones(10))
+    p, n, z = 0.8, 10, 1.959964
+    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    whole = 1 + z * z / n
+    assert (low, high) == pytest.approx(((centre - half) / whole, (centre + half) / whole), abs=1e-6)
+
+
+def test_fishers_interval_is_scipys() -> None:
+    from scipy import stats
+
+    expected = stats.pearsonr(X, Y).confidence_interval()
+    assert fisher(X, Y) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert fisher(X[:3], Y[:3]) == (-1.0, 1.0)
+    assert fisher(X, X) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_interval_holds_its_score_and_is_the_same_each_time(name: str) -> None:
+    metric = METRICS[name]
+    given = (GUESSES, LABELS) if metric.kind == "classification" else (X, X + Y)
+    low, high = metric.between(*given)
+    assert low < metric.score(*given) < high
+    assert metric.between(*given) == (low, high)
+
+
+def test_a_bootstrapped_interval_agrees_with_one_from_counts() -> None:
+    found = Metric("classification", accuracy).between(GUESSES, LABELS)
+    assert found == pytest.approx(wilson(GUESSES, LABELS), abs=0.02)
+
+
+def test_one_row_says_nothing_of_others() -> None:
+    assert np.isnan(METRICS["accuracy"].between(np.ones(1), np.ones(1))).all()

@@ -15,7 +15,7 @@ from coremerge.lowrank import LowRank
 
 def adapters_of(folder: Path) -> dict[str, Mapping[str, LowRank]]:
     taskset = read_taskset(folder)
-    return {name: load(taskset.path(task.adapter)) for name, task in taskset.tasks.items()}
+    return {name: load(path) for name, path in taskset.own().items()}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_scores_are_those_of_the_merged_weights(evaluator: Evaluator, folder: Pa
     rows = evaluator.taskset.rows("length", "test")
     head = load_file(folder / "length" / "head.safetensors")
     with evaluator.encoder.carrying(updates, 0.3):
-        features = evaluator.encoder.features(evaluator.encoder.tokenize(rows))
+        features = evaluator.encoder.features(evaluator.encoder.batches(rows))
     outputs = features @ head["weight"][0] + head["bias"][0]
     expected = torch.corrcoef(torch.stack([outputs, torch.tensor([row.label for row in rows])]))[0, 1].item()
     assert evaluator.score(updates, "test", 0.3).raw["length"] == pytest.approx(expected, abs=1e-5)
@@ -74,10 +74,16 @@ def test_a_head_of_the_wrong_size_is_refused(own_folder: Path) -> None:
         Evaluator(read_taskset(own_folder), {})
 
 
-def test_a_head_without_bias_is_refused(own_folder: Path) -> None:
-    save_file({"weight": torch.ones(2, 16)}, own_folder / "colour" / "head.safetensors")
-    with pytest.raises(TensorError, match="bias"):
+def test_a_head_without_weight_is_refused(own_folder: Path) -> None:
+    save_file({"bias": torch.ones(2)}, own_folder / "colour" / "head.safetensors")
+    with pytest.raises(TensorError, match="weight"):
         Evaluator(read_taskset(own_folder), {})
+
+
+def test_a_head_may_have_no_bias(own_folder: Path) -> None:
+    save_file({"weight": torch.ones(2, 16)}, own_folder / "colour" / "head.safetensors")
+    _, bias = Evaluator(read_taskset(own_folder), {}).heads["colour"]
+    assert bias.tolist() == [0, 0]
 
 
 def test_a_missing_head_is_named(own_folder: Path) -> None:

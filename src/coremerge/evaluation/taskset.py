@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,18 +12,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coremerge.errors import ConfigError, SourceError
+from coremerge.evaluation.metrics import METRICS
+from coremerge.learning.rows import Example, parse_row
 
 FILE = "tasks.yaml"
+HARNESS = "lm-eval"
 Split = Literal["validation", "test"]
 
 
 class Row(NamedTuple):
-    """One labelled example: a text, or two that go into the encoder together."""
+    """One labelled example."""
 
-    text: str
-    pair: str | None
-    label: float
-    """A class's index, or the value to predict."""
+    example: Example
+    label: float | tuple[float, ...]
+    """A class's index, or the value to predict; one for each patch of an image where a task is per patch."""
 
 
 class _Part(BaseModel):
@@ -31,22 +33,37 @@ class _Part(BaseModel):
 
 
 class Base(_Part):
-    """The base encoder.
+    """The base model; a line with its place, or these keys.
 
     Attributes:
-        hub_id: its name on the hub.
+        hub_id: its name on the hub, or a folder.
         package: a Python package that carries the same model, for machines without the hub.
         subfolder: where in that package.
+        path: its folder, relative to the file.
     """
 
-    hub_id: str
+    hub_id: str | None = None
     package: str | None = None
     subfolder: str = "."
+    path: str | None = None
 
-    def locate(self) -> str:
-        """What ``from_pretrained`` is to be given: the package's folder where it is installed, else the hub id."""
+    @model_validator(mode="before")
+    @classmethod
+    def _from_line(cls, value: object) -> object:
+        return {"hub_id": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Base:
+        if (self.hub_id is None) == (self.path is None):
+            raise ValueError("either hub_id or path is needed")
+        return self
+
+    def locate(self, folder: Path = Path()) -> str:
+        """What ``from_pretrained`` is to be given: the package's folder where it is installed, a path, or a hub id."""
         spec = importlib.util.find_spec(self.package) if self.package else None
-        return str(Path(spec.origin).parent / self.subfolder) if spec and spec.origin else self.hub_id
+        if spec and spec.origin:
+            return str(Path(spec.origin).parent / self.subfolder)
+        return str(self.hub_id) if self.path is None else str(folder / self.path)
 
 
 class Task(_Part):
@@ -54,30 +71,44 @@ class Task(_Part):
 
     Attributes:
         description: what is predicted, in a line.
-        kind: ``classification`` (the head gives one number per class) or ``regression`` (one number).
-        metric: ``accuracy`` or ``pearson``.
+        kind: ``classification`` (the head gives one number per class), ``regression`` (one number), or ``lm-eval``:
+            left to EleutherAI's harness.
+        metric: one of :data:`~coremerge.evaluation.metrics.METRICS` of that kind; of the harness: its own, as
+            ``acc`` or ``exact_match,strict-match``.
+        per: a label for each ``input``, or for each ``patch`` of an image.
         classes: the labels, in the order of the head's rows.
-        adapter: folder of the adapter trained on this task alone.
-        head: safetensors file with ``weight`` (outputs, width) and ``bias``.
-        validation: rows, a JSON object a line: ``text``, ``label`` and, for pairs, ``pair``.
+        adapter: folder of the adapter trained on this task alone, against which scores are normalised.
+        head: safetensors file with ``weight`` (outputs, width) and, if it has one, ``bias``.
+        validation: rows, a JSON object a line: ``text``, ``text`` and ``pair``, or ``image``; and ``label``.
         test: likewise.
+        harness: the harness's name for the task; its own tasks, or a YAML file beside this one.
     """
 
-    description: str
-    kind: Literal["classification", "regression"]
-    metric: Literal["accuracy", "pearson"]
+    description: str = ""
+    kind: Literal["classification", "regression", "lm-eval"]
+    metric: str
+    per: Literal["input", "patch"] = "input"
     classes: tuple[str, ...] = ()
-    adapter: str
-    head: str
-    validation: str
-    test: str
+    adapter: str | None = None
+    head: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    harness: str | None = None
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Task:
-        if (self.kind == "classification") != (self.metric == "accuracy"):
-            raise ValueError(f"metric {self.metric} does not go with {self.kind}")
+        if self.kind == HARNESS:
+            if self.harness is None:
+                raise ValueError("a task of lm-eval needs harness: its name there")
+            return self
+        known = [name for name, metric in METRICS.items() if metric.kind == self.kind]
+        if self.metric not in known:
+            raise ValueError(f"metric {self.metric} does not go with {self.kind}: take one of {', '.join(known)}")
         if (self.kind == "classification") != bool(self.classes):
             raise ValueError("classes are listed for classification, and only there")
+        missing = [key for key in ("head", "test") if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
         return self
 
     @property
@@ -85,27 +116,58 @@ class Task(_Part):
         """The number of rows of the head."""
         return len(self.classes) or 1
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether larger scores are better ones."""
+        return METRICS[self.metric].higher_is_better if self.metric in METRICS else True
+
 
 class TaskSet(_Part):
-    """Tasks that share a base encoder.
+    """Tasks that share a base model.
 
     Attributes:
         folder: where the file lies.
-        pooling: over the tokens of the last layer.
-        max_length: tokens a row is cut to.
+        base: the base model; None where it is given elsewhere.
+        pooling: of the last layer's tokens into one feature: their ``mean``, the ``first``, the ``last`` that is not
+            padding, or the model's own ``pooler``.
+        max_length: tokens a row is cut to; by default as many as the tokenizer says, at most 512.
+        joint: name → classification tasks that are also scored together: the task of a row unknown, the union of
+            their labels to choose from.
     """
 
     folder: Path = Path()
     name: str
     description: str = ""
-    base: Base
-    pooling: Literal["mean"] = "mean"
-    max_length: int = Field(ge=1)
+    base: Base | None = None
+    pooling: Literal["mean", "first", "last", "pooler"] = "mean"
+    max_length: int | None = Field(default=None, ge=1)
     tasks: dict[str, Task] = Field(min_length=1)
+    joint: dict[str, tuple[str, ...]] = {}
+
+    @model_validator(mode="after")
+    def _joins_what_can_be(self) -> TaskSet:
+        for group, names in self.joint.items():
+            for name in names:
+                task = self.tasks.get(name)
+                if task is None or task.kind != "classification" or task.per != "input":
+                    raise ValueError(f"joint {group}: {name} is no classification task of this file")
+        return self
 
     def path(self, relative: str) -> Path:
         """A path of the file as seen from here."""
         return self.folder / relative
+
+    def own(self) -> dict[str, Path]:
+        """Task → its own adapter, of the tasks that have one."""
+        return {name: self.path(task.adapter) for name, task in self.tasks.items() if task.adapter is not None}
+
+    def only(self, tasks: Sequence[str]) -> TaskSet:
+        """These tasks alone; joint groups that lack one are left out."""
+        unknown = [name for name in tasks if name not in self.tasks]
+        if unknown:
+            raise ConfigError("no such task", key="tasks", value=unknown[0], remedy=f"Tasks: {', '.join(self.tasks)}")
+        joint = {group: names for group, names in self.joint.items() if set(names) <= set(tasks)}
+        return self.model_copy(update={"tasks": {name: self.tasks[name] for name in tasks}, "joint": joint})
 
     def rows(self, task: str, split: Split, limit: int | None = None) -> list[Row]:
         """The rows of a split, the first ``limit`` of them.
@@ -114,11 +176,16 @@ class TaskSet(_Part):
             SourceError: the file is missing.
             ConfigError: a line is not a row of this task.
         """
-        path = self.path(getattr(self.tasks[task], split))
+        name = getattr(self.tasks[task], split)
+        if name is None:
+            raise ConfigError(f"has no rows for {split}", file=self.path(FILE), key=f"tasks.{task}.{split}")
+        path = self.path(name)
         try:
             lines = path.read_text(encoding="utf-8").splitlines()[:limit]
         except OSError as error:
             raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+        if not lines:
+            raise SourceError("holds no rows", file=path)
         return [_row(line, self.tasks[task], path, number) for number, line in enumerate(lines, 1)]
 
 
@@ -146,10 +213,11 @@ def read_taskset(source: str | Path) -> TaskSet:
     try:
         return TaskSet(**{**data, "folder": path.parent})
     except ValidationError as error:
-        raise _refusal(error, path) from None
+        raise refusal(error, path) from None
 
 
-def _refusal(error: ValidationError, path: Path) -> ConfigError:
+def refusal(error: ValidationError, path: Path) -> ConfigError:
+    """What pydantic found wrong, as a refusal that names the file and the key."""
     detail = error.errors()[0]
     missing = detail["type"] == "missing"
     found: dict[str, Any] = {} if missing else {"value": detail["input"]}
@@ -163,19 +231,29 @@ def _refusal(error: ValidationError, path: Path) -> ConfigError:
 
 
 def _row(line: str, task: Task, path: Path, number: int) -> Row:
+    place = f"{path}, line {number}"
     try:
         data = json.loads(line)
-        text, pair, label = data["text"], data.get("pair"), data["label"]
-        return Row(str(text), None if pair is None else str(pair), _label(label, task))
+        example, label = parse_row(data, place, path.parent), _label(data["label"], task)
     except (ValueError, KeyError, TypeError, AttributeError):
+        example = None
+    if example is None:
         expected = f"one of {', '.join(task.classes)}" if task.classes else "a number"
+        expected += " for each patch" if task.per == "patch" else ""
         raise ConfigError(
             "not a row of this task",
-            file=f"{path}, line {number}",
+            file=place,
             value=line,
             remedy=f'Give {{"text": ..., "label": ...}}, the label {expected}',
-        ) from None
+        )
+    return Row(example, label)
 
 
-def _label(label: object, task: Task) -> float:
+def _label(label: object, task: Task) -> float | tuple[float, ...]:
+    if task.per == "patch":
+        return tuple(_one_label(part, task) for part in label)  # type: ignore[attr-defined]
+    return _one_label(label, task)
+
+
+def _one_label(label: object, task: Task) -> float:
     return float(task.classes.index(str(label))) if task.classes else float(label)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Directories that are either complete or absent.
+"""Directories, and files, that are either complete or absent.
 
 :func:`atomic_directory` gives a hidden sibling of the wanted directory to write into. Only when the block ends without
 an error is everything brought to disk and the sibling renamed into place, which a file system does in one step. On any
@@ -106,6 +106,42 @@ def _as_wanted(error: OutputError, partial: Path, path: Path) -> OutputError:
         return error
     wanted = path / Path(error.file).relative_to(partial)
     return OutputError(error.what, file=wanted, key=error.key, remedy=error.remedy)
+
+
+def check_file(path: str | Path, *, overwrite: bool = False) -> Path:
+    """``path`` made absolute, once it is known that :func:`write_file` may write it; touches nothing.
+
+    Raises:
+        OutputError: it is there already, or a folder.
+    """
+    out = _real(path)
+    if out.is_dir():
+        raise OutputError("is a folder", file=path, remedy="Name a file")
+    if out.exists() and not overwrite:
+        raise OutputError("exists", file=path, remedy="Choose another file, or pass --overwrite")
+    return out
+
+
+def write_file(path: str | Path, content: str | bytes, *, overwrite: bool = False) -> None:
+    """A file, complete or not at all; missing folders are made.
+
+    Raises:
+        OutputError: see :func:`check_file`; or it cannot be written.
+    """
+    out = check_file(path, overwrite=overwrite)
+    made = _make_parents(out)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with writing(Path(path)):
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            _sync_one(partial)
+            partial.replace(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:

@@ -42,6 +42,13 @@ def make_batches(
         InputError: none at all, or one that the processor or its chat template refuses.
         SourceError: an image that cannot be read.
     """
+    return [batch for _, batch in placed_batches(examples, processor, size=size, max_length=max_length)]
+
+
+def placed_batches(
+    examples: Sequence[Example], processor: Any, *, size: int = 16, max_length: int | None = None
+) -> list[tuple[list[int], Batch]]:
+    """Those of :func:`make_batches`, each with its inputs' places among ``examples``."""
     for key, value in (("size", size), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ConfigError("at least 1 is needed", key=key, value=value)
@@ -49,8 +56,9 @@ def make_batches(
     parts = parts_of(processor)
     plan = _PLANS[kind](examples, parts, max_length or usual_length(parts.tokenizer))
     order = sorted(range(len(examples)), key=plan.lengths.__getitem__)
+    chunks = [order[at : at + size] for at in range(0, len(order), size)]
     with padding(parts.tokenizer):
-        return [_tensors(plan.encode(order[at : at + size])) for at in range(0, len(order), size)]
+        return [(chunk, _tensors(plan.encode(chunk))) for chunk in chunks]
 
 
 @dataclass(frozen=True)

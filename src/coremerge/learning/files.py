@@ -65,22 +65,22 @@ def _moved(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
 
 
-def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu") -> nn.Module:
-    """The backbone of a model of ``transformers``, without a head and without remote code.
+def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, head: bool = False) -> nn.Module:
+    """The backbone of a model of ``transformers``, without remote code; with ``head``, as a causal language model.
 
     Raises:
         MissingExtraError: transformers is not installed.
         SourceError: it cannot be loaded.
     """
     try:
-        from transformers import AutoModel
+        from transformers import AutoModel, AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
         raise MissingExtraError("a base model needs transformers", remedy="pip install 'coremerge[learn]'") from None
     place, where = base_place(base)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: nn.Module = AutoModel.from_pretrained(
+        model: nn.Module = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
             place,
             dtype=dtype,
             device_map=None if device == "cpu" else device,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coremerge.errors import OutputError, SourceError
+from coremerge.formats.atomic import check_file, write_file
 
 FORMAT = "coremerge.weights.1"
 
@@ -84,8 +84,6 @@ class Weights(Mapping[str, Mapping[str, "float | tuple[float, ...]"]]):
         """
         from safetensors.torch import save
 
-        from coremerge.formats.safetensors_layout import writing
-
         path = Path(path)
         check_output(path, overwrite=overwrite)
         layout = {
@@ -101,15 +99,7 @@ class Weights(Mapping[str, Mapping[str, "float | tuple[float, ...]"]]):
         }
         tensors = {"weights": self.flat(), "objective": self.objective.float(), "path": self.path.float()}
         tensors |= {f"state.{key}": value for key, value in self.state.items()}
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with writing(path):
-                path.absolute().parent.mkdir(parents=True, exist_ok=True)
-                partial.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, described))
-                partial.replace(path)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+        write_file(path, save({k: v.contiguous() for k, v in tensors.items()}, described), overwrite=overwrite)
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
@@ -120,8 +110,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     """
     if path.suffix != ".safetensors":
         raise OutputError("weights are written as .safetensors", file=path, remedy=f"Call it {path.name}.safetensors")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise OutputError("exists", file=path, remedy="Choose another file, or pass --overwrite")
+    check_file(path, overwrite=overwrite)
 
 
 def as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from families import WORDS
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from families import WORDS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "<turn>", "user", "assistant", ":"]
 VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(WORDS - 1 - len(SPECIAL))), "<image>"]

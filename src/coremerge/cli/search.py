@@ -1,0 +1,99 @@
+"""coremerge search: the best of many merges."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coremerge.cli._output import facts, number, print_json, progress_bar, remark, table
+
+if TYPE_CHECKING:
+    from coremerge.evaluation.scoring import Scores
+    from coremerge.evaluation.search import Found, Tuned
+
+
+def search(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Adapters to merge; by default the tasks' own.", metavar="ADAPTER", show_default=False),
+    ] = None,
+    *,
+    tasks: Annotated[Path, typer.Option(help="A task set: tasks.yaml, or the folder it is in.", metavar="TASKS.yaml")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The winner's recipe.", metavar="RECIPE.yaml")],
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to try: merges as in recipes, a list for every value; scales, order, budget."
+            " Default: published methods.",
+            metavar="PLAN.yaml",
+        ),
+    ] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Validation scores for each merge.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if it is not the task set's.", metavar="MODEL")
+    ] = None,
+    validation: Annotated[int | None, typer.Option(min=1, help="Validation rows of each task. Default: all.")] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="Test rows of each task. Default: all.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it is there already.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all that was tried.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Tune merges on validation rows.
+
+    Every merge has the same budget, is scored once on the test rows at its best, and the winner (on validation rows)
+    is written as a recipe: coremerge merge --recipe RECIPE.yaml -o OUT makes it.
+    """
+    from coremerge.evaluation.plan import PLAN, read_plan
+    from coremerge.evaluation.search import search_files
+    from coremerge.formats.atomic import check_file, write_file
+
+    check_file(out, overwrite=overwrite)
+    wanted = PLAN if plan is None else read_plan(plan)
+    if budget is not None:
+        wanted = wanted.model_copy(update={"budget": budget})
+    limits = {split: count for split, count in (("validation", validation), ("test", test)) if count is not None}
+    with progress_bar(quiet) as bar:
+        found = search_files(
+            tasks,
+            wanted,
+            adapters or [],
+            base=base,
+            limits=limits,  # type: ignore[arg-type]
+            device=device,
+            progress=bar,
+        )
+    write_file(out, found.recipe(), overwrite=overwrite)
+    if as_json:
+        print_json(found.to_dict() | {"path": str(out)})
+    elif not quiet:
+        typer.echo(render(found, out))
+    for row in () if quiet else found.rows:
+        if row.stopped:
+            remark("note", f"{row.label}: the budget of {len(row.tried)} scores ended its search")
+
+
+def render(found: Found, out: Path) -> str:
+    """The merges at their best, and where the winner went."""
+    headings = ["merge", "validation", "test", "± 95 %", "worst", "", "scale", "parameters", "tried"]
+    rows = [[row.label, f"{row.validation:.3f}", *_scores(row.scores), *_settings(row)] for row in found.rows]
+    rows.insert(0, ["no adapter", "", *_scores(found.nothing), "", "", ""])
+    chosen = facts(
+        [("winner", found.winner.label), ("written to", out), ("use", f"coremerge merge --recipe {out} -o OUT")]
+    )
+    return "\n\n".join((table(headings, rows, right=(1, 2, 3, 4, 6, 8)), chosen))
+
+
+def _scores(scores: Scores) -> list[str]:
+    mean = scores.mean_raw if math.isnan(scores.mean) else scores.mean
+    margin = "" if math.isnan(scores.margin) else f"{scores.margin:.3f}"
+    worst = scores.worst
+    return [f"{mean:.3f}", margin, *(("", "") if worst is None else (f"{scores.normalised[worst]:.3f}", worst))]
+
+
+def _settings(row: Tuned) -> list[str]:
+    parameters = ", ".join(f"{key} {value}" for key, value in row.parameters.items())
+    return [number(float(row.recipe.scale)), parameters, str(len(row.tried))]

@@ -1,0 +1,265 @@
+"""The best of many merges: tuned on validation rows under one budget each, then scored once on the test rows.
+
+A merged update is linear in its scale, so that a merge is made once and scored at every scale.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coremerge.adapter import Adapter
+from coremerge.errors import ConfigError, InputError
+from coremerge.evaluation.plan import PLAN, Merge, Plan, combinations, recipe_of
+from coremerge.evaluation.scales import Scales, walk
+from coremerge.evaluation.scoring import Evaluator, Scores
+from coremerge.evaluation.taskset import Split, read_taskset
+from coremerge.formats import load
+from coremerge.inputs import Progress, read_adapters
+from coremerge.lowrank import LowRank
+from coremerge.merging import MergeResult, merge
+from coremerge.recipe import Recipe, write_recipe
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One validation score."""
+
+    parameters: Mapping[str, Any]
+    scale: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One merge at its best.
+
+    Attributes:
+        label: of the plan.
+        parameters: those that were chosen.
+        recipe: with the chosen parameters and scale.
+        validation: its score there: the mean of the normalised ones, or of the raw ones where tasks have no adapter.
+        scores: on the test rows, once.
+        tried: everything that was scored.
+        stopped: the budget ended the search.
+        seconds: spent on it.
+    """
+
+    label: str
+    parameters: Mapping[str, Any]
+    recipe: Recipe
+    validation: float
+    scores: Scores
+    tried: tuple[Tried, ...]
+    stopped: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "label": self.label,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "validation": self.validation,
+            "test": self.scores.to_dict(),
+            "tried": [vars(one) | {"parameters": dict(one.parameters)} for one in self.tried],
+            "stopped_by_budget": self.stopped,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass
+class _Tuning:
+    """One merge's search so far."""
+
+    evaluator: Evaluator
+    adapters: Mapping[str, Adapter]
+    plan: Plan
+    merge: Merge
+    tell: Callable[[int], None]
+    tried: list[Tried] = field(default_factory=list)
+    best: tuple[Tried, MergeResult] | None = None
+    results: dict[str, tuple[MergeResult, dict[str, LowRank]]] = field(default_factory=dict)
+
+    def try_parameters(self, parameters: Mapping[str, Any], scales: Scales) -> None:
+        """Score the merge with ``parameters`` at ``scales``."""
+        result, updates = self._merged(parameters)
+        own = result.report.scale
+
+        def score(scale: float) -> float:
+            self._check_budget()
+            found = value_of(self.evaluator.score(updates, "validation", scale / own))
+            one = Tried(parameters, scale, found)
+            self.tried.append(one)
+            self.tell(len(self.tried))
+            if self.best is None or found > self.best[0].score:
+                self.best = one, result
+            return found
+
+        walk(score, scales, own)
+
+    def _check_budget(self) -> None:
+        if len(self.tried) >= self.plan.budget:
+            raise _BudgetError
+
+    def _merged(self, parameters: Mapping[str, Any]) -> tuple[MergeResult, dict[str, LowRank]]:
+        key = repr(sorted(parameters.items()))
+        if key not in self.results:
+            result = merge(self.adapters, recipe_of(self.merge, parameters))
+            self.results.clear()  # one at a time in memory
+            self.results[key] = result, dict(result.adapter)
+        return self.results[key]
+
+    def run(self) -> bool:
+        """Whether the budget ended it."""
+        try:
+            if self.plan.order == "grid":
+                for parameters in combinations(self.merge.tried):
+                    self.try_parameters(parameters, self.plan.scales)
+            else:
+                self._by_coordinate()
+        except _BudgetError:
+            return True
+        return False
+
+    def _by_coordinate(self) -> None:
+        first = {key: values[0] for key, values in self.merge.tried.items()}
+        self.try_parameters(first, self.plan.scales)
+        for key, values in self.merge.tried.items():
+            for value in values[1:]:
+                best = self._chosen().parameters
+                self.try_parameters({**best, key: value}, Scales(values=(self._chosen().scale,)))
+
+    def _chosen(self) -> Tried:
+        if self.best is None:
+            raise ConfigError("no scale to try", key="scales")
+        return self.best[0]
+
+
+class _BudgetError(Exception):
+    pass
+
+
+def search(
+    evaluator: Evaluator,
+    adapters: Mapping[str, Adapter],
+    plan: Plan,
+    *,
+    intervals: bool = True,
+    progress: Progress | None = None,
+) -> list[Tuned]:
+    """Tune every merge of ``plan`` on validation rows, and score each at its best once on the test rows.
+
+    Args:
+        evaluator: of the task set.
+        adapters: name → adapter, those that are merged.
+        plan: what is tried.
+        intervals: of the test scores.
+        progress: called after every score.
+
+    Returns:
+        In the plan's order; :func:`winner` chooses.
+    """
+    found = []
+    for at, one in enumerate(plan.merges):
+        start = time.perf_counter()
+
+        def tell(count: int, at: int = at, label: str = one.label) -> None:
+            if progress:
+                progress(f"{label}: {count} tried", at, len(plan.merges))
+
+        tuning = _Tuning(evaluator, adapters, plan, one, tell)
+        stopped = tuning.run()
+        chosen = tuning._chosen()
+        result, updates = tuning._merged(chosen.parameters)
+        scores = evaluator.score(updates, "test", chosen.scale / result.report.scale, intervals=intervals)
+        recipe = recipe_of(one, chosen.parameters, scale=chosen.scale)
+        seconds = time.perf_counter() - start
+        found.append(
+            Tuned(one.label, chosen.parameters, recipe, chosen.score, scores, tuple(tuning.tried), stopped, seconds)
+        )
+    return found
+
+
+def winner(found: Sequence[Tuned]) -> Tuned:
+    """The best on validation rows: test rows choose nothing."""
+    return max(found, key=lambda one: one.validation)
+
+
+def value_of(scores: Scores) -> float:
+    """What is tuned for."""
+    return scores.mean_raw if math.isnan(scores.mean) else scores.mean
+
+
+@dataclass(frozen=True)
+class Found:
+    """What :func:`search_files` found.
+
+    Attributes:
+        name: of the task set.
+        models: where the adapters are.
+        rows: see :func:`search`.
+        nothing: scores of no adapter on the test rows.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    rows: tuple[Tuned, ...]
+    nothing: Scores
+
+    @property
+    def winner(self) -> Tuned:
+        """See :func:`winner`."""
+        return winner(self.rows)
+
+    def recipe(self) -> str:
+        """The winner as a recipe file, adapters included: ``coremerge merge --recipe`` does it again."""
+        return write_recipe(self.winner.recipe, self.models)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "name": self.name,
+            "models": list(self.models),
+            "winner": self.winner.label,
+            "no_adapter": self.nothing.to_dict(),
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+
+def search_files(
+    tasks: str | Path,
+    plan: Plan | None = None,
+    sources: Sequence[str | Path] = (),
+    *,
+    base: str | Path | None = None,
+    limits: Mapping[Split, int] | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Found:
+    """Search for the best merge of ``sources`` on a task set.
+
+    Args:
+        tasks: the task set: see :func:`~coremerge.evaluation.read_taskset`.
+        plan: what is tried; :data:`~coremerge.evaluation.plan.PLAN` by default.
+        sources: adapters; by default the tasks' own.
+        base: the base model, if it is not the task set's.
+        limits: rows of each split and task, the first ones.
+        device: of the base model.
+        progress: called after every score.
+
+    Raises:
+        CoremergeError: a refusal that says what to do.
+    """
+    taskset = read_taskset(tasks)
+    own = {name: load(path) for name, path in taskset.own().items()}
+    if not sources and not own:
+        raise InputError("nothing to merge", remedy="Name the adapters: the tasks have none of their own")
+    given = read_adapters(sources, base=base) if sources else own
+    models = tuple(map(str, sources or taskset.own().values()))
+    evaluator = Evaluator(taskset, own, limits, base=base, device=device)
+    rows = search(evaluator, given, plan or PLAN, progress=progress)
+    return Found(taskset.name, models, tuple(rows), evaluator.score({}, "test"))

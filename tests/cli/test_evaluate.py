@@ -1,0 +1,85 @@
+"""coremerge evaluate and search, on the task set that the evaluation's tests make."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import coremerge
+
+
+@pytest.fixture
+def run(run):
+    return lambda *words: run(*map(str, words))
+
+
+@pytest.fixture(scope="module")
+def taskset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = Path(__file__).parents[1] / "evaluation" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("taskset_made", file)
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    folder: Path = made.make_taskset(tmp_path_factory.mktemp("taskset"))
+    return folder
+
+
+def test_evaluate_prints_shares_and_scores(run, taskset):
+    result = run("evaluate", "--tasks", taskset, taskset / "colour")
+    assert result.exit_code == 0
+    for words in ("tiny, test rows", "each task's own adapter", "no adapter", "± 95 %", "accuracy, 12", "pearson, 12"):
+        assert words in result.stdout
+    assert result.stderr == ""
+
+
+def test_evaluate_json_is_also_written_to_a_file(run, taskset, tmp_path):
+    out = tmp_path / "made" / "scores.json"
+    result = run("evaluate", "--tasks", taskset, taskset / "colour", "--json", "-o", out, "--limit", "6")
+    data = json.loads(result.stdout)
+    assert json.loads(out.read_text()) == data
+    assert data["tasks"]["colour"] == {"kind": "classification", "metric": "accuracy", "rows": 6}
+    assert [row["label"] for row in data["rows"]] == ["each task's own adapter", "no adapter", "colour"]
+    again = run("evaluate", "--tasks", taskset, taskset / "colour", "-o", out)
+    assert (again.exit_code, "--overwrite" in again.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nowhere"], 1, "nowhere"),
+        (["--split", "train"], 2, "none of test, validation"),
+        (["--only", "size"], 1, "no such task"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(run, taskset, arguments, status, message):
+    result = run("evaluate", "--tasks", taskset, *arguments)
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_search_writes_a_recipe_that_merge_takes(run, taskset, tmp_path):
+    plan, out = tmp_path / "plan.yaml", tmp_path / "best.yaml"
+    merges = [{"merge_method": "sum"}, {"merge_method": "ties", "parameters": {"density": [0.5, 1.0]}}]
+    plan.write_text(yaml.safe_dump({"merges": merges}))
+    result = run("search", "--tasks", taskset, "--plan", plan, "-o", out, "--budget", "3")
+    assert result.exit_code == 0
+    for words in ("no adapter", "core sum", "core ties", "winner", f"coremerge merge --recipe {out} -o OUT"):
+        assert words in result.stdout
+    assert "note: core ties: the budget of 3 scores ended its search" in result.stderr
+    assert run("merge", "--recipe", out, "-o", tmp_path / "merged", "-q").exit_code == 0
+    assert len(coremerge.load(tmp_path / "merged")) == 4
+    again = run("search", "--tasks", taskset, "--plan", plan, "-o", out)
+    assert (again.exit_code, "--overwrite" in again.stderr) == (1, True)
+
+
+def test_search_prints_all_that_was_tried_as_json(run, taskset, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("{merges: [{merge_method: sum}], scales: {values: [0.5, 1.0]}}")
+    data = json.loads(run("search", "--tasks", taskset, "--plan", plan, "-o", tmp_path / "r.yaml", "--json").stdout)
+    assert [one["scale"] for one in data["rows"][0]["tried"]] == [0.5, 1.0]
+    assert data["winner"] == "core sum"
