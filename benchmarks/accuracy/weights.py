@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks import results
 from coremerge import Adapter, Recipe, load, merge
-from coremerge.demo import best_factor
 from coremerge.evaluation import Evaluator, Scores, TaskSet, read_taskset
+from coremerge.evaluation.scales import Scales, walk
 from coremerge.learning import Weights, learn_weights
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
@@ -144,7 +144,7 @@ def ablation(bench: Bench) -> tuple[str, object]:
 def comparison(bench: Bench, seeds: Sequence[int], best: Mapping[str, Any]) -> tuple[str, object]:
     """What is reported: test rows, several draws of inputs."""
     start = 2.4 / len(bench.adapters)
-    tuned = start * best_factor(lambda f: _constant(bench, start * f, "validation").mean)
+    tuned, _ = walk(lambda scale: _constant(bench, scale, "validation").mean, Scales(start=start))
     lines: list[tuple[str, list[Scores], list[float]]] = [
         (f"task arithmetic at the start ({start:.2g})", [_constant(bench, start)], []),
         (f"task arithmetic, constant tuned on labels ({tuned:.2g})", [_constant(bench, tuned)], []),

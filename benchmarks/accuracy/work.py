@@ -1,0 +1,79 @@
+"""What the accuracy benchmarks share: a task set, its rows, and merges that are scored on it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from coremerge import Adapter, Recipe, load, merge
+from coremerge.evaluation import Evaluator, Scores, TaskSet, read_taskset
+from coremerge.lowrank import LowRank
+from coremerge.merging import MergeResult
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
+ROWS = {"validation": 200, "test": 500}
+"""Of each task, the first ones."""
+SHORT = {"validation": 50, "test": 100}
+QUICK = {"validation": 6, "test": 6}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A task set, loaded once.
+
+    Attributes:
+        taskset: nothing is known of it but what its file says.
+        adapters: task → its own adapter, in memory.
+        rows: of each split and task that are used.
+    """
+
+    taskset: TaskSet
+    adapters: Mapping[str, Adapter]
+    rows: Mapping[str, int]
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.taskset, self.adapters, self.rows)  # type: ignore[arg-type]
+
+    def only(self, tasks: Sequence[str]) -> Bench:
+        """These tasks and their adapters."""
+        return Bench(self.taskset.only(tasks), {name: self.adapters[name] for name in tasks}, self.rows)
+
+    def merged(self, recipe: Recipe) -> Merged:
+        """All adapters, merged."""
+        result = merge(self.adapters, recipe)
+        return Merged(result, dict(result.adapter))
+
+    def score(self, merged: Merged, split: str = "test", scale: float | None = None, **settings: Any) -> Scores:
+        """At ``scale``, or at the merge's own."""
+        factor = 1.0 if scale is None else scale / merged.result.report.scale
+        return self.evaluator.score(merged.updates, split, factor, **settings)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge, with its updates in memory."""
+
+    result: MergeResult
+    updates: Mapping[str, LowRank]
+
+
+def open_bench(folder: Path = EXAMPLE, rows: Mapping[str, int] = ROWS) -> Bench:
+    """A task set whose tasks have adapters of their own."""
+    taskset = read_taskset(folder)
+    return Bench(taskset, {name: load(path).load() for name, path in taskset.own().items()}, rows)
+
+
+def worst(scores: Scores) -> str:
+    """The lowest normalised score, and whose it is."""
+    return f"{scores.normalised[scores.worst]:.3f} ({scores.worst})" if scores.worst else ""
+
+
+def spread(values: Sequence[float]) -> str:
+    """Their mean, and their standard deviation where there are several."""
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
