@@ -90,12 +90,12 @@ def spaces(bench: Bench) -> Section:
     margin = max(best.scores.margin for best in tuned)
     return (
         f"{count} adapters of {bench.taskset.name}, ranks {_ranks(bench)}; {_rows(bench)}. Untuned: default"
-        " parameters, scale auto. Tuned: scale by factors of √2 from there, then parameters one by one"
-        f" (at most {BUDGET} validation scores each). dare: mean ± standard deviation over {len(SEEDS)} seeds. By the"
-        f" test rows' counts alone a normalised mean is uncertain by ±{margin:.3f} (95 %); differences between merges on"
-        " the same rows by less. Methods that do not depend on the basis (sum, tsv, cart) are the same in full, knots and"
-        ' core space at the true rank; "null vectors kept" and `span=false` are the full-space code as published.'
-        " s: the merge alone.\n\n" + results.table(header, rows) + "\n\n" + _joint(bench, plan, tuned),
+        " parameters, scale auto. Tuned: scale by factors of √2 from there, then parameters one by one (at most"
+        f" {BUDGET} validation scores each). dare: mean ± standard deviation over {len(SEEDS)} seeds. By the test rows'"
+        f" counts alone a normalised mean is uncertain by ±{margin:.3f} (95 %); differences between merges on the same"
+        " rows by less. Methods that do not depend on the basis (sum, tsv, cart) are the same in full, knots and core"
+        ' space at the true rank; "null vectors kept" and `span=false` are the full-space code as published. s: the'
+        " merge alone.\n\n" + results.table(header, rows) + "\n\n" + _joint(bench, plan, tuned),
         raw,
     )
 
@@ -157,8 +157,8 @@ def how_many(bench: Bench) -> Section:
             print(rows[-1], flush=True)
     header = ["adapters", "merge", "untuned", "tuned", "tuned: worst task"]
     return (
-        f"Subsets of {bench.taskset.name}'s tasks, {len(SEEDS)} draws of each size, normalised, mean ± standard deviation"
-        f" over draws; {_rows(bench)}; otherwise as above, where all {len(names)} are.\n\n"
+        f"Subsets of {bench.taskset.name}'s tasks, {len(SEEDS)} draws of each size, normalised, mean ± standard"
+        f" deviation over draws; {_rows(bench)}; otherwise as above, where all {len(names)} are.\n\n"
         + results.table(header, rows),
         raw,
     )
@@ -202,7 +202,7 @@ def random_like(bench: Bench, seed: int) -> dict[str, Any]:
     def turned(update: LowRank) -> LowRank:
         values = update.svd.values
         (m, n), k = update.shape, len(values)
-        return ThinSVD(directions(m, k), values, directions(n, k)).lowrank()
+        return ThinSVD(directions(m, k), values, directions(n, k).mT).lowrank()
 
     return {
         name: Adapter.from_updates({module: turned(adapter[module]) for module in adapter}, name=name)

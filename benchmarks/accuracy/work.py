@@ -15,7 +15,7 @@ from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
-ROWS = {"validation": 200, "test": 500}
+ROWS = {"validation": 200, "test": 400}
 """Of each task, the first ones."""
 SHORT = {"validation": 50, "test": 100}
 QUICK = {"validation": 6, "test": 6}
