@@ -28,6 +28,8 @@ from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult, Report, execute
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Recipe
+from coremerge.report.record import FILE as RECORD
+from coremerge.report.record import make_record
 
 if TYPE_CHECKING:
     from coremerge.formats.into import IntoPlan
@@ -239,8 +241,9 @@ class Prepared:
                     self.plan, threads=threads, device=device, batch=batch, progress=_stage(tell, "merging")
                 )
                 sha256 = hashes_of(self.plan.adapters, started)
-                card = self._card(result, sha256, command)
-                saved = self._save(result.adapter, out, card, threads, _stage(tell, "writing"))
+                card, record = self._card(result, sha256, command), self._record(result, sha256, command)
+                files = {"README.md": card, RECORD: record} | self._weights_file()
+                saved = self._save(result.adapter, out, files, threads, _stage(tell, "writing"))
             except torch.OutOfMemoryError as error:
                 raise CoremergeError(
                     f"out of memory on {device}: {str(error).partition('.')[0]}", remedy="Try a smaller --batch"
@@ -250,9 +253,14 @@ class Prepared:
         return Merged(self.plan, result.report, saved, sha256, seconds, notes, self.into)
 
     def _save(
-        self, adapter: Adapter, out: str | Path, card: str, threads: int | None, progress: Callable[[int, int], None]
+        self,
+        adapter: Adapter,
+        out: str | Path,
+        files: Mapping[str, str],
+        threads: int | None,
+        progress: Callable[[int, int], None],
     ) -> Saved:
-        files, inputs = {"README.md": card} | self._weights_file(), files_of(self.plan.adapters)
+        inputs = files_of(self.plan.adapters)
         if self.into is None:
             return save(
                 adapter, out, overwrite=self.overwrite, threads=threads, files=files, inputs=inputs, progress=progress
@@ -269,6 +277,14 @@ class Prepared:
             files=files,
             inputs=inputs,
             progress=progress,
+        )
+
+    def _record(
+        self, result: MergeResult, sha256: Mapping[str, Mapping[str, str]], command: Sequence[str] | None
+    ) -> str:
+        into = None if self.into is None else str(self.into)
+        return make_record(
+            self.plan, result.report, sha256, command=command, notes=self.notes, dtype=self.dtype, into=into
         )
 
     def _weights_file(self) -> dict[str, str]:

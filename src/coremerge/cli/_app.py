@@ -17,6 +17,7 @@ from coremerge.cli.inspect import inspect
 from coremerge.cli.learn_weights import learn_weights
 from coremerge.cli.merge import merge
 from coremerge.cli.methods import methods
+from coremerge.cli.report import report
 from coremerge.cli.search import search
 
 app = typer.Typer(
@@ -28,10 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": [], "max_content_width": 100},  # its own --help is below
 )
-for command in (merge, inspect, learn_weights, evaluate, search, methods, demo):
+for command in (merge, inspect, learn_weights, evaluate, search, report, methods, demo):
     app.command(
         command.__name__.replace("_", "-"),
-        no_args_is_help=command in (merge, inspect, learn_weights, evaluate, search),
+        no_args_is_help=command in (merge, inspect, learn_weights, evaluate, search, report),
         context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
     )(guarded(command))
 

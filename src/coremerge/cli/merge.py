@@ -113,6 +113,9 @@ def merge(
     into: Annotated[
         str | None, typer.Option(help="Write this base model with the merged update added to it.", metavar="BASE")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Draw it, too: OUT/report.html, as coremerge report does.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there already.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda, cuda:1.")] = "cpu",
@@ -187,6 +190,8 @@ def merge(
                 merged = prepared.run(
                     out, threads=threads, device=device, batch=batch, command=command, hashes=hashes, progress=progress
                 )
+                if report:
+                    _draw(out, weights, threads, progress)
         if dry_run:
             _show_plan(prepared, out, threads, as_json, quiet)
         else:
@@ -194,6 +199,15 @@ def merge(
         learned = weights in LEARNED or str(weights).endswith(".safetensors")
         if learned and method is None and recipe is None and not quiet:
             remark("note", "learned weights are for --method sum --scale 1; the default flattens what they balance")
+
+
+def _draw(out: Path, weights: str | None, threads: int | None, progress: Progress) -> None:
+    from coremerge.formats.atomic import write_file
+    from coremerge.report.page import FILE, report_page
+
+    learned = weights if str(weights).endswith(".safetensors") else None
+    page = report_page(out, weights=learned, threads=threads, progress=progress)
+    write_file(out / FILE, page, overwrite=True)
 
 
 def _learned(prepared: Prepared, base: str, data: Mapping[str, str], progress: Progress, **settings: Any) -> Prepared:

@@ -1,0 +1,174 @@
+"""The numbers of a report, from a merge's folder and, where they are still there, its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coremerge.adapter import Adapter
+from coremerge.diagnostics import Alignment, align, retain_module
+from coremerge.diagnostics.retention import Sums
+from coremerge.errors import CoremergeError
+from coremerge.executors import local
+from coremerge.formats import load
+from coremerge.hashing import file_sha256
+from coremerge.lowrank import LowRank
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is: its block, if it is in one, and what it is there."""
+
+    layer: int | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is drawn.
+
+    Attributes:
+        places: module → where it is.
+        spectra: kind → name (inputs, "merged") → singular values, averaged over the kind's modules.
+        alignment: of the inputs; None where they could not be read.
+        kept: input → module → what :func:`~coremerge.diagnostics.retain_module` found.
+        missing: why inputs could not be read, in plain words.
+    """
+
+    places: Mapping[str, Place]
+    spectra: Mapping[str, Mapping[str, Sequence[float]]]
+    alignment: Alignment | None = None
+    kept: Mapping[str, Mapping[str, Sums]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+
+def gather(
+    folder: Path,
+    record: Mapping[str, Any],
+    inputs: Sequence[str | Path] | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Numbers:
+    """Everything that has to be computed.
+
+    Args:
+        folder: of the merge.
+        record: see :func:`~coremerge.report.record.read_record`.
+        inputs: where the inputs are now, in the merge's order; by default where they were.
+        threads: modules side by side.
+        progress: called as modules are done.
+    """
+    tell = progress or (lambda label, done, count: None)
+    adapters, missing = read_inputs(record["inputs"], inputs)
+    merged = None if record["into"] else load(folder)
+    names = list(record["modules"])
+    places = places_of(names)
+    if missing:
+        adapters = {}
+    held = {**adapters, **({} if merged is None else {MERGED: merged})}
+    spectra = _spectra(held, places, threads, lambda done, count: tell("spectra", done, count))
+    if not adapters:
+        return Numbers(places, spectra, missing=missing)
+    alignment = align(adapters, threads=threads, progress=lambda done, count: tell("alignment", done, count))
+    kept = {} if merged is None else _kept(adapters, merged, threads, lambda done, count: tell("kept", done, count))
+    return Numbers(places, spectra, alignment, kept, missing)
+
+
+MERGED = "merged"
+
+
+def read_inputs(
+    said: Sequence[Mapping[str, Any]], places: Sequence[str | Path] | None
+) -> tuple[dict[str, Adapter], tuple[str, ...]]:
+    """The inputs that are there and have not changed, and what is wrong with the others."""
+    found, missing = {}, []
+    for at, entry in enumerate(said):
+        name = str(entry["name"])
+        source = entry["source"] if places is None else str(places[at]) if at < len(places) else None
+        if source is None:
+            missing.append(f"{name} is not in a file")
+            continue
+        try:
+            adapter = load(source)
+            known = set(entry["sha256"].values())
+            changed = [file.name for file in adapter.info.files if known and file_sha256(file) not in known]
+        except (CoremergeError, OSError) as error:
+            missing.append(f"{name} cannot be read: {error}")
+            continue
+        if changed:
+            missing.append(f"{name} has changed since the merge: {', '.join(changed)}")
+        else:
+            found[name] = adapter
+    return found, tuple(missing)
+
+
+def places_of(names: Sequence[str]) -> dict[str, Place]:
+    """Block and kind of each module; kinds as short as tells them apart.
+
+    Example:
+        >>> places_of(["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"])["model.layers.1.mlp.up_proj"]
+        Place(layer=1, kind='up_proj')
+    """
+    split = {name: _split(name) for name in names}
+    rests = {rest for _, rest in split.values()}
+    short = {rest: rest.rsplit(".", 1)[-1] for rest in rests}
+    clashing = {label for label in short.values() if list(short.values()).count(label) > 1}
+    return {
+        name: Place(layer, rest if short[rest] in clashing else short[rest]) for name, (layer, rest) in split.items()
+    }
+
+
+def _split(name: str) -> tuple[int | None, str]:
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal() and i + 1 < len(parts)), None)
+    return (None, name) if at is None else (int(parts[at]), ".".join(parts[at + 1 :]))
+
+
+def _spectra(
+    held: Mapping[str, Adapter],
+    places: Mapping[str, Place],
+    threads: int | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, dict[str, list[float]]]:
+    work = [(name, module) for module in places for name, adapter in held.items() if module in adapter]
+
+    def values(item: tuple[str, str]) -> list[float]:
+        name, module = item
+        found: list[float] = held[name][module].svd.descending.values.tolist()
+        return found
+
+    sums: dict[str, dict[str, list[list[float]]]] = {}
+    for done, ((name, module), found) in enumerate(zip(work, local.run(values, work, threads), strict=True), 1):
+        sums.setdefault(places[module].kind, {}).setdefault(name, []).append(found)
+        progress(done, len(work))
+    return {
+        kind: {name: _mean(listed) for name, listed in by_name.items() if any(listed)} for kind, by_name in sums.items()
+    }
+
+
+def _mean(listed: Sequence[Sequence[float]]) -> list[float]:
+    """Place by place; a module of lower rank has zeros there."""
+    longest = max(map(len, listed))
+    return [sum(values[i] if i < len(values) else 0.0 for values in listed) / len(listed) for i in range(longest)]
+
+
+def _kept(
+    adapters: Mapping[str, Adapter], merged: Adapter, threads: int | None, progress: Callable[[int, int], None]
+) -> dict[str, dict[str, Sums]]:
+    work = [(name, module) for module in merged for name, adapter in adapters.items() if module in adapter]
+
+    def one(item: tuple[str, str]) -> Sums:
+        name, module = item
+        update: LowRank = adapters[name][module]
+        return retain_module(merged[module], update)
+
+    found: dict[str, dict[str, Sums]] = {name: {} for name in adapters}
+    for done, ((name, module), sums) in enumerate(zip(work, local.run(one, work, threads), strict=True), 1):
+        found[name][module] = sums
+        progress(done, len(work))
+    return found

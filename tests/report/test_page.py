@@ -1,0 +1,239 @@
+"""The report of a merge, from its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coremerge import LowRank, Recipe
+from coremerge.errors import ConfigError, SourceError
+from coremerge.learning import Weights
+from coremerge.pipeline import merge_files
+from coremerge.report.gather import gather, places_of, read_inputs
+from coremerge.report.page import report_page
+from coremerge.report.record import FILE, read_record
+from tiny import make_adapter
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A merge of A, B and C, where they were made."""
+    monkeypatch.chdir(tmp_path)
+    make_adapter(tmp_path / "A", seed=1)
+    make_adapter(tmp_path / "B", 6, seed=2, use_rslora=True)
+    make_adapter(tmp_path / "C", 2, seed=3, layers=1, parts=("q_proj",))
+    return merge(Recipe())
+
+
+def merge(recipe: Recipe, **settings: Any) -> Path:
+    merge_files(["A", "B", "C"], "OUT", recipe, overwrite=True, command=["coremerge", "merge", "A & B"], **settings)
+    return Path("OUT")
+
+
+class Text(HTMLParser):
+    """What a person reads, and that every tag is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.said: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        assert not any(key in ("src", "href") and not str(value).startswith("data:") for key, value in attrs)
+        assert tag != "script"
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.said.append(data)
+
+
+def text(page: str) -> str:
+    return " ".join(" ".join(Text(page).said).split())
+
+
+def test_the_record_says_what_went_in_and_does_not_change_between_runs(merged: Path) -> None:
+    record = read_record(merged)
+    assert [entry["name"] for entry in record["inputs"]] == ["A", "B", "C"]
+    assert record["inputs"][1]["ranks"] == [6]
+    assert set(record["inputs"][0]["sha256"]) == {"adapter_model.safetensors", "adapter_config.json"}
+    assert (record["recipe"]["method"], record["into"]) == ("tsv", None)
+    before = (merged / FILE).read_bytes()
+    merge(Recipe())
+    assert (merged / FILE).read_bytes() == before
+
+
+def test_every_part_is_there(merged: Path) -> None:
+    said = text(report_page(merged))
+    for words in (
+        "Merged adapter OUT", "tsv + isotropize, core space", "What went in", "How alike the adapters are",
+        "What the merge keeps of each adapter", "How strong it is", "Spectra", "coremerge merge 'A & B'",
+        "Nothing was dropped, cut or assumed.",
+    ):  # fmt: skip
+        assert words in said
+
+
+def test_the_numbers_are_those_of_the_diagnostics(merged: Path) -> None:
+    record = read_record(merged)
+    numbers = gather(merged, record)
+    assert numbers.alignment is not None
+    assert numbers.alignment.names == ("A", "B", "C")
+    assert set(numbers.kept["C"]) == {"model.layers.0.self_attn.q_proj"}
+    module = "model.layers.0.self_attn.q_proj"
+    assert record["modules"][module]["rank"] == pytest.approx(
+        len([v for v in numbers.spectra["q_proj"]["merged"] if v])
+    )
+    for sums in numbers.kept["A"].values():
+        assert sums.kept <= sums.own * (1 + 1e-9)
+
+
+def test_inputs_that_are_gone_or_changed_are_said_and_the_rest_is_drawn(merged: Path) -> None:
+    shutil.rmtree("A")
+    make_adapter(Path("B"), 6, seed=9, use_rslora=True)
+    said = text(report_page(merged))
+    assert "Not shown below, as an input is missing: A cannot be read" in said
+    assert "B has changed since the merge: adapter_model.safetensors" in said
+    assert "How alike" not in said
+    assert "Spectra" in said
+
+
+def test_inputs_can_be_elsewhere(merged: Path) -> None:
+    shutil.move("A", "moved")
+    assert "How alike" in text(report_page(merged, inputs=["moved", "B", "C"]))
+    with pytest.raises(ConfigError, match=r"2 are given for a merge of 3.*in this order: A, B, C"):
+        report_page(merged, inputs=["moved", "B"])
+
+
+def test_an_input_without_a_file_is_missing() -> None:
+    assert read_inputs([{"name": "x", "source": None, "sha256": {}}], None) == ({}, ("x is not in a file",))
+
+
+def test_weights_are_drawn_by_adapter_block_and_step(merged: Path) -> None:
+    assert "Weights adapter weight A 0.5 B 2 C 1" in text(report_page(merge(Recipe(weights=[0.5, 2.0, 1.0]))))
+    assert "Weights adapter weight A 0.5" in text(report_page(merge(Recipe(weights={"A": 0.5}))))
+    module = "model.layers.0.self_attn.q_proj"
+    table = {"A": {module: 0.25}, "B": {module: -0.5}, "C": {module: 1.0}}
+    learned = Weights(
+        table, {"objective": "match", "steps": 2}, ("A", "B"), torch.tensor([[1.0, 2.0], [0.5, 1.0]]), torch.rand(3, 3)
+    )
+    learned.save("w.safetensors")
+    page = report_page(merge(Recipe(method="sum", weights=dict(learned))), weights="w.safetensors")
+    assert "B, 0: 0.25" in text(page)  # a block's mean: -0.5 here, 1 in its other module
+    for words in ("weights by block", "objective while learning", "mean weight while learning", "A, step 2: 0.5"):
+        assert words in text(page)
+
+
+def test_scores_are_drawn(merged: Path) -> None:
+    rows = [
+        {"label": "no adapter", "mean": 0.5, "margin": 0.1, "raw": {"t": 0.4}, "normalised": {"t": 0.5}},
+        {"label": "OUT", "mean": None, "margin": None, "raw": {"t": 0.7}, "normalised": {}},
+    ]
+    Path("s.json").write_text(json.dumps({"name": "set", "split": "test", "tasks": {"t": {}}, "rows": rows}))
+    said = text(report_page(merged, scores="s.json"))
+    assert "Scores set, test rows" in said
+    assert "no adapter: 0.500 (0.400 to 0.600)" in said
+
+
+def test_a_merged_model_has_a_report_too(merged: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"model.layers.{i}.self_attn.{part}.weight": torch.zeros(8, 8) for i in (0, 1) for part in ("q_proj", "v_proj")
+    }
+    sizes = {name: update.shape for name, update in __import__("coremerge").load("A").items()}
+    tensors = {f"{name}.weight": torch.zeros(shape) for name, shape in sizes.items()}
+    Path("base").mkdir()
+    save_file(tensors, "base/model.safetensors")
+    Path("base/config.json").write_text("{}")
+    page = report_page(merge(Recipe(), into="base"))
+    assert "Merged model" in text(page)
+    assert "Spectra" in text(page)
+
+
+def test_names_from_files_are_only_text(merged: Path) -> None:
+    record = json.loads((merged / FILE).read_text())
+    record["notes"] = ["<script>alert(1)</script>"]
+    record["inputs"][0]["source"] = "<img src=x onerror=alert(1)>"
+    (merged / FILE).write_text(json.dumps(record))
+    assert "<script>" not in report_page(merged)
+    assert "<img" not in report_page(merged)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": "other"}'])
+def test_what_is_no_merge_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(SourceError, match=r"coremerge\.json: cannot be read.*coremerge merge wrote"):
+        report_page(tmp_path)
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(SourceError, match="not a record of a merge"):
+        report_page(tmp_path)
+
+
+def test_what_are_no_scores_is_refused(merged: Path) -> None:
+    with pytest.raises(SourceError, match="cannot be read"):
+        report_page(merged, scores="none.json")
+    Path("s.json").write_text("[1]")
+    with pytest.raises(SourceError, match="coremerge evaluate --json"):
+        report_page(merged, scores="s.json")
+
+
+def test_places_are_blocks_and_short_kinds() -> None:
+    names = ["h.0.attn.proj", "h.0.mlp.proj", "h.1.attn.q", "head"]
+    assert {name: (p.layer, p.kind) for name, p in places_of(names).items()} == {
+        "h.0.attn.proj": (0, "attn.proj"), "h.0.mlp.proj": (0, "mlp.proj"), "h.1.attn.q": (1, "q"),
+        "head": (None, "head"),
+    }  # fmt: skip
+
+
+def test_spectra_are_means_over_blocks() -> None:
+    from coremerge import Adapter
+    from coremerge.report.gather import _spectra
+
+    def one(value: float, rank: int) -> LowRank:
+        return LowRank(value * torch.eye(4)[:, :rank], torch.eye(4)[:rank])
+
+    held = {"a": Adapter.from_updates({"x.0.q": one(1.0, 2), "x.1.q": one(3.0, 1)})}
+    found = _spectra(held, places_of(["x.0.q", "x.1.q"]), 1, lambda done, count: None)
+    assert found == {"q": {"a": pytest.approx([2.0, 0.5])}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_without_a_network_and_without_complaint(merged: Path, scheme: Any) -> None:
+    sync = pytest.importorskip("playwright.sync_api")
+    Path("r.html").write_text(report_page(merged), encoding="utf-8")
+    with sync.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_context(
+            color_scheme=scheme, offline=True, viewport={"width": 1100, "height": 800}
+        ).new_page()
+        complaints: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(Path("r.html").resolve().as_uri())
+        drawn = page.eval_on_selector_all("svg", "all => all.map(one => one.getBoundingClientRect().height)")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        browser.close()
+    assert (complaints, len(asked)) == ([], 1)
+    assert len(drawn) >= 6 and min(drawn) > 40
+    assert wide <= 1100
+    assert (background == "rgb(253, 253, 252)") == (scheme == "light")
