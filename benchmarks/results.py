@@ -73,10 +73,11 @@ def _cell(value: object) -> str:
 
 
 def command() -> str:
-    """The command that is running, as a person would type it."""
+    """The command that is running, as a person would type it; without the folders of this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
-    return " ".join(["python", name, *sys.argv[1:]])
+    words = re.sub(r"--(work|results)[ =]\S+", "", " ".join(sys.argv[1:]))
+    return " ".join(["python", name, *words.split()])
 
 
 def write(section: str, body: str, raw: object, *, seed: int, folder: Path = ROOT) -> None:
