@@ -187,9 +187,9 @@ def auto_against_tuned(sets: Mapping[str, Sequence[Curves]], bench: Bench) -> st
     off = sum(float(str(row[4])) > POINT for row in rows)
     return (
         f"Normalised mean on test rows of {bench.taskset.name} ({bench.rows['validation']} validation rows a task to"
-        f" tune with, {bench.rows['test']} test rows), default parameters. Auto brings the merge's spectral norm, over the"
-        f" inputs' mean one, to {AUTO_RATIO} on average over modules, by one factor; tuned: that factor by steps of √2,"
-        f" {FACTORS[0]:.2f} to {FACTORS[-1]:.2f} times; per module: each module to {AUTO_RATIO} by a factor of its"
+        f" tune with, {bench.rows['test']} test rows), default parameters. Auto brings the merge's spectral norm, over"
+        f" the inputs' mean one, to {AUTO_RATIO} on average over modules, by one factor; tuned: that factor by steps of"
+        f" √2, {FACTORS[0]:.2f} to {FACTORS[-1]:.2f} times; per module: each module to {AUTO_RATIO} by a factor of its"
         f" own. Pairs: mean of {PAIRS}. Auto is more than a point below tuned in {off} of {len(rows)} rows.\n\n"
         + results.table(header, rows)
     )
