@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -44,10 +45,11 @@ def _memory() -> int:
 
 def versions() -> str:
     """Python's and the packages' that matter here."""
-    return ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)])
+    return ", ".join([f"Python {platform.python_version()}", *map(version, PACKAGES)])
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Name and version, or that it is not there."""
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
@@ -76,8 +78,8 @@ def command() -> str:
     """The command that is running, as a person would type it; without the folders of this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
-    words = re.sub(r"--(work|results)[ =]\S+", "", " ".join(sys.argv[1:]))
-    return " ".join(["python", name, *words.split()])
+    words = re.sub(r" --(work|results)[ =]\S+", "", " " + shlex.join(sys.argv[1:]))
+    return f"python {name}{words}".rstrip()
 
 
 def write(section: str, body: str, raw: object, *, seed: int, folder: Path = ROOT) -> None:

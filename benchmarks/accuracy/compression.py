@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import results
+from coremerge.evaluation.metrics import METRICS
 from coremerge.learning.callback import null_space_of_training
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
-FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "compression.png"
 SECTION = "Accuracy: compression while training"
 INPUTS = 64
 EARLY, EVERY = (0, 2, 4, 6, 8, 12, 16), 10
@@ -80,16 +81,12 @@ def follow(train: Any, name: str, splits: Any, encoder: Any, steps: int | None) 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
     """Of two equally long lists."""
-    return float(torch.corrcoef(torch.tensor([x, y], dtype=torch.float64))[0, 1])
+    return METRICS["pearson"].score(np.array(x), np.array(y))
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Pearson's of the ranks; equal values share one."""
-    return pearson(_ranks(x), _ranks(y))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
+    return METRICS["spearman"].score(np.array(x), np.array(y))
 
 
 Measure = Callable[[Sequence[float], Sequence[float]], float]
@@ -134,10 +131,8 @@ def means(kinds: Mapping[str, str], curves: Mapping[str, list[Point]], left_out:
     return lines
 
 
-def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str], path: Path) -> None:
+def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str]) -> Figure:
     """Score over ω, one panel a task; darker is later."""
-    from matplotlib.figure import Figure
-
     columns = min(4, len(curves))
     figure = Figure(figsize=(3.1 * columns, 2.9 * -(-len(curves) // columns)), layout="constrained")
     panels = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).flat
@@ -156,14 +151,12 @@ def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str], path: Pa
     figure.supxlabel("null-space ratio ω of the adapter's own inputs", fontsize=9)
     bar = figure.colorbar(dots, ax=figure.axes, label="training step", shrink=0.6, aspect=30)
     bar.ax.set_ylim(0, steps[-1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of two tasks; results go to the work folder")
-    parser.add_argument("--redraw", action="store_true", help="the figure alone, from results.json")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun etc.")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
@@ -171,11 +164,6 @@ def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, str(EXAMPLE))
     import train  # type: ignore[import-not-found]
 
-    figure = folder / FIGURE.name if given.quick or given.results else FIGURE
-    metrics = {name: task.metric for name, task in train.TASK_SET.tasks.items()}
-    if given.redraw:
-        known = json.loads((folder / "results.json").read_text())[SECTION]["numbers"]
-        return draw({name: [Point(**point) for point in points] for name, points in known.items()}, metrics, figure)
     tasks = train.cut(train.WordNet(given.wordnet))
     encoder = train.Encoder(train.TASK_SET.base.locate(), train.TASK_SET.max_length)
     names = ["depth", "part_of_speech"] if given.quick else list(tasks)
@@ -183,7 +171,6 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = {name: train.TASK_SET.tasks[name].kind for name in names}
     fixed = [name for name in names if not isinstance(train.SETTINGS[name].config, train.LoraConfig)]
     lines = [row(name, kinds[name] + (" (VeRA)" if name in fixed else ""), curves[name]) for name in names]
-    draw(curves, metrics, figure)
     body = (
         f"ω on {INPUTS} validation inputs against the score on the other validation rows, from the first step to the"
         f" last, {len(next(iter(curves.values())))} measurements a task; negative: the score rises as ω falls. ω and"
@@ -193,7 +180,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     raw = {name: [asdict(point) for point in points] for name, points in curves.items()}
     results.write(SECTION, body, raw, seed=train.SEED, folder=folder)
-    return None
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ def tsv(updates: Sequence[Tensor]) -> Tensor:
     return (left * torch.cat([s[:kept] for _, s, _ in parts])) @ right
 
 
+def iso_c(updates: Sequence[Tensor]) -> Tensor:
+    """Iso-C, one SVD of the sum: all its singular values at their mean (arXiv 2502.04959)."""
+    u, s, vh = svd(torch.stack(list(updates)).sum(0))
+    return s.mean() * (u @ vh)
+
+
 def orthogonal(x: Tensor) -> Tensor:
     """The nearest orthogonal matrix (Procrustes), by an SVD."""
     u, _, vh = svd(x)

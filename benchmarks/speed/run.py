@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
-from benchmarks.speed import dense, shapes, stand_in
+from benchmarks.speed import dense, others, shapes, stand_in
 from benchmarks.speed.process import Usage, alternate, median
 from benchmarks.speed.shapes import SHAPES, Shape
 from coremerge import Adapter, LowRank, Recipe, merge
@@ -141,17 +141,28 @@ def _one_size(settings: Settings, size: tuple[int, int]) -> list[Row]:
         Row(size, "coremerge", many, f"{SIDE_BY_SIDE} side by side, over {SIDE_BY_SIDE}; median of {settings.repeats}"),
         Row(size, "coremerge, one alone, one thread", ours, f"median of {4 * settings.repeats}"),
     ]
-    return rows + _dense_rows(size, [b @ a for a, b in made], settings.whole) + _peft_rows(settings, size)
+    return rows + _dense_rows(settings, size, [b @ a for a, b in made]) + _peft_rows(settings, size)
 
 
-def _dense_rows(size: tuple[int, int], updates: list[torch.Tensor], whole: bool) -> list[Row]:
-    if whole or min(size) <= 1024:
-        tsv = Row(size, "dense TSV", timed(lambda: dense.tsv(updates)), "whole, once")
+def _dense_rows(settings: Settings, size: tuple[int, int], updates: list[torch.Tensor]) -> list[Row]:
+    """Small ones several times, large ones once, and TSV from one of its SVDs unless it is to be timed whole."""
+    small = min(size) <= 1024
+    count, how = (settings.repeats, f"median of {settings.repeats}") if small else (1, "once")
+
+    def often(work: Callable[[], object]) -> float:
+        return statistics.median(timed(work) for _ in range(count))
+
+    if settings.whole or small:
+        tsv = Row(size, "dense TSV", often(lambda: dense.tsv(updates)), f"whole, {how}")
     else:
         one = timed(lambda: dense.svd(updates[0]))
         tsv = Row(size, "dense TSV", (len(updates) + 2) * one, f"one {size[0]}×{size[1]} SVD, × (T + 2)")
-    knots = timed(lambda: dense.knots_basis(updates))
-    return [tsv, Row(size, "KnOTS, dense SVD of m×Tn", knots, "its SVD, once")]
+    flat = Row(size, "dense Iso-C", often(lambda: dense.iso_c(updates)), f"whole, {how}")
+    return [
+        tsv,
+        flat,
+        Row(size, "KnOTS, dense SVD of m×Tn", often(lambda: dense.knots_basis(updates)), f"its SVD, {how}"),
+    ]
 
 
 def _peft_rows(settings: Settings, size: tuple[int, int]) -> list[Row]:
@@ -200,6 +211,10 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _other(shape: Shape) -> Shape:
+    return shape if shape.name == "tiny" else SHAPES["vit-b"]
+
+
 def gpu(settings: Settings) -> tuple[str, object]:
     """The whole command with ``--device cuda``, where there is such a device."""
     if not torch.cuda.is_available():
@@ -215,7 +230,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--work", type=Path, default=Path("work/bench"), help="for the adapters that are made")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
-    parts: dict[str, Part] = {"the whole command": whole_command, "one module": per_module, "on a GPU": gpu}
+    parts: dict[str, Part] = {
+        "the whole command": whole_command,
+        "one module": per_module,
+        "one module, vit-b": lambda given: per_module(replace(given, shape=_other(given.shape))),
+        "beside other tools": others.compare,
+        "on a GPU": gpu,
+    }
     parser.add_argument("--only", choices=parts)
     given = parser.parse_args(arguments)
     shape = SHAPES["tiny" if given.quick else given.shape]
@@ -224,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder = given.results or (given.work if given.quick else results.ROOT)
     for title, part in ((given.only, parts[given.only]),) if given.only else parts.items():
         body, raw = part(settings)
-        results.write(f"Speed: {title}", body, raw, seed=shape.seed, folder=folder)
+        about = "" if given.shape == SHAPES["llama-3-8b"].name else f", {shape.name}"
+        results.write(f"Speed: {title}{about}", body, raw, seed=shape.seed, folder=folder)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,14 @@ class Evaluator:
         """Scores of each task's own adapter on its task."""
         return self._against_own(self._own(split), split)
 
+    def embeddings(self, updates: Updates, split: Split, scale: float = 1.0) -> dict[str, Tensor]:
+        """What the encoder makes of each task's rows, before any head: (rows, width), or a row's patches on their own.
+
+        Tasks of the harness are left out.
+        """
+        with self.encoder.carrying(updates, scale):
+            return {name: self._features(name, split) for name in self.heads}
+
     def count(self, task: str, split: Split) -> int | None:
         """Rows of a task that are scored; None where the harness counts."""
         return None if task in self._left else len(self._prepared(task, split)[1])

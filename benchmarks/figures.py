@@ -1,0 +1,261 @@
+"""The figures of docs/figures, drawn anew from results.json: ``python -m benchmarks.figures``.
+
+Nothing is measured here: each benchmark puts its numbers there. A figure whose numbers are missing is left out, and
+said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import results
+from benchmarks.accuracy import compression
+from benchmarks.speed import operations
+from coremerge.recipe import AUTO_RATIO
+
+FOLDER = Path(__file__).parents[1] / "docs" / "figures"
+STYLE = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "0.92", "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 4,
+    "savefig.dpi": 150, "figure.constrained_layout.use": True,
+}  # fmt: skip
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b", "#000000", "#8c6d31",
+           "#7b4173", "#637939"]  # fmt: skip
+"""Told apart by colour-blind eyes, too (Okabe and Ito's); then some more."""
+
+MARKS = "os^Dv<>PX*h"
+Numbers = Mapping[str, Any]
+
+
+def cost(known: Numbers) -> Figure:
+    """Operations of three ways, and measured seconds of this one, over T, n and r."""
+    growth, modules = known["Speed: how cost grows"], known["Speed: one module"]
+    sweeps: list[tuple[str, str, Callable[[int], tuple[int, int, int, int]]]] = [
+        ("adapters T", "adapters T (r = 16)", lambda t: (4096, 4096, t, 16)),
+        ("width m = n", "width m = n", lambda n: (n, n, 6, 16)),
+        ("rank r", "rank r (T = 6)", lambda r: (4096, 4096, 6, r)),
+    ]
+    figure = Figure(figsize=(9, 5.2))
+    axes = figure.subplots(2, 3, sharex="col", sharey="row")
+    ways = {"dense TSV": operations.dense, "KnOTS": operations.knots, "core": operations.core}
+    for column, (title, name, sizes) in enumerate(sweeps):
+        taken = {int(value): seconds for value, seconds in growth[name].items()}
+        values = sorted(taken)
+        for (way, count), colour in zip(ways.items(), COLOURS, strict=False):
+            axes[0, column].loglog(values, [count(*sizes(v)) for v in values], color=colour, label=way)
+        axes[1, column].loglog(values, [taken[v] for v in values], "o-", color=COLOURS[2], label="core, one thread")
+        at = {"adapters T": 6, "width m = n": 4096, "rank r": 16}[title]
+        for way, colour in (("dense TSV", COLOURS[0]), ("KnOTS, dense SVD of m×Tn", COLOURS[1])):
+            seconds = [row["seconds"] for row in modules if row["way"] == way and row["size"] == [4096, 4096]]
+            axes[1, column].loglog([at] * len(seconds), seconds, "D", color=colour, label=way)
+        axes[1, column].set_xlabel(title)
+        ticks(axes[1, column], values)
+    axes[0, 0].set_ylabel("operations, one module")
+    axes[1, 0].set_ylabel("seconds, one module")
+    axes[0, 0].legend()
+    axes[1, 0].legend()
+    return figure
+
+
+def ticks(axes: Axes, values: Sequence[int]) -> None:
+    """These values, as they are."""
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.minorticks_off()
+
+
+def discarded(known: Numbers) -> Figure:
+    """Score over the components that were left out."""
+    numbers = known["Accuracy: discarded components"]
+    figure = Figure(figsize=(6, 3.8))
+    axes = figure.subplots()
+    for (label, scores), colour, mark in zip(numbers["scores"].items(), COLOURS, MARKS, strict=False):
+        axes.plot([float(p) for p in scores], list(scores.values()), mark + "-", color=colour, label=short(label))
+    axes.axhline(nothing(known), color="0.4", linestyle=":", label="no adapter")
+    axes.set_xlabel(f"share of the {numbers['core']} components of the core that are left out, smallest first")
+    axes.set_ylabel("normalised mean score")
+    axes.legend()
+    share = numbers["core"] / numbers["full"]
+    if share < 1:
+        top = axes.secondary_xaxis("top", functions=(lambda p: 1 - share * (1 - p), lambda p: 1 - (1 - p) / share))
+        top.set_xlabel(f"the same, as a share of the {numbers['full']} singular values in full space")
+    return figure
+
+
+def nothing(known: Numbers) -> float:
+    """The score without any adapter."""
+    return float(known["Accuracy: controls"]["no adapter"][0]["mean"])
+
+
+def alignment(known: Numbers) -> Figure:
+    """Subspace alignment of tasks and of the merge, in full space and core."""
+    numbers = known["Accuracy: subspace alignment"]
+    figure = Figure(figsize=(7, 3.4))
+    axes = figure.subplots()
+    places = range(len(numbers))
+    for i, ((key, label), colour) in enumerate(
+        zip(
+            {
+                "others, full": "with other tasks, full", "others, core": "with other tasks, core",
+                "merge, full": "with the merge, full", "merge, core": "with the merge, core",
+            }.items(),
+            ["#9ecae1", COLOURS[0], "#fdae6b", COLOURS[1]],
+            strict=True,
+        )
+    ):  # fmt: skip
+        heights = [found[key] for found in numbers.values()]
+        axes.bar([place + (i - 1.5) * 0.2 for place in places], heights, 0.19, color=colour, label=label)
+    axes.set_xticks(places, list(numbers), rotation=20, ha="right")
+    axes.set_ylabel("subspace alignment ratio")
+    axes.set_ylim(0, 1.25)
+    axes.grid(axis="x", visible=False)
+    axes.legend(ncols=2, loc="upper center")
+    return figure
+
+
+def distance(known: Numbers) -> Figure:
+    """Score over the distance of embeddings, one panel a task."""
+    numbers = known["Accuracy: distance of embeddings"]
+    tasks = list(next(iter(numbers.values()))["distance"])
+    columns = min(4, len(tasks))
+    figure = Figure(figsize=(2.5 * columns, 2.4 * -(-len(tasks) // columns) + 0.8))
+    panels = figure.subplots(-(-len(tasks) // columns), columns, squeeze=False).flat
+    for task, axes in zip(tasks, panels, strict=False):
+        for (label, found), colour, mark in zip(numbers.items(), COLOURS, MARKS, strict=False):
+            axes.plot(found["distance"][task], found["score"][task], mark, color=colour, label=short(label))
+        axes.set_title(task)
+    for axes in list(panels):
+        axes.set_visible(False)
+    figure.supxlabel("mean absolute difference of embeddings from the own adapter's", fontsize=9)
+    figure.supylabel("normalised score", fontsize=9)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def output_rank(known: Numbers) -> Figure:
+    """Score over the rank of the result."""
+    figure = Figure(figsize=(5.2, 3.6))
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for key, found in known["Accuracy: output rank"].items():
+        lines.setdefault(key.rpartition(", ")[0], []).append((found["rank"], found["mean"]))
+    for (label, points), colour, mark in zip(lines.items(), COLOURS, MARKS, strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), mark + "-", color=colour, label=short(label))
+    axes.axhline(nothing(known), color="0.4", linestyle=":", label="no adapter")
+    axes.set_xscale("log")
+    ticks(axes, sorted({rank for points in lines.values() for rank, _ in points}))
+    axes.set_xlabel("rank of the result")
+    axes.set_ylabel("normalised mean score")
+    axes.legend()
+    return figure
+
+
+def scale(known: Numbers) -> Figure:
+    """Score over the size of the merge, per method."""
+    figure = Figure(figsize=(9, 3.8))
+    panels = figure.subplots(1, 2, sharey=True)
+    for key, axes in zip(("all", "pairs"), panels, strict=True):
+        listed = known["Accuracy: the automatic scale"][key]
+        for label, colour, mark in zip(listed[0], COLOURS, MARKS, strict=False):
+            factors = sorted(map(float, listed[0][label]["validation"]))
+            scores = [sum(one[label]["validation"][repr(f)] for one in listed) / len(listed) for f in factors]
+            axes.plot([AUTO_RATIO * f for f in factors], scores, mark + "-", color=colour, label=short(label))
+        axes.axvline(AUTO_RATIO, color="0.4", linestyle=":")
+        axes.set_xscale("log")
+        axes.set_xticks([0.2, 0.45, 1, 2], ["0.2", "0.45: auto", "1", "2"])
+        axes.minorticks_off()
+        axes.set_title({"all": "all adapters", "pairs": "pairs, mean"}[key])
+    panels[0].set_ylabel("normalised mean score")
+    figure.supxlabel("spectral norm of the merge over that of its inputs, mean over modules", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    return figure
+
+
+def methods(known: Numbers) -> Figure:
+    """Every method in every space, as it comes and tuned."""
+    numbers = known["Accuracy: methods and spaces"]
+    rows = sorted(numbers.items(), key=lambda item: item[1]["test"]["mean"])
+    figure = Figure(figsize=(7, 0.24 * len(rows) + 1.1))
+    axes = figure.subplots()
+    for place, (label, found) in enumerate(rows):
+        plain = sum(scores["mean"] for scores in found["untuned"]) / len(found["untuned"])
+        tuned = found["test"]["mean"]
+        ours = label.endswith("default")
+        axes.plot([plain, tuned], [place, place], color="0.75", linewidth=1.2, zorder=1)
+        axes.plot(plain, place, "o", color=COLOURS[1] if ours else COLOURS[0], markersize=6)
+        axes.plot(tuned, place, "o", markerfacecolor="white", color=COLOURS[1] if ours else COLOURS[0], markersize=6)
+    axes.plot([], [], "o", color=COLOURS[0], label="untuned, scale auto")
+    axes.plot([], [], "o", color=COLOURS[0], markerfacecolor="white", label="scale and parameters tuned on labels")
+    axes.axvline(nothing(known), color="0.4", linestyle=":", label="no adapter")
+    axes.set_yticks(range(len(rows)), [short(label) for label, _ in rows])
+    axes.set_xlabel("normalised mean score (own adapters: 1)")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def short(label: str) -> str:
+    """A merge's label without what its neighbours share."""
+    return label.replace("core coremerge's", "coremerge's").replace("sum + isotropize", "Iso-C (sum + isotropize)")
+
+
+def training(known: Numbers) -> Figure:
+    """The null-space ratio and the score while adapters train."""
+    from benchmarks.accuracy.work import EXAMPLE
+    from coremerge.evaluation import read_taskset
+
+    curves = known[compression.SECTION]
+    metrics = {name: task.metric for name, task in read_taskset(EXAMPLE).tasks.items()}
+    return compression.draw(
+        {name: [compression.Point(**point) for point in points] for name, points in curves.items()}, metrics
+    )
+
+
+FIGURES: Mapping[str, Callable[[Numbers], Figure]] = {
+    "methods": methods,
+    "cost": cost,
+    "discarded": discarded,
+    "alignment": alignment,
+    "distance": distance,
+    "compression": training,
+    "output_rank": output_rank,
+    "scale": scale,
+}
+
+
+def draw_all(numbers: Numbers, folder: Path) -> list[str]:
+    """Write what can be drawn; the names of what cannot, as its section is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for name, draw in FIGURES.items():
+        with rc_context(STYLE):
+            try:
+                figure = draw(numbers)
+            except KeyError as error:
+                missing.append(f"{name}: {error.args[0]} is not in results.json")
+                continue
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    return missing
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="folder of results.json")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the figures")
+    given = parser.parse_args(arguments)
+    known = json.loads((given.results / "results.json").read_text())
+    for line in draw_all({name: section["numbers"] for name, section in known.items()}, given.output):
+        print(f"left out: {line}")
+
+
+if __name__ == "__main__":
+    main()
