@@ -1,0 +1,275 @@
+"""A paper's table from its public adapters: ``python recipes/reproduce.py knots-vit-b-32 OUT``.
+
+Fetches the adapters and the data that the set's file names, writes a task set to OUT (adapters as safetensors, heads,
+rows), and has coremerge search and score on it; of sets that generate text, it learns weights, merges, and leaves
+scoring to the harness that the set's file names. ``--mirror FOLDER``: hub ids are folders there; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+
+from coremerge import Adapter, load
+
+HERE = Path(__file__).parent
+HELD_OUT = 0.2
+"""Of the rows, for tuning; the rest is the test split. The papers' own draws were not published."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Part):
+    """One task.
+
+    Attributes:
+        adapter: hub id.
+        data: hub id of the data set, its configuration and split.
+        columns: of the row → of the data set: text, pair, image; label.
+        classes: names that stand for its labels, by their order there; those of the data set's feature by default.
+        labels: values of the label's column, in the order of ``classes``, where they are not 0, 1, ...
+        head_rows: of the adapter's own head, where not all of them are classes here.
+        prompt: text that goes with every row, where there is no column of it.
+        templates: of an image's caption, for a head from CLIP's text encoder.
+        paper: the score of the task's own adapter that the paper reports.
+    """
+
+    adapter: str
+    data: str
+    config: str | None = None
+    split: str = "test"
+    columns: dict[str, str]
+    classes: tuple[str, ...] = ()
+    labels: tuple[int | str, ...] = ()
+    head_rows: tuple[int, ...] = ()
+    prompt: str | None = None
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    paper: float | None = None
+
+
+class Set(_Part):
+    """Adapters of one base.
+
+    Attributes:
+        description: which table, and what is known to differ.
+        base: hub id.
+        kind: how it is scored: ``images``: heads from CLIP's text encoder; ``pairs``: the adapters' own heads, on the
+            last token; ``generation``: not here.
+        max_length: tokens of a row.
+        plan: what is searched, a file beside this one.
+        learn: options of ``coremerge learn-weights``, for generation.
+        then: how the merge is scored, for generation.
+        tasks: by name.
+    """
+
+    description: str
+    base: str
+    kind: Literal["images", "pairs", "generation"]
+    max_length: int | None = None
+    plan: str | None = None
+    learn: tuple[str, ...] = ()
+    then: str = ""
+    tasks: dict[str, Source] = Field(min_length=1)
+
+
+def read_set(name: str) -> Set:
+    """A set of this folder."""
+    return Set(**yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where ids are: the hub, or folders."""
+
+    mirror: Path | None = None
+
+    def place(self, name: str) -> str:
+        return str(self.mirror / name) if self.mirror else name
+
+    def rows(self, source: Source) -> Any:
+        """The data set's split."""
+        import datasets
+
+        if self.mirror:
+            return datasets.load_from_disk(self.place(source.data))[source.split]
+        return datasets.load_dataset(source.data, source.config, split=source.split)
+
+
+def prepare(made: Set, out: Path, hub: Hub, limit: int | None) -> None:
+    """The task set, or for generation the inputs, under ``out``."""
+    clip = Captions(hub.place(made.base)) if made.kind == "images" else None
+    if clip:
+        clip.save_vision(out / "base")
+    tasks: dict[str, Any] = {}
+    for name, source in made.tasks.items():
+        print(f"{name}: {source.adapter}, {source.data}", flush=True)
+        data = hub.rows(source)
+        if made.kind == "generation":
+            write_rows(
+                out / "data" / f"{name}.jsonl", examples(data, source, out / "images" / name, range(limit or 64))
+            )
+            continue
+        adapter = load(hub.place(source.adapter), allow_pickle=True)
+        # weights only: the head goes to a file of its own, as every task keeps its own
+        Adapter.from_updates(dict(adapter), name=name).save(out / "adapters" / name, dtype="float32", overwrite=True)
+        classes = source.classes or tuple(data.features[source.columns["label"]].names)
+        head = clip.head(classes, source.templates) if clip else own_head(adapter, source)
+        (out / "heads").mkdir(exist_ok=True)
+        save_file(head, out / "heads" / f"{name}.safetensors")
+        listed = list(examples(data, source, out / "images" / name, drawn(len(data), limit), classes))
+        cut = max(1, round(HELD_OUT * len(listed)))
+        for split, part in (("validation", listed[:cut]), ("test", listed[cut:])):
+            write_rows(out / "data" / f"{name}.{split}.jsonl", part)
+        tasks[name] = {
+            "kind": "classification", "metric": "accuracy", "classes": list(classes), "adapter": f"adapters/{name}",
+            "head": f"heads/{name}.safetensors", "validation": f"data/{name}.validation.jsonl",
+            "test": f"data/{name}.test.jsonl",
+        }  # fmt: skip
+    if tasks:
+        task_set: dict[str, Any] = {
+            "name": out.name,
+            "description": made.description,
+            "base": {"path": "base"} if clip else {"hub_id": hub.place(made.base)},
+            "pooling": "pooler" if clip else "last",
+            "tasks": tasks,
+        }
+        task_set |= {"max_length": made.max_length} if made.max_length else {}
+        (out / "tasks.yaml").write_text(yaml.safe_dump(task_set, sort_keys=False), encoding="utf-8")
+
+
+def drawn(count: int, limit: int | None) -> Sequence[int]:
+    """Rows in an order of their own, the same every time; ``limit`` of them."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return order[:limit]
+
+
+def examples(
+    data: Any, source: Source, images: Path, places: Sequence[int], classes: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Rows as coremerge reads them; those without a label that is known are left out."""
+    labels = source.labels or tuple(range(len(classes)))
+    for place in places:
+        if place >= len(data):
+            return
+        row = data[place]
+        found: dict[str, Any] = {"text": source.prompt} if source.prompt else {}
+        if classes:
+            if row[source.columns["label"]] not in labels:
+                continue
+            found["label"] = classes[labels.index(row[source.columns["label"]])]
+        for key in ("text", "pair"):
+            if key in source.columns:
+                found[key] = row[source.columns[key]]
+        if "image" in source.columns:
+            path = images / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row[source.columns["image"]].convert("RGB").save(path)
+            found["image"] = f"../images/{images.name}/{path.name}"
+        yield found
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def own_head(adapter: Adapter, source: Source) -> dict[str, torch.Tensor]:
+    """The classifier that was trained and saved with a PEFT adapter for sequence classification."""
+    key = next((key for key in adapter.extras if key.rpartition(".")[0].endswith(("score", "classifier"))), None)
+    if key is None:
+        raise SystemExit(f"{source.adapter} has no head: its whole tensors are {sorted(adapter.extras)}")
+    weight = adapter.extras[key].float()
+    return {"weight": (weight[list(source.head_rows)] if source.head_rows else weight).contiguous()}
+
+
+class Captions:
+    """CLIP's two towers: a classifier from captions, and the vision tower alone."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoProcessor, CLIPModel
+
+        self._name = name
+        self._model = CLIPModel.from_pretrained(name)
+        self._processor = AutoProcessor.from_pretrained(name)
+
+    @torch.inference_mode()
+    def head(self, classes: Sequence[str], templates: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Cosines with captions, as a linear map of the pooled image: its own norm changes no ranking of classes."""
+        tower, project = self._model.text_model, self._model.text_projection
+        rows = []
+        for name in classes:
+            captions = [template.format(name.replace("_", " ")) for template in templates]
+            tokens = self._processor(text=captions, return_tensors="pt", padding=True, truncation=True)
+            found = torch.nn.functional.normalize(project(tower(**tokens).pooler_output), dim=-1).mean(0)
+            rows.append(torch.nn.functional.normalize(found, dim=-1))
+        return {"weight": (torch.stack(rows) @ self._model.visual_projection.weight).contiguous().clone()}
+
+    def save_vision(self, path: Path) -> None:
+        from transformers import CLIPVisionModel
+
+        CLIPVisionModel.from_pretrained(self._name).save_pretrained(path)
+        self._processor.image_processor.save_pretrained(path)
+
+
+def commands(made: Set, out: Path, hub: Hub, device: str) -> list[list[str]]:
+    """What is run once everything is there."""
+    if made.kind != "generation":
+        assert made.plan is not None
+        plan, winner = str(HERE / made.plan), str(out / "winner.yaml")
+        return [["search", "--tasks", str(out), "--plan", plan, "--device", device, "-o", winner, "--overwrite"]]
+    adapters = [hub.place(source.adapter) for source in made.tasks.values()]
+    names = [Path(adapter).name for adapter in adapters]
+    data = [f"--data={name}={out / 'data' / task}.jsonl" for name, task in zip(names, made.tasks, strict=True)]
+    weights = str(out / "weights.safetensors")
+    base = ["--base", hub.place(made.base), "--device", device, *made.learn]
+    return [
+        ["learn-weights", *adapters, *base, *data, "-o", weights, "--overwrite"],
+        ["merge", *adapters, "--method", "sum", "--scale", "1", "--weights", weights, "--extras", "average",
+         "-o", str(out / "merged"), "--overwrite"],
+    ]  # fmt: skip
+
+
+def run(listed: Sequence[Sequence[str]]) -> None:
+    """Each with this Python's coremerge, shown as a person would type it."""
+    for arguments in listed:
+        print("coremerge", *arguments, flush=True)
+        subprocess.run([Path(sys.executable).with_name("coremerge"), *arguments], check=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    known: Mapping[str, Set] = {path.stem: read_set(path.stem) for path in sorted(HERE.glob("*.yaml"))}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("set", choices=known)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rows", type=int, help="of each task; all by default, and 64 inputs for generation")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--mirror", type=Path, help="a folder with ORG/NAME folders instead of the hub")
+    parser.add_argument("--only-prepare", action="store_true", help="and print the commands")
+    given = parser.parse_args(arguments)
+    made, hub = known[given.set], Hub(given.mirror)
+    given.out.mkdir(parents=True, exist_ok=True)
+    prepare(made, given.out, hub, given.rows)
+    listed = commands(made, given.out, hub, given.device)
+    if given.only_prepare:
+        print("\n".join(" ".join(["coremerge", *words]) for words in listed))
+    else:
+        run(listed)
+    if made.then:
+        print(made.then)
+
+
+if __name__ == "__main__":
+    main()
