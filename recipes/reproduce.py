@@ -69,6 +69,7 @@ class Set(_Part):
         kind: how it is scored: ``images``: heads from CLIP's text encoder; ``pairs``: the adapters' own heads, on the
             last token; ``generation``: not here.
         max_length: tokens of a row.
+        dtype: that the base runs in; float32 by default.
         plan: what is searched, a file beside this one.
         learn: options of ``coremerge learn-weights``, for generation.
         then: how the merge is scored, for generation.
@@ -79,6 +80,7 @@ class Set(_Part):
     base: str
     kind: Literal["images", "pairs", "generation"]
     max_length: int | None = None
+    dtype: str | None = None
     plan: str | None = None
     learn: tuple[str, ...] = ()
     then: str = ""
@@ -146,7 +148,7 @@ def prepare(made: Set, out: Path, hub: Hub, limit: int | None) -> None:
             "pooling": "pooler" if clip else "last",
             "tasks": tasks,
         }
-        task_set |= {"max_length": made.max_length} if made.max_length else {}
+        task_set |= {key: value for key in ("max_length", "dtype") if (value := getattr(made, key)) is not None}
         (out / "tasks.yaml").write_text(yaml.safe_dump(task_set, sort_keys=False), encoding="utf-8")
 
 

@@ -43,6 +43,15 @@ def test_features_are_token_means_in_the_rows_order(encoder: Encoder, rows: list
         torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_in_half_precision_features_are_near(encoder: Encoder, folder: Path) -> None:
+    short = Encoder(read_taskset(folder).model_copy(update={"dtype": "bfloat16"}))
+    assert next(short.model.parameters()).dtype == torch.bfloat16
+    features = short.features(short.batches(ROWS))
+    torch.testing.assert_close(features, encoder.features(encoder.batches(ROWS)), atol=0.1, rtol=0.1)
+    assert features.dtype == torch.float32
+    assert short.batches([row("red")])[0][1]["input_ids"].dtype == torch.long
+
+
 def test_long_rows_are_cut(encoder: Encoder) -> None:
     ((_, batch),) = encoder.batches([row("red " * 50)])
     assert batch["input_ids"].shape == (1, 12)

@@ -165,7 +165,7 @@ def test_the_nli_table(pairs: Path, tmp_path: Path) -> None:
     assert (len(rows), {row.label for row in rows}) == (8, {0, 1, 2})  # one has no label
     assert load_file(out / "heads" / "scitail.safetensors")["weight"][:, 0].tolist() == [0, 1]
     result = evaluate([], out, split="test")
-    assert result.rows[0].label == "no adapter"
+    assert "no adapter" in [row.label for row in result.rows]
 
 
 def test_rows_of_a_head_that_is_masked() -> None:

@@ -49,7 +49,7 @@ class Encoder:
         package = taskset.base.package if taskset.base else None
         self.base = str(base or _base_of(taskset))
         try:
-            self.model = load_model(self.base, "float32", device, head=language).eval().requires_grad_(False)
+            self.model = load_model(self.base, taskset.dtype, device, head=language).eval().requires_grad_(False)
             self.processor = load_processor(self.base)
         except MissingExtraError:
             raise MissingExtraError(
@@ -65,10 +65,12 @@ class Encoder:
     def batches(self, rows: Sequence[Row], size: int = BATCH) -> list[Placed]:
         """Batches of similar lengths, each with its rows' places."""
         made = placed_batches([row.example for row in rows], self.processor, size=size, max_length=self.max_length)
-        device = next(self.model.parameters()).device
-        return [
-            (torch.tensor(places), {key: value.to(device) for key, value in batch.items()}) for places, batch in made
-        ]
+        like = next(self.model.parameters())
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+
+        return [(torch.tensor(places), {key: moved(value) for key, value in batch.items()}) for places, batch in made]
 
     def features(self, batches: Sequence[Placed], pooling: str | None = None) -> Tensor:
         """(rows, width), in the order of the rows; per patch: (rows, patches, width)."""

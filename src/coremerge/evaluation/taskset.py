@@ -131,6 +131,7 @@ class TaskSet(_Part):
         pooling: of the last layer's tokens into one feature: their ``mean``, the ``first``, the ``last`` that is not
             padding, or the model's own ``pooler``.
         max_length: tokens a row is cut to; by default as many as the tokenizer says, at most 512.
+        dtype: that the base runs in.
         joint: name → classification tasks that are also scored together: the task of a row unknown, the union of
             their labels to choose from.
     """
@@ -141,6 +142,7 @@ class TaskSet(_Part):
     base: Base | None = None
     pooling: Literal["mean", "first", "last", "pooler"] = "mean"
     max_length: int | None = Field(default=None, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: dict[str, Task] = Field(min_length=1)
     joint: dict[str, tuple[str, ...]] = {}
 
