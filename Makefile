@@ -14,7 +14,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make check       formatter, linter, strict types, tests with coverage"
 	@echo "make format      let the formatter and the linter rewrite what they can"
-	@echo "make bench       measure speed (minutes); bench-full: everything, slowly"
+	@echo "make bench       measure speed and accuracy, short form (minutes); bench-full: everything, hours"
 	@echo "make clean       remove what the tools leave behind (.venv stays)"
 
 setup: $(STAMP)
@@ -41,12 +41,22 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup
-	$(BIN)/python -m benchmarks.speed.run
+	$(BIN)/python -m benchmarks.speed.run --only "the whole command"
 	$(BIN)/python -m benchmarks.speed.scaling --only growth
+	$(BIN)/python -m benchmarks.accuracy.tables --short --only spaces
+	$(BIN)/python -m benchmarks.accuracy.tables --short --only rank
 
 bench-full: setup
 	$(BIN)/python -m benchmarks.speed.run --full
 	$(BIN)/python -m benchmarks.speed.scaling
+	$(BIN)/python -m benchmarks.speed.learning
+	$(BIN)/python -m benchmarks.accuracy.tables
+	$(BIN)/python -m benchmarks.accuracy.scale
+	$(BIN)/python -m benchmarks.accuracy.geometry
+	$(BIN)/python -m benchmarks.accuracy.weights
+	if test -d /usr/share/wordnet; then $(BIN)/python -m benchmarks.accuracy.compression; fi
+	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf build dist work .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

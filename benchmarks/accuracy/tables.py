@@ -1,7 +1,7 @@
 """Merges of a task set's adapters beside each other: ``python -m benchmarks.accuracy.tables``.
 
 Methods × spaces at their defaults and tuned; fewer adapters; controls; lower output ranks. Tuned on validation rows,
-scored on test rows. ``--short``: fewer rows, in minutes. ``--quick``: a few rows, to see that it runs.
+scored on test rows. ``--short``: fewer rows and merges, in minutes. ``--quick``: a few rows, to see that it runs.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def untuned(merge: Merge) -> Recipe:
     return recipe_of(merge, {key: values[0] for key, values in merge.tried.items()})
 
 
-def spaces(bench: Bench) -> Section:
+def spaces(bench: Bench, labels: Sequence[str] | None = None) -> Section:
     """Every method in every space."""
-    plan = grid()
+    plan = grid(labels)
     tuned = search(bench.evaluator, bench.adapters, plan, progress=tell)
     rows: list[list[object]] = [
         ["each task's own adapter", *_cells([bench.evaluator.own("test")]), "", "", "", ""],
@@ -258,16 +258,16 @@ def sections(only: str | None) -> Iterator[tuple[str, Callable[[Bench], Section]
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
-    parser.add_argument("--short", action="store_true", help="fewer rows")
+    parser.add_argument("--short", action="store_true", help="fewer rows and merges; results go to the work folder")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
     parser.add_argument("--only", choices=SECTIONS, help="one of the tables")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     bench = open_bench(given.tasks, QUICK if given.quick else SHORT if given.short else ROWS)
-    folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
+    folder = given.results or (Path("work/bench") if given.quick or given.short else results.ROOT)
     for title, part in sections(given.only):
-        body, raw = part(bench)
-        results.write(title + (", short" if given.short else ""), body, raw, seed=0, folder=folder)
+        body, raw = spaces(bench, FEW) if part is spaces and given.short else part(bench)
+        results.write(title, body, raw, seed=0, folder=folder)
 
 
 if __name__ == "__main__":

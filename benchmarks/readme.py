@@ -1,0 +1,93 @@
+"""The two tables of the README, written anew from results.json: ``python -m benchmarks.readme``."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+
+README = Path(__file__).parents[1] / "README.md"
+ACCURACY, MODULE, TOOLS = "Accuracy: methods and spaces", "Speed: one module", "Speed: beside other tools"
+MERGES = {
+    "task arithmetic": "core task arithmetic",
+    "TIES, full space": "full ties",
+    "KnOTS-TIES": "knots ties",
+    "core TIES": "core ties",
+    "core DARE-TIES": "core dare_ties",
+    "CART": "core cart",
+    "TSV": "core tsv",
+    "Iso-C": "core sum + isotropize",
+    "core TSV + Iso-C": "core tsv + isotropize",
+    "coremerge's default": "core coremerge's default",
+}
+WAYS = {"dense TSV": "dense TSV", "KnOTS, dense SVD of m×Tn": "KnOTS, its dense SVD alone", "PEFT svd": "PEFT `svd`"}
+MODULES = {"1024": 64, "4096": 64}
+"""Llama-3-8B: so many modules with so many outputs."""
+
+Known = Mapping[str, Any]
+
+
+def accuracy(known: Known) -> str:
+    """Each merge as it comes, and tuned."""
+    numbers = known[ACCURACY]["numbers"]
+    rows: list[list[object]] = []
+    for name, label in MERGES.items():
+        plain = statistics.fmean(scores["mean"] for scores in numbers[label]["untuned"])
+        tuned = numbers[label]["test"]
+        worst = min(tuned["normalised"].values())
+        rows.append([name, f"{plain:.3f}", f"{tuned['mean']:.3f}", f"{worst:.3f}"])
+    return results.table(["merge", "untuned (`--scale auto`)", "tuned on labels", "worst task, tuned"], rows)
+
+
+def speed(known: Known) -> str:
+    """Whole processes of this tool and others, then what is extrapolated."""
+    rows: list[list[object]] = []
+    for key, usages in known[TOOLS]["numbers"].items():
+        shape, _, label = key.partition(": ")
+        if shape == "llama-3-8b" and not label.startswith(("PEFT svd", "mergekit", "coremerge merge --into")):
+            seconds = statistics.median(usage["wall"] for usage in usages)
+            peak = statistics.median(usage["peak"] for usage in usages)
+            rows.append([_named(label), f"{seconds:.1f} s", f"{peak / 1e9:.2f} GB", "whole process"])
+    for way, name in WAYS.items():
+        total = sum(
+            row["seconds"] * MODULES[str(row["size"][0])] for row in known[MODULE]["numbers"] if row["way"] == way
+        )
+        rows.append([name, f"{total / 60:,.0f} min", "", "128 modules, extrapolated from one of each size"])
+    return results.table(["Llama-3-8B's shapes, six adapters of rank 16", "time", "memory", ""], rows)
+
+
+def _named(label: str) -> str:
+    return {"floor": "import torch, read, write: the floor", "coremerge merge": "`coremerge merge`"}.get(
+        label, label.replace("PEFT cat", "PEFT `cat` (a sum; base model's weights not loaded)")
+    )
+
+
+TABLES: Mapping[str, Callable[[Known], str]] = {"accuracy": accuracy, "speed": speed}
+
+
+def filled(text: str, known: Known) -> str:
+    """The README with its tables as they are now.
+
+    Raises:
+        ValueError: a table's place is not marked.
+    """
+    for name, make in TABLES.items():
+        marks = re.compile(rf"(<!-- {name}: begin[^\n]*-->\n).*?(\n<!-- {name}: end -->)", re.DOTALL)
+        if len(marks.findall(text)) != 1:
+            raise ValueError(f"{name}: begin and end are not marked once")
+        text = marks.sub(rf"\1\n{make(known)}\n\2", text)
+    return text
+
+
+def main() -> None:
+    known = json.loads((results.ROOT / "results.json").read_text())
+    README.write_text(filled(README.read_text(encoding="utf-8"), known), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
