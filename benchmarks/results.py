@@ -82,11 +82,16 @@ def command() -> str:
     return f"python {name}{words}".rstrip()
 
 
-def write(section: str, body: str, raw: object, *, seed: int, folder: Path = ROOT) -> None:
-    """Put ``section`` into RESULTS.md under ``folder``, and its raw numbers into results.json."""
+def write(section: str, body: str, raw: object, *, seed: int, folder: Path = ROOT, about: str | None = None) -> None:
+    """Put ``section`` into RESULTS.md under ``folder``, and its raw numbers into results.json.
+
+    ``about`` is that of an earlier run, where its numbers are only shown anew.
+    """
     load = os.getloadavg()[0]
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    about = f"`{command()}`, seed {seed}, {now}. {machine()}. {versions()}. Load average at the end: {load:.1f}."
+    about = (
+        about or f"`{command()}`, seed {seed}, {now}. {machine()}. {versions()}. Load average at the end: {load:.1f}."
+    )
     text = f"## {section}\n\n{about}\n\n{body.strip()}\n"
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "RESULTS.md"

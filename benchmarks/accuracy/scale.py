@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 import statistics
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
 from benchmarks.accuracy.tables import grid, tell, untuned
@@ -38,6 +40,8 @@ CUT = 8
 PAIRS, HALVINGS = 3, 2
 POINT = 0.01
 SCALE = "the scale itself"
+SPECTRAL, FROBENIUS = "spectral norm, mean over modules", "Frobenius norm, mean over modules"
+MIXED = "geometric mean of these spectral and Frobenius norms"
 TITLE, RULES_TITLE = "Accuracy: the automatic scale", "Accuracy: rules for the scale"
 
 Score = dict[float, float]
@@ -58,6 +62,19 @@ class Curve:
     sizes: Mapping[str, float]
     per_module: Score = field(default_factory=dict)
     test: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Curve:
+        """Back from results.json, whose keys are strings."""
+        validation, per_module = ({float(k): v for k, v in raw[name].items()} for name in ("validation", "per_module"))
+        return cls(validation, raw["sizes"], per_module, raw["test"])
+
+    @property
+    def measures(self) -> Mapping[str, float]:
+        """The sizes, and what is made of two of them."""
+        if SPECTRAL not in self.sizes or FROBENIUS not in self.sizes:
+            return self.sizes
+        return {**self.sizes, MIXED: (self.sizes[SPECTRAL] * self.sizes[FROBENIUS]) ** 0.5}
 
     @property
     def best(self) -> float:
@@ -85,7 +102,7 @@ def sizes(bench: Bench, merged: Merged) -> dict[str, float]:
     report = merged.result.report
     modules = {name: m for name, m in report.modules.items() if m.input_norm > 0}
     spectral = [report.scale * m.norm / m.input_norm for m in modules.values()]
-    found = {"spectral norm, mean over modules": statistics.fmean(spectral)}
+    found = {SPECTRAL: statistics.fmean(spectral)}
     found["spectral norm, median over modules"] = statistics.median(spectral)
     norms: dict[str, Callable[[LowRank], float]] = {
         "Frobenius norm": lambda update: float(update.norm()),
@@ -208,20 +225,19 @@ def transfers(pairs_of_halves: Sequence[tuple[Curves, Curves]]) -> Iterator[Loss
     ways = [(a, b) for a, b in pairs_of_halves] + [(b, a) for a, b in pairs_of_halves]
     yield "none: scale 1", [], [_loss(curve, 1 / curve.sizes[SCALE]) for _, b in ways for curve in b.values()]
     yield f"auto, {AUTO_RATIO}", [], [_loss(curve, 1.0) for _, b in ways for curve in b.values()]
-    for measure in next(iter(ways[0][0].values())).sizes:
+    for measure in next(iter(ways[0][0].values())).measures:
         constants = [_constant(list(a.values()), measure) for a, _ in ways]
         tried = [(c, curve) for (_, b), c in zip(ways, constants, strict=True) for curve in b.values()]
-        yield measure, constants, [_loss(curve, c / curve.sizes[measure]) for c, curve in tried]
+        yield measure, constants, [_loss(curve, c / curve.measures[measure]) for c, curve in tried]
     yield "spectral norm, each module for itself", *_by_module(ways)
-    measure = "spectral norm, mean over modules"
-    found = [(label, _constant([a[label]], measure), b[label]) for a, b in ways for label in b]
-    yield f"{measure}, a constant for each method", [], [_loss(x, c / x.sizes[measure]) for _, c, x in found]
+    found = [(label, _constant([a[label]], SPECTRAL), b[label]) for a, b in ways for label in b]
+    yield f"{SPECTRAL}, a constant for each method", [], [_loss(x, c / x.sizes[SPECTRAL]) for _, c, x in found]
 
 
 def _constant(known: Sequence[Curve], measure: str) -> float:
     """The size at which the merges score best on average."""
-    tried = [curve.sizes[measure] * factor for curve in known for factor in FACTORS]
-    return max(tried, key=lambda size: statistics.fmean(c.at(size / c.sizes[measure]) for c in known))
+    tried = [curve.measures[measure] * factor for curve in known for factor in FACTORS]
+    return max(tried, key=lambda size: statistics.fmean(c.at(size / c.measures[measure]) for c in known))
 
 
 def _loss(curve: Curve, factor: float) -> float:
@@ -258,10 +274,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
+    parser.add_argument("--again", action="store_true", help="the tables anew, from results.json")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
-    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
+    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    if given.again:
+        return again(bench, folder)
     labels = LABELS[-2:] if given.quick else LABELS
     sets = {
         "all": [curves(bench, labels, modules=True, test=True)],
@@ -273,6 +292,27 @@ def main(arguments: list[str] | None = None) -> None:
     split = [(curves(a, labels, modules=True), curves(b, labels, modules=True)) for a, b in halves(bench)]
     listed = [[{label: asdict(c) for label, c in half.items()} for half in both] for both in split]
     results.write(RULES_TITLE, rules(split, bench), listed, seed=0, folder=folder)
+    return None
+
+
+def again(bench: Bench, folder: Path) -> None:
+    """Both tables from the numbers that are there."""
+    known = json.loads((folder / "results.json").read_text())
+
+    def back(curves: Mapping[str, Any]) -> Curves:
+        return {label: Curve.read(raw) for label, raw in curves.items()}
+
+    for title, table in ((TITLE, _first), (RULES_TITLE, _second)):
+        numbers, about = known[title]["numbers"], known[title]["about"]
+        results.write(title, table(numbers, back, bench), numbers, seed=0, folder=folder, about=about)
+
+
+def _first(numbers: Any, back: Callable[[Any], Curves], bench: Bench) -> str:
+    return auto_against_tuned({name: [back(one) for one in listed] for name, listed in numbers.items()}, bench)
+
+
+def _second(numbers: Any, back: Callable[[Any], Curves], bench: Bench) -> str:
+    return rules([(back(a), back(b)) for a, b in numbers], bench)
 
 
 if __name__ == "__main__":
