@@ -43,6 +43,7 @@ SCALE = "the scale itself"
 SPECTRAL, FROBENIUS = "spectral norm, mean over modules", "Frobenius norm, mean over modules"
 MIXED = "geometric mean of these spectral and Frobenius norms"
 TITLE, RULES_TITLE = "Accuracy: the automatic scale", "Accuracy: rules for the scale"
+NORMS_TITLE = "Accuracy: a scale from two norms"
 
 Score = dict[float, float]
 
@@ -274,11 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
+    parser.add_argument("--two-norms", action="store_true", help="a better rule on the merges of an earlier run")
     parser.add_argument("--again", action="store_true", help="the tables anew, from results.json")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    if given.two_norms:
+        known = json.loads((folder / "results.json").read_text())[TITLE]["numbers"]
+        return results.write(NORMS_TITLE, *two_norms(bench, known), seed=0, folder=folder)
     if given.again:
         return again(bench, folder)
     labels = LABELS[-2:] if given.quick else LABELS
@@ -305,6 +310,36 @@ def again(bench: Bench, folder: Path) -> None:
     for title, table in ((TITLE, _first), (RULES_TITLE, _second)):
         numbers, about = known[title]["numbers"], known[title]["about"]
         results.write(title, table(numbers, back, bench), numbers, seed=0, folder=folder, about=about)
+
+
+def two_norms(bench: Bench, known: Mapping[str, Any]) -> tuple[str, object]:
+    """The rule that holds :data:`MIXED` at 1, on test rows, beside what is known of auto and tuned."""
+    made = {"all": [bench], f"all, cut to rank {CUT}": [cut(bench)], "pairs": pairs(bench)}
+    rows: list[list[object]] = []
+    raw: dict[str, Any] = {}
+    for name, benches in made.items():
+        for merge in grid(list(known[name][0])).merges:
+            kept = [Curve.read(one[merge.label]) for one in known[name]]
+            found = []
+            for one, curve in zip(benches, kept, strict=True):
+                merged = one.merged(untuned(merge))
+                found.append(one.evaluator.score(merged.updates, "test", 1 / curve.measures[MIXED]).mean)
+            auto, best = (statistics.fmean(curve.test[key] for curve in kept) for key in ("auto", "tuned"))
+            mean = statistics.fmean(found)
+            rows.append([merge.label, name, f"{auto:.3f}", f"{mean:.3f}", f"{best:.3f}"])
+            raw[f"{name}: {merge.label}"] = {"auto": auto, "two norms": found, "tuned": best}
+            tell(merge.label, len(rows), 3 * len(known[name][0]))
+    means = (statistics.fmean(float(str(row[i])) for row in rows) for i in (2, 3, 4))
+    rows.append(["mean", "", *(f"{value:.3f}" for value in means)])
+    return (
+        "One factor that makes the product of two ratios 1: the merge's spectral norm over its inputs' mean one, and"
+        " its Frobenius norm over theirs, each a mean over modules. A flat spectrum has a large Frobenius norm and gets a"
+        " smaller factor, a merge of few adapters a larger one. The rule was thought of before these numbers, from the"
+        " table of methods and spaces; its constant, 1, was seen to be near the best on the validation rows of the very"
+        " same merges. Normalised means on test rows, beside those of the table above.\n\n"
+        + results.table(["merge", "adapters", "auto", "two norms", "tuned"], rows),
+        raw,
+    )
 
 
 def _first(numbers: Any, back: Callable[[Any], Curves], bench: Bench) -> str:
