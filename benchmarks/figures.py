@@ -143,7 +143,7 @@ def distance(known: Numbers) -> Figure:
 
 def output_rank(known: Numbers) -> Figure:
     """Score over the rank of the result."""
-    figure = Figure(figsize=(5.2, 3.6))
+    figure = Figure(figsize=(6.6, 3.6))
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float]]] = {}
     for key, found in known["Accuracy: output rank"].items():
@@ -155,7 +155,7 @@ def output_rank(known: Numbers) -> Figure:
     ticks(axes, sorted({rank for points in lines.values() for rank, _ in points}))
     axes.set_xlabel("rank of the result")
     axes.set_ylabel("normalised mean score")
-    axes.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -199,13 +199,31 @@ def methods(known: Numbers) -> Figure:
     axes.axvline(nothing(known), color="0.4", linestyle=":", label="no adapter")
     axes.set_yticks(range(len(rows)), [short(label) for label, _ in rows])
     axes.set_xlabel("normalised mean score (own adapters: 1)")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
 def short(label: str) -> str:
-    """A merge's label without what its neighbours share."""
-    return label.replace("core coremerge's", "coremerge's").replace("sum + isotropize", "Iso-C (sum + isotropize)")
+    """A merge's label as the papers spell it."""
+    for ours, theirs in SPELLING.items():
+        label = label.replace(ours, theirs)
+    return label
+
+
+SPELLING = {
+    "core coremerge's": "coremerge's",
+    "tsv, null vectors kept, + isotropize:span=false": "TSV + Iso-C as published",
+    "sum + isotropize:span=false": "Iso-C as published",
+    "tsv, null vectors kept,": "TSV as published",
+    "sum + isotropize": "Iso-C",
+    "isotropize": "Iso-C",
+    "dare_ties": "DARE-TIES",
+    "ties": "TIES",
+    "tsv": "TSV",
+    "cart": "CART",
+    "knots": "KnOTS",
+}
+"""In this order."""
 
 
 def training(known: Numbers) -> Figure:

@@ -145,3 +145,42 @@ def test_no_other_module_calls_torch_linalg() -> None:
     package = Path(linalg.__file__).parent
     maths = [*package.glob("*.py"), *(f for d in ("spaces", "methods", "steps") for f in (package / d).glob("*.py"))]
     assert {f.name for f in maths if "torch.linalg." in f.read_text(encoding="utf-8")} <= {"linalg.py"}
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(6, 4), (3, 5, 5)])
+def test_an_svd_that_fails_is_tried_another_way(
+    shape: tuple[int, ...], failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LAPACK's may for many equal singular values."""
+    real, calls = torch.linalg.svd, []
+
+    def failing(x: torch.Tensor, **settings: bool) -> tuple[torch.Tensor, ...]:
+        calls.append(x)
+        if len(calls) <= failures:
+            raise linalg.LinAlgError("did not converge")
+        return real(x, **settings)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    x = normal()(*shape)
+    left, values, right = svd(x)
+    assert len(calls) == failures + 1
+    close((left * values.unsqueeze(-2)) @ right, x, 1.0)
+    close(left.mT @ left, torch.eye(values.shape[-1]).double().expand(*shape[:-2], -1, -1), 1.0)
+    close(values, torch.linalg.svdvals(x), 1.0)
+
+
+def test_an_svd_that_fails_every_way_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def failing(x: torch.Tensor, **settings: bool) -> None:
+        calls.append(x)
+        raise linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    with pytest.raises(linalg.LinAlgError):
+        svd(torch.eye(3))
+    assert len(calls) == 3
+    with pytest.raises(linalg.LinAlgError):
+        svd(torch.full((3, 3), torch.nan))
+    assert len(calls) == 4  # nothing helps there

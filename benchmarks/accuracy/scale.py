@@ -333,10 +333,10 @@ def two_norms(bench: Bench, known: Mapping[str, Any]) -> tuple[str, object]:
     rows.append(["mean", "", *(f"{value:.3f}" for value in means)])
     return (
         "One factor that makes the product of two ratios 1: the merge's spectral norm over its inputs' mean one, and"
-        " its Frobenius norm over theirs, each a mean over modules. A flat spectrum has a large Frobenius norm and gets a"
-        " smaller factor, a merge of few adapters a larger one. The rule was thought of before these numbers, from the"
-        " table of methods and spaces; its constant, 1, was seen to be near the best on the validation rows of the very"
-        " same merges. Normalised means on test rows, beside those of the table above.\n\n"
+        " its Frobenius norm over theirs, each a mean over modules. A flat spectrum has a large Frobenius norm and gets"
+        " a smaller factor, a merge of few adapters a larger one. The rule was thought of from the table of methods and"
+        " spaces; that its constant may be 1 was seen on the validation rows of these very merges. Normalised means on"
+        " test rows, beside those of the table above.\n\n"
         + results.table(["merge", "adapters", "auto", "two norms", "tuned"], rows),
         raw,
     )

@@ -7,6 +7,7 @@ and the caller goes on one matrix at a time.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,28 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of ``x`` (..., m, n): left (..., m, k), values (..., k) descending, right (..., k, n)."""
     if 0 in x.shape[-2:]:
         return _empty_svd(x)
+    try:
+        return _thin(x)
+    except LinAlgError:
+        if not bool(x.isfinite().all()):
+            raise
+        return _svd_again(x)
+
+
+def _thin(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left, values, right = torch.linalg.svd(x, full_matrices=False)
     return left, values, right
+
+
+def _svd_again(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the transpose, else after rotations: divide and conquer may fail where many singular values coincide."""
+    with suppress(LinAlgError):
+        left, values, right = _thin(x.mT)
+        return right.mT, values, left.mT
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q.to(x) for n in x.shape[-2:])
+    left, values, right = _thin(a @ x @ b)
+    return a.mT @ left, values, right @ b.mT
 
 
 def _empty_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
