@@ -37,7 +37,7 @@ FACTORS = [STEP**k for k in range(-3, 6)]
 """Of the automatic scale."""
 NEAR = [STEP**k for k in range(-1, 4)]
 CUT = 8
-PAIRS, HALVINGS = 3, 2
+PAIRS, HALVINGS = 3, 1
 POINT = 0.01
 SCALE = "the scale itself"
 SPECTRAL, FROBENIUS = "spectral norm, mean over modules", "Frobenius norm, mean over modules"
@@ -275,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
+    parser.add_argument("--only", choices=["tuned", "rules"], help="one of the two tables")
     parser.add_argument("--two-norms", action="store_true", help="a better rule on the merges of an earlier run")
     parser.add_argument("--again", action="store_true", help="the tables anew, from results.json")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
@@ -287,6 +288,17 @@ def main(arguments: list[str] | None = None) -> None:
     if given.again:
         return again(bench, folder)
     labels = LABELS[-2:] if given.quick else LABELS
+    if given.only != "rules":
+        tuned_scales(bench, labels, folder)
+    if given.only != "tuned":
+        split = [(curves(a, labels, modules=True), curves(b, labels, modules=True)) for a, b in halves(bench)]
+        listed = [[{label: asdict(c) for label, c in half.items()} for half in both] for both in split]
+        results.write(RULES_TITLE, rules(split, bench), listed, seed=0, folder=folder)
+    return None
+
+
+def tuned_scales(bench: Bench, labels: Sequence[str], folder: Path) -> None:
+    """The first section."""
     sets = {
         "all": [curves(bench, labels, modules=True, test=True)],
         f"all, cut to rank {CUT}": [curves(cut(bench), labels, test=True)],
@@ -294,10 +306,6 @@ def main(arguments: list[str] | None = None) -> None:
     }
     raw = {name: [{label: asdict(c) for label, c in one.items()} for one in listed] for name, listed in sets.items()}
     results.write(TITLE, auto_against_tuned(sets, bench), raw, seed=0, folder=folder)
-    split = [(curves(a, labels, modules=True), curves(b, labels, modules=True)) for a, b in halves(bench)]
-    listed = [[{label: asdict(c) for label, c in half.items()} for half in both] for both in split]
-    results.write(RULES_TITLE, rules(split, bench), listed, seed=0, folder=folder)
-    return None
 
 
 def again(bench: Bench, folder: Path) -> None:
