@@ -79,7 +79,6 @@ def discarded(known: Numbers) -> Figure:
     axes = figure.subplots()
     for (label, scores), colour, mark in zip(numbers["scores"].items(), COLOURS, MARKS, strict=False):
         axes.plot([float(p) for p in scores], list(scores.values()), mark + "-", color=colour, label=short(label))
-    axes.axhline(nothing(known), color="0.4", linestyle=":", label="no adapter")
     axes.set_xlabel(f"share of the {numbers['core']} components of the core that are left out, smallest first")
     axes.set_ylabel("normalised mean score")
     axes.legend()
