@@ -79,13 +79,15 @@ def discarded(known: Numbers) -> Figure:
     axes = figure.subplots()
     for (label, scores), colour, mark in zip(numbers["scores"].items(), COLOURS, MARKS, strict=False):
         axes.plot([float(p) for p in scores], list(scores.values()), mark + "-", color=colour, label=short(label))
-    axes.set_xlabel(f"share of the {numbers['core']} components of the core that are left out, smallest first")
+    axes.set_xlabel("share of a merge's components that are left out, smallest first")
     axes.set_ylabel("normalised mean score")
     axes.legend()
     share = numbers["core"] / numbers["full"]
     if share < 1:
         top = axes.secondary_xaxis("top", functions=(lambda p: 1 - share * (1 - p), lambda p: 1 - (1 - p) / share))
-        top.set_xlabel(f"the same, as a share of the {numbers['full']} singular values in full space")
+        top.set_xlabel(
+            f"the same for {numbers['core']} components, as a share of {numbers['full']} singular values in full space"
+        )
     return figure
 
 
@@ -136,7 +138,7 @@ def distance(known: Numbers) -> Figure:
     figure.supxlabel("mean absolute difference of embeddings from the own adapter's", fontsize=9)
     figure.supylabel("normalised score", fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
 
