@@ -226,6 +226,8 @@ def transfers(pairs_of_halves: Sequence[tuple[Curves, Curves]]) -> Iterator[Loss
     ways = [(a, b) for a, b in pairs_of_halves] + [(b, a) for a, b in pairs_of_halves]
     yield "none: scale 1", [], [_loss(curve, 1 / curve.sizes[SCALE]) for _, b in ways for curve in b.values()]
     yield f"auto, {AUTO_RATIO}", [], [_loss(curve, 1.0) for _, b in ways for curve in b.values()]
+    if MIXED in next(iter(ways[0][0].values())).measures:
+        yield f"{MIXED}, 1", [], [_loss(curve, 1 / curve.measures[MIXED]) for _, b in ways for curve in b.values()]
     for measure in next(iter(ways[0][0].values())).measures:
         constants = [_constant(list(a.values()), measure) for a, _ in ways]
         tried = [(c, curve) for (_, b), c in zip(ways, constants, strict=True) for curve in b.values()]
