@@ -18,7 +18,6 @@ MERGES = {
     "TIES, full space": "full ties",
     "KnOTS-TIES": "knots ties",
     "core TIES": "core ties",
-    "core DARE-TIES": "core dare_ties",
     "CART": "core cart",
     "TSV": "core tsv",
     "Iso-C": "core sum + isotropize",
@@ -26,6 +25,12 @@ MERGES = {
     "coremerge's default": "core coremerge's default",
 }
 WAYS = {"dense TSV": "dense TSV", "KnOTS, dense SVD of m×Tn": "KnOTS, its dense SVD alone", "PEFT svd": "PEFT `svd`"}
+TOOLS_SHOWN = {
+    "floor": ("import torch, read, write: the floor", "all"),
+    "coremerge merge": ("`coremerge merge`", "all"),
+    "PEFT cat": ("PEFT `cat`: a sum, without the base's weights", "all"),
+    "mergekit, task arithmetic": ("mergekit: a sum, into a base", "1 of 32"),
+}
 MODULES = {"1024": 64, "4096": 64}
 """Llama-3-8B: so many modules with so many outputs."""
 
@@ -47,24 +52,16 @@ def accuracy(known: Known) -> str:
 def speed(known: Known) -> str:
     """Whole processes of this tool and others, then what is extrapolated."""
     rows: list[list[object]] = []
-    for key, usages in known[TOOLS]["numbers"].items():
-        shape, _, label = key.partition(": ")
-        if shape == "llama-3-8b" and not label.startswith(("PEFT svd", "mergekit", "coremerge merge --into")):
-            seconds = statistics.median(usage["wall"] for usage in usages)
-            peak = statistics.median(usage["peak"] for usage in usages)
-            rows.append([_named(label), f"{seconds:.1f} s", f"{peak / 1e9:.2f} GB", "whole process"])
+    for label, (name, layers) in TOOLS_SHOWN.items():
+        usages = known[TOOLS]["numbers"][f"llama-3-8b: {label}"]
+        seconds, peak = (statistics.median(usage[key] for usage in usages) for key in ("wall", "peak"))
+        rows.append([name, layers, f"{seconds:.1f} s", f"{peak / 1e9:.2f} GB"])
     for way, name in WAYS.items():
         total = sum(
             row["seconds"] * MODULES[str(row["size"][0])] for row in known[MODULE]["numbers"] if row["way"] == way
         )
-        rows.append([name, f"{total / 60:,.0f} min", "", "128 modules, extrapolated from one of each size"])
-    return results.table(["Llama-3-8B's shapes, six adapters of rank 16", "time", "memory", ""], rows)
-
-
-def _named(label: str) -> str:
-    return {"floor": "import torch, read, write: the floor", "coremerge merge": "`coremerge merge`"}.get(
-        label, label.replace("PEFT cat", "PEFT `cat` (a sum; base model's weights not loaded)")
-    )
+        rows.append([name, "all, extrapolated from one module of each size", f"{total / 60:,.0f} min", ""])
+    return results.table(["Llama-3-8B's shapes, six adapters of rank 16", "layers", "time", "memory"], rows)
 
 
 TABLES: Mapping[str, Callable[[Known], str]] = {"accuracy": accuracy, "speed": speed}
