@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 
 from coremerge import Adapter, load
+from coremerge.errors import CoremergeError
 
 HERE = Path(__file__).parent
 HELD_OUT = 0.2
@@ -263,7 +264,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     made, hub = known[given.set], Hub(given.mirror)
     given.out.mkdir(parents=True, exist_ok=True)
-    prepare(made, given.out, hub, given.rows)
+    try:
+        prepare(made, given.out, hub, given.rows)
+    except (OSError, CoremergeError) as error:
+        raise SystemExit(f"error: {error}\nWithout the hub: --mirror FOLDER, with the same ids as folders") from None
     listed = commands(made, given.out, hub, given.device)
     if given.only_prepare:
         print("\n".join(" ".join(["coremerge", *words]) for words in listed))

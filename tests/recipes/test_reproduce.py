@@ -204,3 +204,8 @@ def test_an_adapter_without_a_head(tmp_path: Path) -> None:
     source = reproduce.Source(adapter="org/a", data="x", columns={})
     with pytest.raises(SystemExit, match="org/a has no head"):
         reproduce.own_head(load(tmp_path / "org" / "a", allow_pickle=True), source)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)clip-vit-base-patch32.*--mirror FOLDER"):
+        reproduce.main(["knots-vit-b-32", str(tmp_path / "out"), "--mirror", str(tmp_path)])
