@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import results
 from benchmarks.accuracy.compression import spearman
 from benchmarks.accuracy.tables import grid, tell, untuned
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, open_bench
 from coremerge import LowRank, Recipe
 from coremerge.diagnostics.alignment import align, align_module, subspace
+from coremerge.evaluation.taskset import Split
 from coremerge.lowrank import thin_svd
 
-ROWS = {"validation": 6, "test": 200}
+ROWS: dict[Split, int] = {"validation": 6, "test": 200}
 SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 CUT = ["core task arithmetic", "core tsv", "core sum + isotropize", "core tsv + isotropize", "core coremerge's default"]
 NEAR = ["core task arithmetic", "full ties", "core ties", "core tsv", "core tsv + isotropize",
@@ -157,7 +156,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=SECTIONS, help="one of the tables")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
-    torch.manual_seed(0)
     bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     for key, (title, part) in SECTIONS.items():

@@ -24,6 +24,7 @@ from benchmarks.accuracy.tables import grid, tell, untuned
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, open_bench
 from coremerge import Adapter, Recipe
 from coremerge.diagnostics import retain
+from coremerge.evaluation.taskset import Split
 from coremerge.lowrank import LowRank
 from coremerge.recipe import AUTO_RATIO
 
@@ -31,7 +32,7 @@ LABELS = [
     "core task arithmetic", "full ties", "knots ties", "core ties", "core ties + isotropize", "core dare_ties",
     "core tsv", "core cart", "core sum + isotropize", "core tsv + isotropize", "core coremerge's default",
 ]  # fmt: skip
-ROWS = {"validation": 100, "test": 200}
+ROWS: dict[Split, int] = {"validation": 100, "test": 200}
 STEP = 2**0.5
 FACTORS = [STEP**k for k in range(-3, 6)]
 """Of the automatic scale."""
@@ -73,8 +74,6 @@ class Curve:
     @property
     def measures(self) -> Mapping[str, float]:
         """The sizes, and what is made of two of them."""
-        if SPECTRAL not in self.sizes or FROBENIUS not in self.sizes:
-            return self.sizes
         return {**self.sizes, MIXED: (self.sizes[SPECTRAL] * self.sizes[FROBENIUS]) ** 0.5}
 
     @property
@@ -136,8 +135,8 @@ def follow(bench: Bench, recipe: Recipe, *, modules: bool, test: bool) -> Curve:
     """Scores over sizes."""
     merged = bench.merged(recipe)
 
-    def scores(updates: Mapping[str, LowRank], split: str, factors: Sequence[float]) -> Score:
-        return {factor: bench.evaluator.score(updates, split, factor).mean for factor in factors}  # type: ignore[arg-type]
+    def scores(updates: Mapping[str, LowRank], split: Split, factors: Sequence[float]) -> Score:
+        return {factor: bench.evaluator.score(updates, split, factor).mean for factor in factors}
 
     curve = Curve(scores(merged.updates, "validation", FACTORS), sizes(bench, merged))
     even = evened(merged)
@@ -226,8 +225,7 @@ def transfers(pairs_of_halves: Sequence[tuple[Curves, Curves]]) -> Iterator[Loss
     ways = [(a, b) for a, b in pairs_of_halves] + [(b, a) for a, b in pairs_of_halves]
     yield "none: scale 1", [], [_loss(curve, 1 / curve.sizes[SCALE]) for _, b in ways for curve in b.values()]
     yield f"auto, {AUTO_RATIO}", [], [_loss(curve, 1.0) for _, b in ways for curve in b.values()]
-    if MIXED in next(iter(ways[0][0].values())).measures:
-        yield f"{MIXED}, 1", [], [_loss(curve, 1 / curve.measures[MIXED]) for _, b in ways for curve in b.values()]
+    yield f"{MIXED}, 1", [], [_loss(curve, 1 / curve.measures[MIXED]) for _, b in ways for curve in b.values()]
     for measure in next(iter(ways[0][0].values())).measures:
         constants = [_constant(list(a.values()), measure) for a, _ in ways]
         tried = [(c, curve) for (_, b), c in zip(ways, constants, strict=True) for curve in b.values()]

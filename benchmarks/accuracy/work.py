@@ -11,14 +11,15 @@ from typing import Any
 
 from coremerge import Adapter, Recipe, load, merge
 from coremerge.evaluation import Evaluator, Scores, TaskSet, read_taskset
+from coremerge.evaluation.taskset import Split
 from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
-ROWS = {"validation": 200, "test": 400}
+ROWS: dict[Split, int] = {"validation": 200, "test": 400}
 """Of each task, the first ones."""
-SHORT = {"validation": 50, "test": 100}
-QUICK = {"validation": 6, "test": 6}
+SHORT: dict[Split, int] = {"validation": 50, "test": 100}
+QUICK: dict[Split, int] = {"validation": 6, "test": 6}
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Bench:
 
     taskset: TaskSet
     adapters: Mapping[str, Adapter]
-    rows: Mapping[str, int]
+    rows: Mapping[Split, int]
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        return Evaluator(self.taskset, self.adapters, self.rows)  # type: ignore[arg-type]
+        return Evaluator(self.taskset, self.adapters, self.rows)
 
     def only(self, tasks: Sequence[str]) -> Bench:
         """These tasks and their adapters."""
@@ -48,10 +49,10 @@ class Bench:
         result = merge(self.adapters, recipe)
         return Merged(result, dict(result.adapter))
 
-    def score(self, merged: Merged, split: str = "test", scale: float | None = None, **settings: Any) -> Scores:
+    def score(self, merged: Merged, split: Split = "test", scale: float | None = None, **settings: Any) -> Scores:
         """At ``scale``, or at the merge's own."""
         factor = 1.0 if scale is None else scale / merged.result.report.scale
-        return self.evaluator.score(merged.updates, split, factor, **settings)  # type: ignore[arg-type]
+        return self.evaluator.score(merged.updates, split, factor, **settings)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Merged:
     updates: Mapping[str, LowRank]
 
 
-def open_bench(folder: Path = EXAMPLE, rows: Mapping[str, int] = ROWS) -> Bench:
+def open_bench(folder: Path = EXAMPLE, rows: Mapping[Split, int] = ROWS) -> Bench:
     """A task set whose tasks have adapters of their own."""
     taskset = read_taskset(folder)
     return Bench(taskset, {name: load(path).load() for name, path in taskset.own().items()}, rows)

@@ -55,7 +55,8 @@ def curve(best: float, size: float = 1.0, per_module: float | None = None) -> sc
     """A score that is highest at ``best`` times the automatic scale."""
     validation = {factor: -abs(torch.tensor(factor / best).log().item()) for factor in scale.FACTORS}
     even = dict.fromkeys(scale.NEAR, per_module or 0.0)
-    return scale.Curve(validation, {"size": size, scale.SCALE: 1.0, "spectral norm, mean over modules": size}, even)
+    sizes = {"size": size, scale.SCALE: 1.0, scale.SPECTRAL: size, scale.FROBENIUS: size}
+    return scale.Curve(validation, sizes, even)
 
 
 def test_scores_between_scales_are_interpolated() -> None:
