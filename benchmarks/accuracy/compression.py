@@ -164,11 +164,12 @@ def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, str(EXAMPLE))
     import train  # type: ignore[import-not-found]
 
-    tasks = train.cut(train.WordNet(given.wordnet))
-    encoder = train.Encoder(train.TASK_SET.base.locate(), train.TASK_SET.max_length)
+    tasks = train.cut(train.WordNet(given.wordnet), train.tasks.TASKS)
+    taskset = train.read_taskset(train.HERE)
+    encoder = train.Encoder(taskset.base.locate(), taskset.max_length)
     names = ["depth", "part_of_speech"] if given.quick else list(tasks)
     curves = {name: follow(train, name, tasks[name], encoder, 6 if given.quick else None) for name in names}
-    kinds = {name: train.TASK_SET.tasks[name].kind for name in names}
+    kinds = {name: taskset.tasks[name].kind for name in names}
     fixed = [name for name in names if not isinstance(train.SETTINGS[name].config, train.LoraConfig)]
     lines = [row(name, kinds[name] + (" (VeRA)" if name in fixed else ""), curves[name]) for name in names]
     body = (

@@ -42,44 +42,47 @@ def split_of(text: str) -> str:
     return "test"
 
 
-def cut(wordnet: WordNet) -> dict[str, Splits]:
-    """All tasks by name, each with its splits."""
-    return {make.__name__: make(wordnet, random.Random(make.__name__)) for make in TASKS}
+Maker = Callable[[WordNet, random.Random], Splits]
+
+
+def cut(wordnet: WordNet, tasks: Iterable[Maker]) -> dict[str, Splits]:
+    """The tasks by name, each with its splits."""
+    return {make.__name__: make(wordnet, random.Random(make.__name__)) for make in tasks}
 
 
 def noun_topic(wordnet: WordNet, rng: random.Random) -> Splits:
-    return _take(rng, (_about(synset, _topic(synset)) for synset in _glossed(wordnet, "n")))
+    return take(rng, (about(synset, _topic(synset)) for synset in glossed(wordnet, "n")))
 
 
 def verb_topic(wordnet: WordNet, rng: random.Random) -> Splits:
-    return _take(rng, (_about(synset, _topic(synset)) for synset in _glossed(wordnet, "v")))
+    return take(rng, (about(synset, _topic(synset)) for synset in glossed(wordnet, "v")))
 
 
 def part_of_speech(wordnet: WordNet, rng: random.Random) -> Splits:
     names = {"n": "noun", "v": "verb", "a": "modifier", "r": "modifier"}
-    return _take(rng, (_about(synset, names[synset.pos]) for synset in _glossed(wordnet, *names)), balanced=True)
+    return take(rng, (about(synset, names[synset.pos]) for synset in glossed(wordnet, *names)), balanced=True)
 
 
 def depth(wordnet: WordNet, rng: random.Random) -> Splits:
-    return _take(rng, (_about(synset, float(wordnet.depth(synset))) for synset in _glossed(wordnet, "n")))
+    return take(rng, (about(synset, float(wordnet.depth(synset))) for synset in glossed(wordnet, "n")))
 
 
 def word_fits_gloss(wordnet: WordNet, rng: random.Random) -> Splits:
     """A word and a gloss: its own, or that of another noun of the same topic."""
-    groups = _groups(_glossed(wordnet, "n"), lambda synset: (split_of(synset.gloss), synset.topic))
+    groups = _groups(glossed(wordnet, "n"), lambda synset: (split_of(synset.gloss), synset.topic))
     examples = []
-    for synset in _glossed(wordnet, "n"):
+    for synset in glossed(wordnet, "n"):
         word, other = rng.choice(synset.words), rng.choice(groups[split_of(synset.gloss), synset.topic])
         fits = word in other.words or rng.random() < 0.5
         examples.append(Example(word, (synset if fits else other).gloss, "yes" if fits else "no"))
-    return _take(rng, examples, key=lambda example: example.pair or "", balanced=True)
+    return take(rng, examples, key=lambda example: example.pair or "", balanced=True)
 
 
 def is_a(wordnet: WordNet, rng: random.Random) -> Splits:
     """Two glosses: a noun's and its parent's, or the parent's of another noun of the same topic."""
     links = [
         (child, parent)
-        for child in _glossed(wordnet, "n")
+        for child in glossed(wordnet, "n")
         for parent in wordnet.parents(child)[:1]
         if split_of(child.gloss) == split_of(parent.gloss)
     ]
@@ -89,7 +92,7 @@ def is_a(wordnet: WordNet, rng: random.Random) -> Splits:
         other = rng.choice(groups[split_of(child.gloss), child.topic])[1]
         true = other.key in wordnet.ancestors(child) or rng.random() < 0.5
         examples.append(Example(child.gloss, (parent if true else other).gloss, "yes" if true else "no"))
-    return _take(rng, examples, balanced=True)
+    return take(rng, examples, balanced=True)
 
 
 def polysemy(wordnet: WordNet, rng: random.Random) -> Splits:
@@ -98,7 +101,7 @@ def polysemy(wordnet: WordNet, rng: random.Random) -> Splits:
     groups = _groups(sorted(words), lambda word: min(round(math.log2(words[word])), 3))
     size = min(len(group) for group in groups.values())
     chosen = [word for level in sorted(groups) for word in rng.sample(groups[level], min(2 * size, len(groups[level])))]
-    return _take(rng, (Example(word, None, round(math.log2(words[word]), 4)) for word in chosen))
+    return take(rng, (Example(word, None, round(math.log2(words[word]), 4)) for word in chosen))
 
 
 def relation(wordnet: WordNet, rng: random.Random) -> Splits:
@@ -111,10 +114,10 @@ def relation(wordnet: WordNet, rng: random.Random) -> Splits:
         if (a, b) not in related:
             pairs["unrelated"].append((a, b))
     examples = [Example(a, b, name) for name in pairs for a, b in pairs[name] if split_of(a) == split_of(b)]
-    return _take(rng, examples, balanced=True)
+    return take(rng, examples, balanced=True)
 
 
-TASKS: tuple[Callable[[WordNet, random.Random], Splits], ...] = (
+TASKS: tuple[Maker, ...] = (
     noun_topic,
     verb_topic,
     part_of_speech,
@@ -148,7 +151,7 @@ def _related_words(wordnet: WordNet) -> dict[str, list[tuple[str, str]]]:
     return pairs
 
 
-def _glossed(wordnet: WordNet, *parts: str) -> list[Synset]:
+def glossed(wordnet: WordNet, *parts: str) -> list[Synset]:
     """The synsets with a gloss long enough to tell anything."""
     return [synset for synset in wordnet.of(*parts) if len(synset.gloss) > 15]
 
@@ -157,8 +160,16 @@ def _topic(synset: Synset) -> str:
     return synset.topic.partition(".")[2].lower()
 
 
-def _about(synset: Synset, label: str | float) -> Example:
+def about(synset: Synset, label: str | float) -> Example:
     return Example(synset.gloss, None, label)
+
+
+def by_split(
+    synsets: Iterable[Synset], kind: Callable[[Synset], str] = lambda synset: ""
+) -> Callable[[Synset, random.Random], Synset]:
+    """A draw of another synset of the same split and kind."""
+    groups = _groups(synsets, lambda synset: (split_of(synset.gloss), kind(synset)))
+    return lambda synset, rng: rng.choice(groups[split_of(synset.gloss), kind(synset)])
 
 
 def _groups(items: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
@@ -168,7 +179,7 @@ def _groups(items: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
     return groups
 
 
-def _take(
+def take(
     rng: random.Random,
     examples: Iterable[Example],
     key: Callable[[Example], str] = lambda example: example.text,

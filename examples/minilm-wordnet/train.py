@@ -1,6 +1,6 @@
-"""Trains every adapter of this example: python train.py [--only TASK] [--wordnet DIR] [--data-only].
+"""Trains every adapter of a set: python train.py [--set FOLDER] [--only TASK] [--wordnet DIR] [--data-only].
 
-About five minutes a task on two cores. Writes data/, adapters/ and nothing else.
+About five minutes a task on two cores. Writes data/ and adapters/ of the set and nothing else.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import more_tasks
+import tasks
 import torch
 from card import write_card
 from encoder import Encoder, Rows
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tasks import Splits, cut
+from tasks import Maker, Splits, cut
 from torch import Tensor, nn
 from wordnet import WordNet
 
-from coremerge.evaluation import read_taskset
+from coremerge.evaluation import TaskSet, read_taskset
 
 HERE = Path(__file__).parent
-TASK_SET = read_taskset(HERE)
 TARGETS = ["query", "key", "value", "attention.output.dense"]
 EPOCHS, BATCH, WARMUP, HEAD_RATE, SEED = 2, 64, 20, 3e-3, 0
 
@@ -58,6 +59,14 @@ def vera(r: int, learning_rate: float) -> Setting:
     return Setting(config, learning_rate)
 
 
+@dataclass(frozen=True)
+class Set:
+    """What a set's tasks and adapters are made by."""
+
+    tasks: tuple[Maker, ...]
+    settings: dict[str, Setting]
+
+
 SETTINGS = {
     "noun_topic": lora(16, 32, 6e-4),
     "verb_topic": lora(32, 48, 6e-4),
@@ -68,6 +77,11 @@ SETTINGS = {
     "polysemy": lora(8, 32, 6e-4),
     "relation": lora(16, 24, 8e-4),
 }
+SETS = {
+    "minilm-wordnet": Set(tasks.TASKS, SETTINGS),
+    "minilm-wordnet-16": Set(more_tasks.TASKS, {make.__name__: lora(16, 32, 6e-4) for make in more_tasks.TASKS}),
+}
+"""By the name of the folder beside this one."""
 
 
 class Targets:
@@ -169,10 +183,11 @@ def measure(encoder: Encoder, folder: Path, split: Split, labels: Targets) -> di
     }
 
 
-def train(name: str, splits: Splits, encoder: Encoder) -> None:
+def train(name: str, splits: Splits, encoder: Encoder, taskset: TaskSet) -> None:
     """Trains one task's adapter and head, writes both in half precision, and scores what was written."""
     torch.manual_seed(SEED)
-    labels, setting, folder = Targets(splits), SETTINGS[name], HERE / "adapters" / name
+    labels, setting = Targets(splits), SETS[taskset.folder.name].settings[name]
+    folder, base = taskset.folder / "adapters" / name, taskset.base.hub_id
     data = {
         split: Split(encoder.rows([(e.text, e.pair) for e in examples]), labels.encode([e.label for e in examples]))
         for split, examples in splits.items()
@@ -182,12 +197,12 @@ def train(name: str, splits: Splits, encoder: Encoder) -> None:
     start = time.perf_counter()
     fit(encoder, model, head, data["train"], labels, rate=setting.learning_rate)
     seconds = time.perf_counter() - start
-    save(model, labels.in_units(head), folder)
+    save(model, labels.in_units(head), folder, base)
     scores: dict[str, Any] = {"metric": "accuracy" if labels.classes else "pearson"}
     scores |= {split: measure(encoder, folder, data[split], labels) for split in ("validation", "test")}
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    description = TASK_SET.tasks[name].description
-    write_card(folder, TASK_SET.base.hub_id, description, described(setting, len(splits["train"])), scores)
+    description = taskset.tasks[name].description
+    write_card(folder, base, description, described(setting, len(splits["train"])), scores)
     print(f"{name}: {seconds:.0f} s, {json.dumps(scores)}", flush=True)
 
 
@@ -211,9 +226,9 @@ def described(setting: Setting, examples: int) -> dict[str, Any]:
     }
 
 
-def save(model: PeftModel, head: dict[str, Tensor], folder: Path) -> None:
+def save(model: PeftModel, head: dict[str, Tensor], folder: Path, base: str) -> None:
     """Writes PEFT's own files and the head, all tensors in half precision."""
-    model.peft_config["default"].base_model_name_or_path = TASK_SET.base.hub_id
+    model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(folder), save_embedding_layers=False)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["target_modules"].sort()
@@ -230,31 +245,34 @@ def load_head(folder: Path) -> nn.Linear:
     return head
 
 
-def write_data(name: str, splits: Splits) -> None:
+def write_data(folder: Path, name: str, splits: Splits) -> None:
     """Writes the validation and test rows, one JSON object a line."""
-    (HERE / "data").mkdir(exist_ok=True)
+    (folder / "data").mkdir(exist_ok=True)
     for split in ("validation", "test"):
         rows = [{k: v for k, v in example._asdict().items() if v is not None} for example in splits[split]]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (HERE / "data" / f"{name}.{split}.jsonl").write_text(text, encoding="utf-8")
+        (folder / "data" / f"{name}.{split}.jsonl").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", choices=list(SETTINGS), action="append", help="train this task alone")
+    parser.add_argument("--set", type=Path, default=HERE, help="folder of the set: this one, or one beside it")
+    parser.add_argument("--only", action="append", help="train this task alone")
     parser.add_argument(
         "--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun and so on"
     )
     parser.add_argument("--data-only", action="store_true", help="write the validation and test files, train nothing")
     arguments = parser.parse_args()
-    tasks = cut(WordNet(arguments.wordnet))
-    for name, splits in tasks.items():
-        write_data(name, splits)
+    folder = arguments.set.resolve()
+    made = cut(WordNet(arguments.wordnet), SETS[folder.name].tasks)
+    for name, splits in made.items():
+        write_data(folder, name, splits)
     if arguments.data_only:
         return
-    encoder = Encoder(TASK_SET.base.locate(), TASK_SET.max_length)
-    for name in arguments.only or tasks:
-        train(name, tasks[name], encoder)
+    taskset = read_taskset(folder)
+    encoder = Encoder(taskset.base.locate(), taskset.max_length)
+    for name in arguments.only or made:
+        train(name, made[name], encoder, taskset)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Synset:
     words: tuple[str, ...]
     pointers: tuple[Pointer, ...]
     gloss: str
+    frames: frozenset[int] = frozenset()
 
     @property
     def pos(self) -> str:
@@ -99,9 +100,11 @@ def _read(folder: Path, name: str, pos: str) -> Iterator[Synset]:
         count = int(fields[3], 16)
         words = tuple(_plain(fields[4 + 2 * i]) for i in range(count))
         start = 5 + 2 * count
-        pointers = tuple(_pointer(fields[i : i + 4]) for i in range(start, start + 4 * int(fields[start - 1]), 4))
+        end = start + 4 * int(fields[start - 1])
+        pointers = tuple(_pointer(fields[i : i + 4]) for i in range(start, end, 4))
+        frames = frozenset(map(int, fields[end + 2 :: 3]))  # a verb's: their count, then "+ frame word" of each
         definition = gloss.split('; "')[0].strip()
-        yield Synset((pos, fields[0]), TOPICS[int(fields[1])], words, pointers, definition)
+        yield Synset((pos, fields[0]), TOPICS[int(fields[1])], words, pointers, definition, frames)
 
 
 def _plain(word: str) -> str:
