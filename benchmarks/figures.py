@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from matplotlib.figure import Figure
 from benchmarks import results
 from benchmarks.accuracy import compression
 from benchmarks.speed import operations
-from coremerge.recipe import AUTO_RATIO
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 STYLE = {
@@ -167,16 +167,18 @@ def scale(known: Numbers) -> Figure:
     for key, axes in zip(("all", "pairs"), panels, strict=True):
         listed = known["Accuracy: the automatic scale"][key]
         for label, colour, mark in zip(listed[0], COLOURS, MARKS, strict=False):
-            factors = sorted(map(float, listed[0][label]["validation"]))
-            scores = [sum(one[label]["validation"][repr(f)] for one in listed) / len(listed) for f in factors]
-            axes.plot([AUTO_RATIO * f for f in factors], scores, mark + "-", color=colour, label=short(label))
-        axes.axvline(AUTO_RATIO, color="0.4", linestyle=":")
+            curves = [sorted((float(f), score) for f, score in one[label]["validation"].items()) for one in listed]
+            points = list(zip(*curves, strict=True))  # the factors of several pairs are not quite the same
+            factors = [statistics.geometric_mean(f for f, _ in point) for point in points]
+            scores = [statistics.fmean(score for _, score in point) for point in points]
+            axes.plot(factors, scores, mark + "-", color=colour, label=short(label))
+        axes.axvline(1, color="0.4", linestyle=":")
         axes.set_xscale("log")
-        axes.set_xticks([0.2, 0.45, 1, 2], ["0.2", "0.45: auto", "1", "2"])
+        axes.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "auto", "2", "4"])
         axes.minorticks_off()
         axes.set_title({"all": "all adapters", "pairs": "pairs, mean"}[key])
     panels[0].set_ylabel("normalised mean score")
-    figure.supxlabel("spectral norm of the merge over that of its inputs, mean over modules", fontsize=9)
+    figure.supxlabel("factor of the automatic scale", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     return figure

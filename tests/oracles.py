@@ -106,11 +106,14 @@ def truncate(x: Tensor, k: int) -> Tensor:
     return u[:, :k] @ torch.diag(s[:k]) @ vh[:k]
 
 
-def auto_scale(merged: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], ratio: float = 0.45) -> float:
-    """The factor that makes ‖merged‖₂ / mean_t ‖Δ_t‖₂, averaged over modules, equal to ``ratio``."""
-    ratios = []
-    for result, deltas in zip(merged, inputs, strict=True):
-        norms = [torch.linalg.matrix_norm(delta, 2).item() for delta in deltas]
-        norms = [x for x in norms if x > 0]
-        ratios.append(torch.linalg.matrix_norm(result, 2).item() / (sum(norms) / len(norms)))
-    return ratio / (sum(ratios) / len(ratios))
+def auto_scale(merged: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]]) -> float:
+    """λ with mean_l ‖λ merged‖₂ / mean_t ‖Δ_t‖₂ × mean_l ‖λ merged‖_F / mean_t ‖Δ_t‖_F = 1."""
+    product = 1.0
+    for order in (2, "fro"):
+        ratios = []
+        for result, deltas in zip(merged, inputs, strict=True):
+            norms = [torch.linalg.matrix_norm(delta, order).item() for delta in deltas]
+            norms = [x for x in norms if x > 0]
+            ratios.append(torch.linalg.matrix_norm(result, order).item() / (sum(norms) / len(norms)))
+        product *= sum(ratios) / len(ratios)
+    return product**-0.5

@@ -104,8 +104,10 @@ def test_every_combination(recipe: dict) -> None:
     same(run(given, recipe | {"scale": -2.5}, batch=batch), result, -2.5)
     auto = run(other, recipe | {"scale": "auto"})
     same(auto, result, auto.report.scale)
-    ratios = [auto.report.scale * m.norm / m.input_norm for m in auto.report.modules.values()]
-    assert sum(ratios) / len(ratios) == pytest.approx(0.45)
+    modules = auto.report.modules.values()
+    ratios = (m.norm / m.input_norm for m in modules), (m.energy**0.5 / m.input_frobenius for m in modules)
+    spectral, frobenius = (auto.report.scale * sum(listed) / len(modules) for listed in ratios)
+    assert spectral * frobenius == pytest.approx(1)
 
 
 @pytest.mark.parametrize("steps", UNITARY_STEPS, ids=label)

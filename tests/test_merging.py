@@ -10,7 +10,7 @@ from coremerge.errors import MismatchError, TensorError
 from coremerge.lowrank import LowRank
 from coremerge.merging import merge
 from coremerge.plan import make_plan
-from coremerge.recipe import AUTO_RATIO, Recipe
+from coremerge.recipe import Recipe
 from laws import adapter_sets, close, dense, largest, lowrank, merged, named, normal, one, orthogonal, regauged, run
 
 PAIR = [lowrank(9, 7, r, seed=r) for r in (2, 3)]
@@ -72,15 +72,15 @@ def test_auto_scale_is_the_oracle(recipe: dict) -> None:
     plain = dense(run(adapters, **recipe).adapter)
     auto = run(adapters, scale="auto", **recipe)
     names = ["m", "n", "o"]  # nobody has an update at z
-    expected = oracles.auto_scale([plain[n] for n in names], [padded(adapters, n) for n in names], AUTO_RATIO)
+    expected = oracles.auto_scale([plain[n] for n in names], [padded(adapters, n) for n in names])
     assert auto.report.scale == pytest.approx(expected)
     close(auto.adapter["n"].dense(), expected * plain["n"])
 
 
 def test_auto_scale_leaves_a_single_adapter_as_it_is() -> None:
     result = run([one(PAIR[0])], method="sum", scale="auto")
-    assert result.report.scale == 1.0
-    close(result.adapter["layer"].dense(), PAIR[0].dense(), tol=1e-14)
+    assert result.report.scale == pytest.approx(1.0, abs=1e-12)
+    close(result.adapter["layer"].dense(), PAIR[0].dense(), tol=1e-12)
     halved = run([one(PAIR[0])], method="sum", scale="auto", weights=[0.5])
     close(halved.adapter["layer"].dense(), PAIR[0].dense())
 
@@ -90,6 +90,13 @@ def test_auto_scale_does_not_see_the_scale_of_the_method() -> None:
     assert one_.report.scale * one_.report.modules["layer"].norm == pytest.approx(
         other.report.scale * other.report.modules["layer"].norm
     )
+
+
+def test_auto_scale_weakens_what_is_flat_and_what_adds_up() -> None:
+    same = run(named([PAIR[0]] * 4), method="sum", scale="auto")
+    assert same.report.scale == pytest.approx(0.25)
+    flat = run([one(PAIR[0])], method="sum", steps=["isotropize"], scale="auto").report
+    assert flat.scale * flat.modules["layer"].norm < flat.modules["layer"].input_norm
 
 
 def test_auto_scale_does_not_blow_up_rounding_error() -> None:
@@ -190,6 +197,7 @@ def test_the_report_tells_norms_and_ranks() -> None:
     report, norms = result.report.modules["layer"], [torch.linalg.matrix_norm(u.dense(), 2).item() for u in PAIR]
     summed = PAIR[0].dense() + PAIR[1].dense()
     assert report.input_norm == pytest.approx(sum(norms) / 2)
+    assert report.input_frobenius == pytest.approx(sum(u.norm().item() for u in PAIR) / 2)
     assert report.norm == pytest.approx(torch.linalg.matrix_norm(summed, 2).item())
     assert report.energy == pytest.approx(summed.square().sum().item())
     assert (report.shape, dict(report.ranks)) == ((9, 7), {"a0": 2, "a1": 3, "zero": 1})

@@ -15,7 +15,6 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from coremerge import Adapter, Recipe
 from coremerge.diagnostics import retain
 from coremerge.evaluation.taskset import Split
 from coremerge.lowrank import LowRank
-from coremerge.recipe import AUTO_RATIO
 
 LABELS = [
     "core task arithmetic", "full ties", "knots ties", "core ties", "core ties + isotropize", "core dare_ties",
@@ -34,9 +32,10 @@ LABELS = [
 ]  # fmt: skip
 ROWS: dict[Split, int] = {"validation": 100, "test": 200}
 STEP = 2**0.5
-FACTORS = [STEP**k for k in range(-3, 6)]
+FACTORS = [STEP**k for k in range(-4, 5)]
 """Of the automatic scale."""
-NEAR = [STEP**k for k in range(-1, 4)]
+ONE_NORM = 0.45
+"""Of the spectral norm, mean over modules: the rule of a prototype, for comparison."""
 CUT = 8
 PAIRS, HALVINGS = 3, 1
 POINT = 0.01
@@ -44,7 +43,6 @@ SCALE = "the scale itself"
 SPECTRAL, FROBENIUS = "spectral norm, mean over modules", "Frobenius norm, mean over modules"
 MIXED = "geometric mean of these spectral and Frobenius norms"
 TITLE, RULES_TITLE = "Accuracy: the automatic scale", "Accuracy: rules for the scale"
-NORMS_TITLE = "Accuracy: a scale from two norms"
 
 Score = dict[float, float]
 
@@ -55,21 +53,18 @@ class Curve:
 
     Attributes:
         validation: factor of the automatic scale → normalised mean score.
-        per_module: the same where every module is brought to the ratio for itself.
         sizes: measure → the merge's size at the automatic scale.
         test: what was chosen → its score on test rows.
     """
 
     validation: Score
     sizes: Mapping[str, float]
-    per_module: Score = field(default_factory=dict)
     test: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Curve:
         """Back from results.json, whose keys are strings."""
-        validation, per_module = ({float(k): v for k, v in raw[name].items()} for name in ("validation", "per_module"))
-        return cls(validation, raw["sizes"], per_module, raw["test"])
+        return cls({float(k): v for k, v in raw["validation"].items()}, raw["sizes"], raw["test"])
 
     @property
     def measures(self) -> Mapping[str, float]:
@@ -119,37 +114,20 @@ def sizes(bench: Bench, merged: Merged) -> dict[str, float]:
     return found | {SCALE: report.scale}
 
 
-def evened(merged: Merged) -> dict[str, LowRank]:
-    """Every module at the automatic ratio for itself."""
-    report = merged.result.report
-
-    def factor(name: str) -> float:
-        module = report.modules[name]
-        now = report.scale * module.norm / module.input_norm if module.input_norm else 0.0
-        return AUTO_RATIO / now if now else 1.0
-
-    return {name: update * factor(name) for name, update in merged.updates.items()}
-
-
-def follow(bench: Bench, recipe: Recipe, *, modules: bool, test: bool) -> Curve:
+def follow(bench: Bench, recipe: Recipe, *, test: bool) -> Curve:
     """Scores over sizes."""
     merged = bench.merged(recipe)
 
-    def scores(updates: Mapping[str, LowRank], split: Split, factors: Sequence[float]) -> Score:
-        return {factor: bench.evaluator.score(updates, split, factor).mean for factor in factors}
+    def scores(split: Split, factors: Sequence[float]) -> Score:
+        return {factor: bench.evaluator.score(merged.updates, split, factor).mean for factor in factors}
 
-    curve = Curve(scores(merged.updates, "validation", FACTORS), sizes(bench, merged))
-    even = evened(merged)
-    per_module = scores(even, "validation", NEAR) if modules else {}
-    chosen: dict[str, float] = {}
-    if test:
-        found = scores(merged.updates, "test", sorted({1.0, curve.best}))
-        chosen = {"auto": found[1.0], "tuned": found[curve.best]}
-        if modules:
-            best = max(per_module, key=per_module.__getitem__)
-            found = scores(even, "test", sorted({1.0, best}))
-            chosen |= {"per module": found[1.0], "per module, tuned": found[best]}
-    return Curve(curve.validation, curve.sizes, per_module, chosen)
+    curve = Curve(scores("validation", FACTORS), sizes(bench, merged))
+    if not test:
+        return curve
+    one_norm = ONE_NORM / curve.sizes[SPECTRAL]
+    found = scores("test", sorted({1.0, one_norm, curve.best}))
+    chosen = {"auto": found[1.0], "one norm": found[one_norm], "tuned": found[curve.best]}
+    return Curve(curve.validation, curve.sizes, chosen)
 
 
 def cut(bench: Bench) -> Bench:
@@ -179,12 +157,12 @@ def halves(bench: Bench) -> list[tuple[Bench, Bench]]:
     return listed
 
 
-def curves(bench: Bench, labels: Sequence[str], *, modules: bool = False, test: bool = False) -> dict[str, Curve]:
+def curves(bench: Bench, labels: Sequence[str], *, test: bool = False) -> dict[str, Curve]:
     """Of every merge that is compared."""
     plan, found = grid(labels), {}
     for merge in plan.merges:
         tell(f"{' '.join(bench.adapters)}: {merge.label}", len(found), len(plan.merges))
-        found[merge.label] = follow(bench, untuned(merge), modules=modules, test=test)
+        found[merge.label] = follow(bench, untuned(merge), test=test)
     return found
 
 
@@ -193,22 +171,35 @@ def auto_against_tuned(sets: Mapping[str, Sequence[Curves]], bench: Bench) -> st
     rows: list[list[object]] = []
     for label in next(iter(sets.values()))[0]:
         for name, listed in sets.items():
-            mean = partial(_mean, [one[label].test for one in listed])
-            ratio = statistics.geometric_mean(AUTO_RATIO * one[label].best for one in listed)
-            rows.append(
-                [label, name, f"{mean('auto'):.3f}", f"{mean('tuned'):.3f}", f"{mean('tuned') - mean('auto'):+.3f}",
-                 f"{ratio:.2f}", *(f"{mean(key):.3f}" if key in listed[0][label].test else ""
-                                   for key in ("per module", "per module, tuned"))]
-            )  # fmt: skip
-    header = ["merge", "adapters", "auto", "tuned", "tuned - auto", "tuned: ratio", "per module", "per module, tuned"]
-    off = sum(float(str(row[4])) > POINT for row in rows)
+            tests = [one[label].test for one in listed]
+            auto, one_norm, tuned = (_mean(tests, key) for key in ("auto", "one norm", "tuned"))
+            factor = statistics.geometric_mean(one[label].best for one in listed)
+            ratio = statistics.geometric_mean(one[label].sizes[SPECTRAL] for one in listed)
+            rows.append([label, name, auto, one_norm, tuned, tuned - auto, factor, ratio])
+    means = [statistics.fmean(float(str(row[i])) for row in rows) for i in (2, 3, 4, 5)]
+    shown = [
+        [*row[:2], *(f"{x:.3f}" for x in row[2:5]), f"{row[5]:+.3f}", *(f"{x:.2f}" for x in row[6:])] for row in rows
+    ]
+    shown.append(["mean", "", *(f"{x:.3f}" for x in means[:3]), f"{means[3]:+.3f}", "", ""])
+    header = [
+        "merge",
+        "adapters",
+        "auto",
+        f"spectral {ONE_NORM}",
+        "tuned",
+        "tuned - auto",
+        "tuned/auto",
+        "spectral, auto",
+    ]
+    off = sum(float(str(row[5])) > POINT for row in rows)
     return (
         f"Normalised mean on test rows of {bench.taskset.name} ({bench.rows['validation']} validation rows a task to"
-        f" tune with, {bench.rows['test']} test rows), default parameters. Auto brings the merge's spectral norm, over"
-        f" the inputs' mean one, to {AUTO_RATIO} on average over modules, by one factor; tuned: that factor by steps of"
-        f" √2, {FACTORS[0]:.2f} to {FACTORS[-1]:.2f} times; per module: each module to {AUTO_RATIO} by a factor of its"
-        f" own. Pairs: mean of {PAIRS}. Auto is more than a point below tuned in {off} of {len(rows)} rows.\n\n"
-        + results.table(header, rows)
+        f" tune with, {bench.rows['test']} test rows), default parameters. Auto makes the product of two ratios 1, by"
+        " one factor: the merge's spectral norm over its inputs' mean one, and its Frobenius norm over theirs, each a"
+        f" mean over modules; spectral {ONE_NORM}: the first ratio is {ONE_NORM}; tuned: the best of"
+        f" {len(FACTORS)} factors √2 apart, about auto's. Last columns: what tuning multiplied it by, and the"
+        f" first ratio at auto (geometric means). Pairs: mean of {PAIRS}. Auto is more than a point below tuned in"
+        f" {off} of {len(rows)} rows.\n\n" + results.table(header, shown)
     )
 
 
@@ -224,13 +215,13 @@ def transfers(pairs_of_halves: Sequence[tuple[Curves, Curves]]) -> Iterator[Loss
     """Rules with a constant from one half, tried on the other, both ways."""
     ways = [(a, b) for a, b in pairs_of_halves] + [(b, a) for a, b in pairs_of_halves]
     yield "none: scale 1", [], [_loss(curve, 1 / curve.sizes[SCALE]) for _, b in ways for curve in b.values()]
-    yield f"auto, {AUTO_RATIO}", [], [_loss(curve, 1.0) for _, b in ways for curve in b.values()]
-    yield f"{MIXED}, 1", [], [_loss(curve, 1 / curve.measures[MIXED]) for _, b in ways for curve in b.values()]
+    yield f"auto: {MIXED}, 1", [], [_loss(curve, 1.0) for _, b in ways for curve in b.values()]
+    one_norm = [_loss(curve, ONE_NORM / curve.sizes[SPECTRAL]) for _, b in ways for curve in b.values()]
+    yield f"{SPECTRAL}, {ONE_NORM}", [], one_norm
     for measure in next(iter(ways[0][0].values())).measures:
         constants = [_constant(list(a.values()), measure) for a, _ in ways]
         tried = [(c, curve) for (_, b), c in zip(ways, constants, strict=True) for curve in b.values()]
         yield measure, constants, [_loss(curve, c / curve.measures[measure]) for c, curve in tried]
-    yield "spectral norm, each module for itself", *_by_module(ways)
     found = [(label, _constant([a[label]], SPECTRAL), b[label]) for a, b in ways for label in b]
     yield f"{SPECTRAL}, a constant for each method", [], [_loss(x, c / x.sizes[SPECTRAL]) for _, c, x in found]
 
@@ -245,15 +236,6 @@ def _loss(curve: Curve, factor: float) -> float:
     return curve.validation[curve.best] - curve.at(factor)
 
 
-def _by_module(ways: Sequence[tuple[Curves, Curves]]) -> tuple[list[float], list[float]]:
-    constants, losses = [], []
-    for a, b in ways:
-        best = max(NEAR, key=lambda f: statistics.fmean(c.per_module[f] for c in a.values()))
-        constants.append(AUTO_RATIO * best)
-        losses += [c.validation[c.best] - c.per_module[best] for c in b.values()]
-    return constants, losses
-
-
 def rules(pairs_of_halves: Sequence[tuple[Curves, Curves]], bench: Bench) -> str:
     """The second table."""
     rows: list[list[object]] = []
@@ -266,7 +248,7 @@ def rules(pairs_of_halves: Sequence[tuple[Curves, Curves]], bench: Bench) -> str
         f"{2 * HALVINGS} times, a rule's constant is chosen as the best on average over {count} merges of one"
         f" half of {bench.taskset.name}'s adapters, and tried on the merges of the other half: what is lost against"
         " each merge's own best scale, normalised, on the same validation rows (so the best is a little flattered)."
-        " All rules but one set one factor for all modules.\n\n"
+        " All rules set one factor for all modules.\n\n"
         + results.table(["size that is held", "constants", "lost, mean", "most", "within a point"], rows)
     )
 
@@ -276,36 +258,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
     parser.add_argument("--only", choices=["tuned", "rules"], help="one of the two tables")
-    parser.add_argument("--two-norms", action="store_true", help="a better rule on the merges of an earlier run")
     parser.add_argument("--again", action="store_true", help="the tables anew, from results.json")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
-    if given.two_norms:
-        known = json.loads((folder / "results.json").read_text())[TITLE]["numbers"]
-        return results.write(NORMS_TITLE, *two_norms(bench, known), seed=0, folder=folder)
     if given.again:
         return again(bench, folder)
     labels = LABELS[-2:] if given.quick else LABELS
     if given.only != "rules":
         tuned_scales(bench, labels, folder)
     if given.only != "tuned":
-        split = [(curves(a, labels, modules=True), curves(b, labels, modules=True)) for a, b in halves(bench)]
+        split = [(curves(a, labels), curves(b, labels)) for a, b in halves(bench)]
         listed = [[{label: asdict(c) for label, c in half.items()} for half in both] for both in split]
-        results.write(RULES_TITLE, rules(split, bench), listed, seed=0, folder=folder)
+        results.write(titled(RULES_TITLE, bench), rules(split, bench), listed, seed=0, folder=folder)
     return None
+
+
+def titled(title: str, bench: Bench) -> str:
+    """A section's title, with the name of the task set where that is another than the example."""
+    return title if bench.taskset.folder == EXAMPLE else f"{title}, {bench.taskset.name}"
 
 
 def tuned_scales(bench: Bench, labels: Sequence[str], folder: Path) -> None:
     """The first section."""
     sets = {
-        "all": [curves(bench, labels, modules=True, test=True)],
+        "all": [curves(bench, labels, test=True)],
         f"all, cut to rank {CUT}": [curves(cut(bench), labels, test=True)],
         "pairs": [curves(pair, labels, test=True) for pair in pairs(bench)],
     }
     raw = {name: [{label: asdict(c) for label, c in one.items()} for one in listed] for name, listed in sets.items()}
-    results.write(TITLE, auto_against_tuned(sets, bench), raw, seed=0, folder=folder)
+    results.write(titled(TITLE, bench), auto_against_tuned(sets, bench), raw, seed=0, folder=folder)
 
 
 def again(bench: Bench, folder: Path) -> None:
@@ -315,39 +298,11 @@ def again(bench: Bench, folder: Path) -> None:
     def back(curves: Mapping[str, Any]) -> Curves:
         return {label: Curve.read(raw) for label, raw in curves.items()}
 
-    for title, table in ((TITLE, _first), (RULES_TITLE, _second)):
+    for title, table in ((titled(TITLE, bench), _first), (titled(RULES_TITLE, bench), _second)):
+        if title not in known:
+            continue
         numbers, about = known[title]["numbers"], known[title]["about"]
         results.write(title, table(numbers, back, bench), numbers, seed=0, folder=folder, about=about)
-
-
-def two_norms(bench: Bench, known: Mapping[str, Any]) -> tuple[str, object]:
-    """The rule that holds :data:`MIXED` at 1, on test rows, beside what is known of auto and tuned."""
-    made = {"all": [bench], f"all, cut to rank {CUT}": [cut(bench)], "pairs": pairs(bench)}
-    rows: list[list[object]] = []
-    raw: dict[str, Any] = {}
-    for name, benches in made.items():
-        for merge in grid(list(known[name][0])).merges:
-            kept = [Curve.read(one[merge.label]) for one in known[name]]
-            found = []
-            for one, curve in zip(benches, kept, strict=True):
-                merged = one.merged(untuned(merge))
-                found.append(one.evaluator.score(merged.updates, "test", 1 / curve.measures[MIXED]).mean)
-            auto, best = (statistics.fmean(curve.test[key] for curve in kept) for key in ("auto", "tuned"))
-            mean = statistics.fmean(found)
-            rows.append([merge.label, name, f"{auto:.3f}", f"{mean:.3f}", f"{best:.3f}"])
-            raw[f"{name}: {merge.label}"] = {"auto": auto, "two norms": found, "tuned": best}
-            tell(merge.label, len(rows), 3 * len(known[name][0]))
-    means = (statistics.fmean(float(str(row[i])) for row in rows) for i in (2, 3, 4))
-    rows.append(["mean", "", *(f"{value:.3f}" for value in means)])
-    return (
-        "One factor that makes the product of two ratios 1: the merge's spectral norm over its inputs' mean one, and"
-        " its Frobenius norm over theirs, each a mean over modules. A flat spectrum has a large Frobenius norm and gets"
-        " a smaller factor, a merge of few adapters a larger one. The rule was thought of from the table of methods and"
-        " spaces; that its constant may be 1 was seen on the validation rows of these very merges. Normalised means on"
-        " test rows, beside those of the table above.\n\n"
-        + results.table(["merge", "adapters", "auto", "two norms", "tuned"], rows),
-        raw,
-    )
 
 
 def _first(numbers: Any, back: Callable[[Any], Curves], bench: Bench) -> str:

@@ -22,7 +22,7 @@ from coremerge.linalg import LinAlgError, RaggedRankError
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd, total
 from coremerge.methods import Site
 from coremerge.plan import Plan, make_plan
-from coremerge.recipe import AUTO_RATIO, Parts, Recipe
+from coremerge.recipe import Parts, Recipe
 from coremerge.spaces import Combination, Coordinates
 
 Progress = Callable[[int, int], None]
@@ -46,7 +46,8 @@ class ModuleReport:
         rank: of the written update.
         energy: squared Frobenius norm of the merged update, before the overall scale.
         lost: share of the energy that the cut to ``rank`` lost.
-        input_norm: mean spectral norm of the inputs' updates.
+        input_norm: mean spectral norm of the inputs' updates, of those that are not zero.
+        input_frobenius: their mean Frobenius norm.
         norm: spectral norm of the merged update, before the overall scale.
     """
 
@@ -57,6 +58,7 @@ class ModuleReport:
     energy: float
     lost: float
     input_norm: float
+    input_frobenius: float
     norm: float
 
 
@@ -71,6 +73,7 @@ class Report:
         seconds: spent on the cores (reading and lifting the factors happens when the adapter is used or saved).
         modules: module name → :class:`ModuleReport`.
         warnings: in plain words.
+        made: how, where it was not by the plan's recipe alone.
     """
 
     scale: float
@@ -79,6 +82,7 @@ class Report:
     seconds: float
     modules: Mapping[str, ModuleReport]
     warnings: tuple[str, ...]
+    made: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -89,6 +93,7 @@ class Report:
             "seconds": self.seconds,
             "modules": {name: vars(module) | {"ranks": dict(module.ranks)} for name, module in self.modules.items()},
             "warnings": list(self.warnings),
+            "made": self.made,
         }
 
 
@@ -174,21 +179,24 @@ def execute(
         if progress:
             progress(len(solved), len(plan.modules))
     scale = auto_scale(solved.values()) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
-    report = _report(plan, solved, scale, time.perf_counter() - start)
-    return MergeResult(_lifted(plan, parts, solved, scale, device), report, plan)
+    report = report_of(plan, solved, scale, time.perf_counter() - start)
+    return MergeResult(lifted(plan, parts, solved, scale, device), report, plan)
 
 
-def auto_scale(solved: Iterable[Solved], ratio: float = AUTO_RATIO) -> float:
-    """The factor that brings the merged update's spectral norm, over the inputs' mean one, to ``ratio`` on average.
+def auto_scale(solved: Iterable[Solved]) -> float:
+    """The factor that makes the product of two ratios 1: of spectral and of Frobenius norms, merged over inputs' mean.
 
-    Modules without any update do not count. A single adapter is not rescaled against itself: its factor makes the
-    ratio 1.
+    Each ratio is a mean over modules; those without any update do not count. A flat spectrum has a large Frobenius
+    norm for its spectral one, a merge of few adapters small ones of both: one norm alone does not see both.
+
+    Source: ours; docs/evidence.md compares it with scales tuned on labels.
     """
     reports = [s.report for s in solved if s.report.input_norm > 0]
-    ratios = [r.norm / r.input_norm for r in reports]
-    alone = all(len(r.ranks) == 1 for r in reports)
-    mean = sum(ratios) / len(ratios) if ratios else 0.0
-    return (1.0 if alone else ratio) / mean if mean > CANCELLED else 1.0
+    if not reports:
+        return 1.0
+    spectral = sum(r.norm / r.input_norm for r in reports) / len(reports)
+    frobenius = sum(r.energy**0.5 / r.input_frobenius for r in reports) / len(reports)
+    return 1 / (spectral * frobenius) ** 0.5 if spectral > CANCELLED else 1.0
 
 
 def _groups(plan: Plan, batch: int | None) -> Iterator[tuple[str, ...]]:
@@ -201,7 +209,7 @@ def _groups(plan: Plan, batch: int | None) -> Iterator[tuple[str, ...]]:
         yield from (tuple(names[i : i + size]) for i in range(0, len(names), size))
 
 
-def _read(names: Sequence[str], plan: Plan, parts: Parts, device: str) -> list[LowRank]:
+def read_updates(names: Sequence[str], plan: Plan, parts: Parts, device: str = "cpu") -> list[LowRank]:
     """Each adapter's update of the modules, after the steps before the method; batched where there are several names.
 
     An adapter that lacks the module has the update zero, of rank 0.
@@ -227,11 +235,11 @@ def _stacked(updates: Sequence[LowRank]) -> LowRank:
 
 def _solve(names: tuple[str, ...], plan: Plan, parts: Parts, device: str) -> dict[str, Solved]:
     """The merged cores of modules of one shape; one by one where their numerical ranks differ."""
-    updates = _read(names, plan, parts, device)
+    updates = read_updates(names, plan, parts, device)
     try:
         coordinates = parts.space(updates)
         merged = _merged(names, coordinates, plan, parts)
-        return dict(zip(names, _unbatched(names, coordinates, merged, plan), strict=True))
+        return dict(zip(names, solved_of(names, coordinates, merged, plan), strict=True))
     except RaggedRankError:
         singles = (_solve((name,), plan, parts, device) for name in names)
         return {name: solved for single in singles for name, solved in single.items()}
@@ -280,20 +288,22 @@ def _scale_rows(matrix: Matrix, rows: Tensor) -> Matrix:
     return LowRank(rows.unsqueeze(-1) * factors.left, factors.right)
 
 
-def _unbatched(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> Iterator[Solved]:
+def solved_of(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> Iterator[Solved]:
     """One :class:`Solved` per module, on the CPU, cut to the recipe's rank."""
     wanted = plan.recipe.rank if isinstance(plan.recipe.rank, int) else merged.values.shape[-1]
     kept = merged.truncate(wanted)
     result = kept.lowrank()
     combination = coordinates.lift.fold(result)
     amplification = _amplification(coordinates, combination, result)
-    input_norms = torch.stack([_spectral_norm(core.svd) for core in coordinates.cores], -1)
+    spectral = torch.stack([_spectral_norm(core.svd) for core in coordinates.cores], -1)
+    frobenius = torch.stack([core.svd.values.square().sum(-1).sqrt() for core in coordinates.cores], -1)
     for i, name in enumerate(names):
 
         def pick(x: Tensor, i: int = i) -> Tensor:
             return (x if len(names) == 1 else x[i]).cpu()
 
-        values, norms = pick(merged.values), pick(input_norms)
+        values = pick(merged.values)
+        norms, sizes = (x[x > 0] for x in (pick(spectral), pick(frobenius)))
         energy, rest = float(values.square().sum()), float(values[wanted:].square().sum())
         planned = plan.modules[name]
         report = ModuleReport(
@@ -303,7 +313,8 @@ def _unbatched(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, 
             rank=kept.values.shape[-1],
             energy=energy,
             lost=rest / energy if energy else 0.0,
-            input_norm=float(norms[norms > 0].mean()) if bool((norms > 0).any()) else 0.0,
+            input_norm=float(norms.mean()) if len(norms) else 0.0,
+            input_frobenius=float(sizes.mean()) if len(sizes) else 0.0,
             norm=float(values.max()) if len(values) else 0.0,
         )
         yield Solved(combination.map(pick), float(pick(amplification)), report)
@@ -331,14 +342,14 @@ def _spectral_norm(svd: ThinSVD) -> Tensor:
     return svd.values.amax(-1) if svd.values.shape[-1] else svd.left.new_zeros(svd.left.shape[:-2])
 
 
-def _lifted(plan: Plan, parts: Parts, solved: Mapping[str, Solved], scale: float, device: str) -> Adapter:
+def lifted(plan: Plan, parts: Parts, solved: Mapping[str, Solved], scale: float = 1.0, device: str = "cpu") -> Adapter:
     """The merged adapter; a module's inputs are read again when its factors are asked for."""
 
     def read(name: str, dtype: torch.dtype | None = None) -> LowRank:
         short = dtype == torch.float32 and _short_lift_will_do(solved[name], plan.dtype)
         kind = torch.float32 if short else torch.float64
         combination = solved[name].combination.scaled(scale).map(lambda x: x.to(torch.device(device), kind))
-        update = combination(_read((name,), plan, parts, device)).to(torch.device("cpu"))
+        update = combination(read_updates((name,), plan, parts, device)).to(torch.device("cpu"))
         return update if dtype is None else update.to(dtype)
 
     modules = {
@@ -374,7 +385,8 @@ def _biases(plan: Plan, scale: float) -> Mapping[str, Tensor]:
     return Lazy(names, load)
 
 
-def _report(plan: Plan, solved: Mapping[str, Solved], scale: float, seconds: float) -> Report:
+def report_of(plan: Plan, solved: Mapping[str, Solved], scale: float, seconds: float) -> Report:
+    """What there is to say of ``solved`` modules, all of the plan's."""
     modules = {name: solved[name].report for name in plan.modules}
     energy = sum(m.energy for m in modules.values())
     lost = sum(m.lost * m.energy for m in modules.values()) / energy if energy else 0.0

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from coremerge.methods import Method
     from coremerge.spaces import Space
 
-AUTO_RATIO = 0.45
-"""``scale="auto"``: the merged update's spectral norm over the inputs' mean one, averaged over modules."""
-
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 DEFAULT_STEPS: list[Spec] = ["isotropize"]
 DEFAULT_PARAMETERS = {"rank": 4}
@@ -49,7 +46,8 @@ class Recipe(BaseModel):
             component; what :func:`coremerge.learning.learn_weights` returns. Adapters that come in a sequence and have
             none of the names are matched by order.
         normalize: divide the weights by their sum, per module.
-        scale: the one factor of the whole merge; ``"auto"`` sets it from spectral norms (:data:`AUTO_RATIO`).
+        scale: the one factor of the whole merge; ``"auto"`` sets it from norms: see
+            :func:`coremerge.merging.auto_scale`.
         rank: of the output: a number, ``"exact"``, or None: the default, exact.
         seed: for methods that draw random masks.
         dtype: of the output; by default the inputs' own.

@@ -10,7 +10,6 @@ from benchmarks.accuracy import geometry, scale, tables
 from benchmarks.accuracy.work import Bench, Merged
 
 from coremerge import Adapter, LowRank, Recipe, merge
-from coremerge.recipe import AUTO_RATIO
 
 
 def adapter(seed: int, rank: int = 3) -> Adapter:
@@ -51,12 +50,11 @@ def test_random_adapters_have_the_spectra_and_nothing_else(bench: Bench) -> None
             assert abs(float(made[name][module].inner(own[module]))) < 0.9 * float(own[module].norm()) ** 2
 
 
-def curve(best: float, size: float = 1.0, per_module: float | None = None) -> scale.Curve:
+def curve(best: float, size: float = 1.0) -> scale.Curve:
     """A score that is highest at ``best`` times the automatic scale."""
     validation = {factor: -abs(torch.tensor(factor / best).log().item()) for factor in scale.FACTORS}
-    even = dict.fromkeys(scale.NEAR, per_module or 0.0)
     sizes = {"size": size, scale.SCALE: 1.0, scale.SPECTRAL: size, scale.FROBENIUS: size}
-    return scale.Curve(validation, sizes, even)
+    return scale.Curve(validation, sizes)
 
 
 def test_scores_between_scales_are_interpolated() -> None:
@@ -76,23 +74,16 @@ def test_a_rule_that_holds_loses_nothing_on_the_other_half() -> None:
     constants, losses = found["size"]
     assert constants == pytest.approx([2.0, 2.0])
     assert losses == pytest.approx([0.0] * 4, abs=1e-9)
-    assert max(found[f"auto, {AUTO_RATIO}"][1]) == pytest.approx(torch.tensor(2.0).log().item())
+    assert max(found[f"auto: {scale.MIXED}, 1"][1]) == pytest.approx(torch.tensor(2.0).log().item())
 
 
 def test_sizes_grow_with_the_scale(bench: Bench) -> None:
     merged = bench.merged(Recipe(method="sum"))
     found = scale.sizes(bench, merged)
-    assert found["spectral norm, mean over modules"] == pytest.approx(AUTO_RATIO)
+    assert found[scale.SPECTRAL] * found[scale.FROBENIUS] == pytest.approx(1)
     result = merge(bench.adapters, Recipe(method="sum", scale=2 * merged.result.report.scale))
     twice = scale.sizes(bench, Merged(result, dict(result.adapter)))
     assert twice == pytest.approx({name: 2 * size for name, size in found.items()})
-
-
-def test_each_module_at_the_ratio_for_itself(bench: Bench) -> None:
-    merged = bench.merged(Recipe(method="sum"))
-    for name, update in scale.evened(merged).items():
-        own = [float(one[name].svd.values.max()) for one in bench.adapters.values()]
-        assert float(update.svd.values.max()) == pytest.approx(AUTO_RATIO * sum(own) / 3)
 
 
 def test_alignment_is_the_same_in_full_and_core(bench: Bench) -> None:

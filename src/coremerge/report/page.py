@@ -100,8 +100,8 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     recipe = record["recipe"]
     steps = "".join(f" + {step if isinstance(step, str) else next(iter(step))}" for step in recipe["steps"])
     yield "adapters", str(len(record["inputs"]))
-    yield "method", f"{recipe['method']}{steps}, {recipe['space']} space"
-    yield "scale", f"{record['scale']:.4g}{' (auto)' if recipe['scale'] == 'auto' else ''}"
+    yield "method", record.get("made") or f"{recipe['method']}{steps}, {recipe['space']} space"
+    yield "scale", f"{record['scale']:.4g}{' (auto)' if recipe['scale'] == 'auto' and not record.get('made') else ''}"
     yield "modules", str(len(record["modules"]))
     yield "rank", "of the base's weights" if record["into"] else str(record["rank"])
     yield "energy lost", f"{record['energy_lost']:.2%}" if record["energy_lost"] else "none"
@@ -214,7 +214,7 @@ def _strength(record: Mapping[str, Any], numbers: Numbers) -> Iterator[Part]:
     yield Part(
         "How strong it is, and of which rank",
         "By kind of module and block. First: the merged update's spectral norm over its inputs' mean one, with the"
-        " scale applied; scale auto makes the average of all modules 0.45. Second: the rank that was written.",
+        " scale applied. Second: the rank that was written.",
         [
             ("spectral norm, of the inputs'", svg.heatmap(kinds, columns, values, svg.Range(0, highest), cell=cell)),
             ("rank", svg.heatmap(kinds, columns, ranks, svg.Range(0, top, "{:.0f}".format), cell=cell)),
