@@ -99,6 +99,18 @@ def _tall_qr(x: Tensor) -> tuple[Tensor | None, Tensor]:
     return q, r
 
 
+def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n) of the symmetric ``x`` (..., n, n)."""
+    values, vectors = torch.linalg.eigh(x)
+    return values, vectors
+
+
+def solve(x: Tensor, y: Tensor) -> Tensor:
+    """``x``⁻¹ ``y`` of a square, regular ``x``."""
+    found: Tensor = torch.linalg.solve(x, y)
+    return found
+
+
 def qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """Reduced QR of ``x`` (..., m, n)."""
     q, r = torch.linalg.qr(x)

@@ -226,8 +226,12 @@ class Prepared:
         command: Sequence[str] | None = None,
         hashes: Hashes | None = None,
         progress: Progress | None = None,
+        solve: Callable[[Plan], MergeResult] | None = None,
     ) -> Merged:
-        """Merge and write: see :func:`merge_files`; ``hashes`` may have begun with the inputs' files."""
+        """Merge and write: see :func:`merge_files`.
+
+        ``hashes`` may have begun with the inputs' files; ``solve`` merges, in place of the plan's recipe.
+        """
         _check_device(device)
         tell = progress or _silent
         from coremerge.report.card import warm_up
@@ -237,8 +241,12 @@ class Prepared:
             for file in files_of(self.plan.adapters):
                 started.start(file)
             try:
-                result = execute(
-                    self.plan, threads=threads, device=device, batch=batch, progress=_stage(tell, "merging")
+                result = (
+                    solve(self.plan)
+                    if solve
+                    else execute(
+                        self.plan, threads=threads, device=device, batch=batch, progress=_stage(tell, "merging")
+                    )
                 )
                 sha256 = hashes_of(self.plan.adapters, started)
                 card, record = self._card(result, sha256, command), self._record(result, sha256, command)

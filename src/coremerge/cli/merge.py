@@ -191,7 +191,7 @@ def merge(
                     out, threads=threads, device=device, batch=batch, command=command, hashes=hashes, progress=progress
                 )
                 if report:
-                    _draw(out, weights, threads, progress)
+                    draw(out, weights, threads, progress)
         if dry_run:
             _show_plan(prepared, out, threads, as_json, quiet)
         else:
@@ -201,7 +201,7 @@ def merge(
             remark("note", "learned weights are for --method sum --scale 1; the default flattens what they balance")
 
 
-def _draw(out: Path, weights: str | None, threads: int | None, progress: Progress) -> None:
+def draw(out: Path, weights: str | None, threads: int | None, progress: Progress) -> None:
     from coremerge.formats.atomic import write_file
     from coremerge.report.page import FILE, report_page
 

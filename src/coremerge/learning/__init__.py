@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coremerge.learning.fit import FitReport, fit
 from coremerge.learning.measure import measure_null_space
 from coremerge.learning.ratio import null_space_ratio
 from coremerge.learning.result import Weights, read_weights
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "FitReport",
     "NullSpaceCallback",
     "Settings",
     "Weights",
+    "fit",
     "learn_weights",
     "measure_null_space",
     "null_space_ratio",

@@ -76,7 +76,7 @@ def frozen(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
             undo.callback(setattr, config, "use_cache", config.use_cache)
             config.use_cache = False
         for block in blocks(model) if checkpointing else ():
-            undo.callback(_put_back, block, "forward", vars(block).get("forward"))
+            undo.callback(put_back, block, "forward", vars(block).get("forward"))
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         yield
 
@@ -93,7 +93,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _put_back(block: nn.Module, name: str, before: object) -> None:
+def put_back(block: nn.Module, name: str, before: object) -> None:
+    """``block``'s own attribute as it was; None: it had none of that name."""
     delattr(block, name)
     if before is not None:
         setattr(block, name, before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from coremerge.adapter import Adapter
 from coremerge.errors import MissingExtraError, SourceError
+from coremerge.learning.backbone import Batch
 from coremerge.learning.data import make_batches
 from coremerge.learning.examples import read_examples
 from coremerge.learning.processor import base_place, load_processor
@@ -49,20 +50,54 @@ def learn_files(
     Raises:
         CoremergeError: a refusal that says what to do.
     """
+    batches = read_batches(adapters, base, data, count=count, size=size, max_length=max_length, seed=seed)
+    model = load_model(base, dtype, device)
+    return learn_weights(
+        model, adapters, moved(batches, model), seed=seed, resume=resume, progress=progress, **settings
+    )
+
+
+Batches = dict[str, list[Batch]]
+
+
+def read_batches(
+    adapters: Iterable[str],
+    base: str | Path,
+    data: Mapping[str, str | Path],
+    *,
+    count: int = 64,
+    size: int = 16,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> Batches:
+    """Label → batches for the base model: see :func:`learn_files`."""
     check_names("data", data, adapters)
     processor = load_processor(base)
-    batches = {
+    return {
         key: make_batches(read_examples(source, count=count, seed=seed), processor, size=size, max_length=max_length)
         for key, source in data.items()
     }
-    model = load_model(base, dtype, device)
-    at = {key: [_moved(batch, model) for batch in listed] for key, listed in batches.items()}
-    return learn_weights(model, adapters, at, seed=seed, resume=resume, progress=progress, **settings)
 
 
-def _moved(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def moved(batches: Mapping[str, Sequence[Batch]], model: nn.Module) -> Batches:
+    """``batches`` where the model takes them."""
     device = next(model.parameters()).device
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+    def there(batch: Batch) -> Batch:
+        return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+    return {key: [there(batch) for batch in listed] for key, listed in batches.items()}
+
+
+def read_config(base: str | Path) -> Any:
+    """What a model of ``transformers`` says of itself; None where that cannot be read."""
+    from transformers import AutoConfig
+
+    place, where = base_place(base)
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
+    except (OSError, ValueError):
+        return None
 
 
 def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, head: bool = False) -> nn.Module:

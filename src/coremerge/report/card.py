@@ -70,6 +70,7 @@ class CardInput:
     Attributes:
         inputs: the adapters that were merged.
         recipe: as YAML.
+        made: how, where no recipe says it.
         command: that made it: a line, or its words.
         relation: "adapter", or "merge" for a whole model.
         name: of the result, as a title.
@@ -89,6 +90,7 @@ class CardInput:
 
     inputs: Sequence[CardAdapter]
     recipe: str | None = None
+    made: str | None = None
     command: str | Sequence[str] | None = None
     relation: Literal["adapter", "merge"] = "adapter"
     name: str = "Merged adapter"
@@ -136,7 +138,8 @@ def describe(
     whole = relation == "merge"
     return CardInput(
         [_card_adapter(name, adapter, hashes) for name, adapter in plan.adapters.items()],
-        recipe=write_recipe(_with_means(plan), sources, info.base_model),
+        recipe=None if report.made else write_recipe(_with_means(plan), sources, info.base_model),
+        made=report.made,
         command=command,
         relation=relation,
         name="Merged model" if whole else "Merged adapter",
@@ -146,7 +149,7 @@ def describe(
         modules=len(result.adapter),
         rank=None if whole else report.rank,
         scale=report.scale,
-        energy_lost=report.lost,
+        energy_lost=None if report.made else report.lost,
         dtype=dtype or str(plan.dtype).removeprefix("torch."),
         notes=[*dict.fromkeys([*plan.warnings, *report.warnings, *own, *notes])],
         refused_by_vllm=_why_not_vllm(info, bool(result.adapter.biases)),
@@ -332,6 +335,8 @@ def _facts(card: CardInput) -> Iterable[tuple[str, Safe | str]]:
         yield "base model", code(card.base_model)
     if card.base_revision:
         yield "base revision", code(card.base_revision)
+    if card.made:
+        yield "made", card.made
     if card.modules is not None:
         yield "modules", str(card.modules)
     if card.rank is not None:

@@ -1,0 +1,211 @@
+"""What a few unlabelled inputs buy when the cores are fitted to them: ``python -m benchmarks.accuracy.fit``.
+
+Inputs are drawn from validation rows, without their labels; scores are of test rows, or of validation rows where
+settings are compared. ``--tasks``: another task set; ``--quick``: a few rows, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench, spread, worst
+from coremerge import Recipe, merge
+from coremerge.evaluation import Scores
+from coremerge.evaluation.taskset import Split
+from coremerge.learning import fit, learn_weights
+from coremerge.learning.backbone import Batch
+from coremerge.merging import MergeResult
+
+INPUTS, BATCH, SEEDS, RANK = 64, 16, (0, 1, 2), 16
+ROWS: dict[Split, int] = {"validation": 200, "test": 400}
+TITLE = "Accuracy: fitted cores"
+ALONE = math.inf
+
+Data = dict[str, list[Batch]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A merge that may use inputs.
+
+    Attributes:
+        label: what it is called.
+        make: from the inputs.
+        drawn: whether it is made from each draw of them; else from the first alone.
+    """
+
+    label: str
+    make: Callable[[Data], MergeResult]
+    drawn: bool = True
+
+
+def inputs(bench: Bench, seed: int = 0, count: int = INPUTS, of: Mapping[str, str] | None = None) -> Data:
+    """Task → batches of validation inputs, drawn by ``seed``; ``of``: task → whose inputs are taken for it."""
+    rows = {name: bench.taskset.rows(name, "validation") for name in bench.taskset.tasks}
+    draw = random.Random(seed)
+    drawn = {name: draw.sample(rows[name], min(count, len(rows[name]))) for name in rows}
+    encoder = bench.evaluator.encoder
+    return {name: [batch for _, batch in encoder.batches(drawn[(of or {}).get(name, name)], BATCH)] for name in rows}
+
+
+def random_tokens(data: Data, seed: int = 0) -> Data:
+    """The same lengths, of tokens without meaning."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def scrambled(batch: Batch) -> Batch:
+        ids = batch["input_ids"]
+        return {**batch, "input_ids": torch.randint(1000, 29000, ids.shape, generator=generator)}
+
+    return {name: [scrambled(batch) for batch in listed] for name, listed in data.items()}
+
+
+def fitted(bench: Bench, **settings: Any) -> Callable[[Data], MergeResult]:
+    """A fit with these settings."""
+    return lambda data: fit(bench.evaluator.encoder.model, bench.adapters, data, **settings)
+
+
+def learned(bench: Bench, objective: str) -> Callable[[Data], MergeResult]:
+    """A weighted sum, its weights learned."""
+
+    def make(data: Data) -> MergeResult:
+        with torch.enable_grad():
+            weights = learn_weights(bench.evaluator.encoder.model, bench.adapters, data, objective=objective)
+        return merge(bench.adapters, Recipe(method="sum", scale=1.0, weights=weights))
+
+    return make
+
+
+def without_data(bench: Bench, **recipe: Any) -> Callable[[Data], MergeResult]:
+    """A merge of the adapters alone."""
+    return lambda data: merge(bench.adapters, Recipe(**recipe))
+
+
+def ways(bench: Bench, *, gradient: bool) -> list[Way]:
+    """The rows of the comparison; with ``gradient`` those, too, that take minutes each."""
+    data_free = {
+        "task arithmetic": {"method": "sum"},
+        "TSV": {"method": "tsv"},
+        "Iso-C": {"method": "sum", "steps": ["isotropize"]},
+        "coremerge's default": {},
+    }
+    listed = [
+        Way(f"{name}, no inputs", without_data(bench, **recipe), drawn=False) for name, recipe in data_free.items()
+    ]
+    return [
+        *listed,
+        *(
+            Way(f"sum, weights learned ({objective}), one draw", learned(bench, objective), drawn=False)
+            for objective in (("nsc-own", "match") if gradient else ())
+        ),
+        Way("RegMean in core space", fitted(bench, prior="regmean", ridge=ALONE)),
+        Way("router (SSR-Merge)", fitted(bench, prior="router", ridge=ALONE)),
+        Way("fit, errors alike in all directions", fitted(bench, aside=1.0)),
+        Way("fit", fitted(bench)),
+        Way(f"task arithmetic, cut to {RANK}, no inputs", without_data(bench, method="sum", rank=RANK), drawn=False),
+        Way(f"coremerge's default, cut to {RANK}, no inputs", without_data(bench, rank=RANK), drawn=False),
+        Way(f"router, cut to {RANK}", fitted(bench, prior="router", ridge=ALONE, rank=RANK)),
+        Way(f"fit, then cut to {RANK}", lambda data: _cut(fitted(bench)(data))),
+        Way(f"fit, rank {RANK}", fitted(bench, rank=RANK)),
+    ]
+
+
+def _cut(result: MergeResult) -> MergeResult:
+    return merge([result.adapter], Recipe(method="sum", scale=1.0, rank=RANK))
+
+
+def scored(bench: Bench, way: Way, data: Data, split: Split) -> tuple[Scores, float]:
+    """Scores of one merge, and the seconds that it took."""
+    start = time.perf_counter()
+    updates = dict(way.make(data).adapter)
+    seconds = time.perf_counter() - start
+    sys.stderr.write(f"\r{way.label}: {seconds:.0f} s      ")
+    return bench.evaluator.score(updates, split), seconds
+
+
+def comparison(bench: Bench, seeds: Sequence[int], *, gradient: bool) -> tuple[str, object]:
+    """All ways on test rows."""
+    rows: list[list[object]] = []
+    raw: dict[str, Any] = {}
+    drawn = {seed: inputs(bench, seed) for seed in seeds}
+    for way in ways(bench, gradient=gradient):
+        found = [scored(bench, way, drawn[seed], "test") for seed in (seeds if way.drawn else seeds[:1])]
+        scores, seconds = [one for one, _ in found], [taken for _, taken in found]
+        lowest = min(scores, key=lambda one: min(one.normalised.values()))
+        rows.append(
+            [way.label, spread([one.mean for one in scores]), worst(lowest), f"{statistics.fmean(seconds):.0f}"]
+        )
+        raw[way.label] = {"scores": [dict(one.normalised) for one in scores], "seconds": seconds}
+    text = (
+        f"Normalised means on {bench.rows['test']} test rows a task of {bench.taskset.name} with {INPUTS} unlabelled"
+        f" inputs of each task, {len(seeds)} draws; scales automatic, no labels anywhere. Worst: of all draws. Seconds"
+        " as they passed, beside other work.\n\n"
+    )
+    return text + results.table(["merge", "score", "worst task", "seconds"], rows), raw
+
+
+def choices(bench: Bench) -> tuple[str, object]:
+    """What decides quality, on validation rows."""
+    data = inputs(bench)
+    names = list(bench.taskset.tasks)
+    turned = dict(zip(names, names[1:] + names[:1], strict=True))
+    tried: list[tuple[str, Callable[[Data], MergeResult], Data]] = [
+        ("as it is", fitted(bench), data),
+        *((f"{n} inputs a task", fitted(bench), inputs(bench, count=n)) for n in (8, 16, 256)),
+        *(
+            (f"prior {prior}, ridge {ridge:g}", fitted(bench, prior=prior, ridge=ridge), data)
+            for prior in ("iso", "merge", "router", "zero")
+            for ridge in (0.03, 0.1, 0.3, 1.0, 3.0)
+            if (prior, ridge) != ("iso", 0.3)
+        ),
+        ("errors alike in all directions", fitted(bench, aside=1.0), data),
+        ("inputs of another task", fitted(bench), inputs(bench, of=turned)),
+        ("random tokens", fitted(bench), random_tokens(data)),
+    ]
+    rows: list[list[object]] = []
+    raw: dict[str, Any] = {}
+    for label, make, given in tried:
+        scores, seconds = scored(bench, Way(label, make), given, "validation")
+        rows.append([label, f"{scores.mean:.3f}", worst(scores), f"{seconds:.0f}"])
+        raw[label] = {"scores": dict(scores.normalised), "seconds": seconds}
+    text = (
+        f"Normalised means on {bench.rows['validation']} validation rows a task of {bench.taskset.name}, one draw of"
+        f" {INPUTS} inputs a task unless it is said; all else as it is by default.\n\n"
+    )
+    return text + results.table(["fit", "score", "worst task", "seconds"], rows), raw
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
+    parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
+    parser.add_argument("--only", choices=["comparison", "choices"], help="one of the two tables")
+    parser.add_argument("--gradient", action="store_true", help="also weights that are learned: minutes a row")
+    parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
+    given = parser.parse_args(arguments)
+    folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
+    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    if given.quick:
+        bench = bench.only(list(bench.taskset.tasks)[:2])
+    name = bench.taskset.name
+    if given.only != "choices":
+        seeds = SEEDS[:1] if given.quick else SEEDS
+        found = comparison(bench, seeds, gradient=given.gradient)
+        results.write(f"{TITLE}, {name}", *found, seed=0, folder=folder)
+    if given.only != "comparison":
+        results.write(f"{TITLE}: what decides, {name}", *choices(bench), seed=0, folder=folder)
+
+
+if __name__ == "__main__":
+    main()

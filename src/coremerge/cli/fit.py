@@ -1,0 +1,215 @@
+"""coremerge fit: one adapter from many, fitted to a few unlabelled inputs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark
+from coremerge.cli._output import size as size_of
+
+if TYPE_CHECKING:
+    from coremerge.learning.fit import FitReport
+    from coremerge.merging import MergeResult
+    from coremerge.pipeline import Merged, Prepared
+    from coremerge.plan import Plan
+
+
+def fit(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapters: folders, files or hub ids.", metavar="ADAPTER", show_default=False)
+    ],
+    *,
+    base: Annotated[str, typer.Option(help="The base model: a folder or a hub id.", metavar="MODEL")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Unlabelled inputs of an adapter's task: JSON lines (text, pair, messages, image), a text file,"
+            " a folder of images, or a data set; once per adapter.",
+            metavar="NAME=PATH",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="OUT")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result. Default: as it comes out.")] = None,
+    rank_budget: Annotated[
+        int | None, typer.Option(min=1, help="Instead: the modules' mean rank, given where it brings most.")
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            help="What the result is drawn to: iso (default: the sum, isotropized), merge (coremerge's default merge),"
+            " router, regmean, zero.",
+            metavar="PRIOR",
+            show_default=False,
+        ),
+    ] = None,
+    ridge: Annotated[float, typer.Option(min=0.0, help="How strongly; inf: the prior alone.")] = 0.3,
+    count: Annotated[int, typer.Option("--inputs", min=1, help="Drawn for each task.")] = 64,
+    size: Annotated[int, typer.Option("--batch", min=1, help="Inputs that go together.")] = 16,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an input.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the result: float32, float16, bfloat16; default: the inputs' own.", metavar="DTYPE"),
+    ] = None,
+    base_dtype: Annotated[
+        str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.", metavar="DTYPE")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the draw of inputs.")] = 0,
+    extras: Annotated[
+        str | None,
+        typer.Option(
+            help="Where adapters carry different whole tensors: the adapter to take them from, average, or drop.",
+            metavar="POLICY",
+        ),
+    ] = None,
+    allow_disjoint: Annotated[
+        bool, typer.Option("--allow-disjoint", help="Fit adapters that share no module.")
+    ] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read legacy .bin files, too.")] = False,
+    into: Annotated[
+        str | None, typer.Option(help="Write this base model with the merged update added to it.", metavar="BASE")
+    ] = None,
+    spill: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for hidden states. Default: memory, or a temporary folder above 1 GB.", metavar="FOLDER"
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is done in this file, and go on from it if it is there.", metavar="FILE.safetensors"
+        ),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Draw it, too: OUT/report.html.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there already.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan and write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Merge adapters by least squares on unlabelled inputs.
+
+    So that the model passes on, for the inputs of every task, what it would with that task's own adapter: a few forward
+    passes of the base model, no labels, no gradient.
+    """
+    from coremerge.cli import _options
+    from coremerge.cli.merge import draw
+    from coremerge.inputs import by_label
+    from coremerge.learning.files import read_batches
+    from coremerge.learning.fit import PRIORS, prior_recipe
+    from coremerge.pipeline import prepare
+
+    output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
+    chosen = _options.one_of(prior, tuple(PRIORS), "--prior") or "iso"
+    recipe = _options.override(prior_recipe(chosen), {k: v for k, v in output.items() if v is not None})
+    with progress_bar(quiet) as bar:
+        prepared = prepare(
+            adapters,
+            recipe,
+            out=out,
+            into=into,
+            base=base,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+            progress=bar,
+        )
+        named = by_label(_options.initial(data, "--data"), prepared.plan.adapters, adapters)
+        bar("reading inputs", 0, 1)
+        batches = read_batches(
+            prepared.plan.adapters, base, named, count=count, size=size, max_length=max_length, seed=seed
+        )
+        if not dry_run:
+            settings = {"rank_budget": rank_budget, "ridge": ridge, "spill": spill, "resume": resume}
+            solve = _solver(batches, base, base_dtype, device, bar, prior=chosen, **settings)
+            merged = prepared.run(out, command=["coremerge", *sys.argv[1:]], progress=bar, solve=solve)
+            if report:
+                draw(out, None, None, bar)
+    if dry_run:
+        _show_plan(prepared, batches, base, spill, as_json=as_json, quiet=quiet)
+    else:
+        _show(merged, as_json, quiet)
+
+
+def _solver(
+    batches: Mapping[str, Any], base: str, dtype: str, device: str, bar: Progress, **settings: Any
+) -> Callable[[Plan], MergeResult]:
+    def solve(plan: Plan) -> MergeResult:
+        from coremerge.learning.files import load_model, moved
+        from coremerge.learning.fit import fit_plan
+
+        bar("loading the base model", 0, 1)
+        model = load_model(base, dtype, device)
+        return fit_plan(
+            model, plan, moved(batches, model), progress=lambda done, count: bar("fitting", done, count), **settings
+        )
+
+    return solve
+
+
+def _show_plan(
+    prepared: Prepared, batches: Mapping[str, Any], base: str, spill: Path | None, *, as_json: bool, quiet: bool
+) -> None:
+    from coremerge.cli._describe import adapters_table, extras_table, planned_modules_table
+    from coremerge.learning.files import read_config
+    from coremerge.learning.fit import SPILL_BYTES, state_bytes
+    from coremerge.learning.fitting import rows_of
+
+    inputs = {name: sum(map(rows_of, listed)) for name, listed in batches.items()}
+    states = state_bytes(read_config(base), batches)
+    where = "disk" if spill is not None or states > SPILL_BYTES else "memory"
+    if as_json:
+        print_json({**prepared.to_dict(), "inputs": inputs, "states": {"bytes": states, "where": where}})
+    if quiet:
+        return
+    if not as_json:
+        plan = prepared.plan
+        said = [
+            ("inputs", ", ".join(f"{name} {count}" for name, count in inputs.items())),
+            ("rank", f"at most {plan.rank}"),
+            ("size", f"{size_of(prepared.output_bytes)}, {prepared.dtype}"),
+            ("hidden states", f"about {size_of(states)}, {'in memory' if where == 'memory' else 'on disk'}"),
+            ("output", "not written: dry run"),
+        ]
+        parts = adapters_table(plan.adapters, plan.weights), planned_modules_table(plan), extras_table(plan)
+        typer.echo("\n\n".join(filter(None, (*parts, facts(said)))))
+    for text in (*prepared.plan.warnings, *prepared.notes):
+        remark("note", text)
+
+
+def _show(merged: Merged, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(merged.to_dict())
+    if quiet:
+        return
+    if not as_json:
+        typer.echo(facts(_facts(merged)))
+    for text in merged.report.warnings:
+        remark("note" if text in merged.plan.warnings else "warning", text)
+    for text in merged.notes:
+        remark("note", text)
+
+
+def _facts(merged: Merged) -> Iterator[tuple[str, object]]:
+    report = cast("FitReport", merged.report)
+    fits = report.fits.values()
+    yield "merged", f"{len(merged.plan.adapters)} adapters: {', '.join(merged.plan.adapters)}"
+    yield "method", report.made
+    if fits:
+        before, after = (sum(values) / len(fits) for values in zip(*((f.prior, f.fitted) for f in fits), strict=True))
+        yield "held-out error", f"{number(after)} of what no update leaves; the prior's: {number(before)}"
+        yield "modules", f"{len(report.modules)}, of which {sum(f.kept for f in fits)} keep the prior"
+    if merged.into is None:
+        yield "rank", report.rank
+    else:
+        yield "into", merged.into
+    yield "hidden states", "in memory" if report.states == "memory" else "on disk"
+    yield "size", f"{size_of(merged.saved.bytes)}, {str(merged.saved.dtype).removeprefix('torch.')}"
+    yield "time", f"{duration(merged.seconds)}, of which fitting {duration(report.seconds)}"
+    yield "written to", merged.saved.path

@@ -1,0 +1,246 @@
+"""The merged cores from unlabelled inputs, in closed form: no gradient, and a few forward passes."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coremerge.adapter import Adapter
+from coremerge.errors import ConfigError, InputError, UnsupportedError
+from coremerge.learning.backbone import Batch, frozen
+from coremerge.learning.fitting import Drawn, Fitting, ModuleFit, Progress, rows_of
+from coremerge.learning.kept import Kept, mark_of
+from coremerge.learning.leastsquares import ASIDE, allot
+from coremerge.learning.states import States
+from coremerge.learning.weights import check_names
+from coremerge.merging import MergeResult, Report, execute, lifted, report_of
+from coremerge.plan import Plan, make_plan
+from coremerge.recipe import Recipe
+
+PRIORS: Mapping[str, Recipe | None] = {
+    "iso": Recipe(method="sum", steps=["isotropize"]),
+    "merge": Recipe(),
+    "router": None,
+    "regmean": None,
+    "zero": None,
+}
+"""By name: merges without data; SSR-Merge's router and RegMean, from one pass over the inputs; nothing at all."""
+
+PRIOR = "iso"
+RIDGE = 0.3
+IMAGE_TOKENS = 256
+"""Of an image, where hidden states are only estimated."""
+
+SPILL_BYTES = 1 << 30
+"""Hidden states that are expected to take more go to disk, unless it is said where."""
+
+
+@dataclass(frozen=True)
+class FitReport(Report):
+    """What a fit did: as :class:`~coremerge.merging.Report`, and how.
+
+    Attributes:
+        fits: module name → :class:`~coremerge.learning.fitting.ModuleFit`; modules that no input reached are absent.
+        prior: what the cores are drawn to.
+        ridge: how strongly; None in JSON where it was infinite.
+        states: where hidden states were kept: ``memory`` or ``disk``.
+    """
+
+    fits: Mapping[str, ModuleFit] = field(default_factory=dict)
+    prior: str = ""
+    ridge: float = 0.0
+    states: str = "memory"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        modules = {name: vars(fit) for name, fit in self.fits.items()}
+        ridge = self.ridge if math.isfinite(self.ridge) else None
+        return super().to_dict() | {"fit": {"prior": self.prior, "ridge": ridge, "modules": modules}}
+
+
+def fit(
+    model: nn.Module,
+    adapters: Mapping[str, Adapter] | Sequence[Adapter],
+    data: Mapping[str, Iterable[Batch]],
+    *,
+    rank: int | None = None,
+    rank_budget: int | None = None,
+    prior: str | Recipe = PRIOR,
+    ridge: float = RIDGE,
+    aside: float = ASIDE,
+    seed: int = 0,
+    dtype: str | None = None,
+    extras: str | None = None,
+    allow_disjoint: bool = False,
+    spill: str | Path | bool | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge ``adapters`` so that the model passes on, for each task's inputs, what it would with that task's adapter.
+
+    Module by module in the order of the forward pass, by least squares in core space: see
+    :mod:`coremerge.learning.leastsquares`. The model is run and is as it was afterwards.
+
+    Args:
+        model: as :func:`~coremerge.learning.learn_weights` takes it.
+        adapters: name → adapter, of any rank, alpha and type; all modules linear (or GPT-2's Conv1D).
+        data: the same names → batches, as the model takes them; labels are not read. An adapter without data counts
+            through the prior alone.
+        rank: of the result; each module is cut in the metric of its own inputs before the next one is fitted. None: as
+            high as the fit comes out.
+        rank_budget: in place of ``rank``: the modules' mean rank, higher where it brings more to the outputs. The file
+            has the largest of them for all, with zero rows. Costs a second fit.
+        prior: what the cores are drawn to: a name of :data:`PRIORS` (``"iso"``: the sum, isotropized, at automatic
+            scale), or a recipe, whose merge it is.
+        ridge: how strongly, as a share of the inputs' mean second moment; infinite: the prior alone.
+        aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
+            plain least squares.
+        seed: of anything random in the model, and in the prior.
+        dtype: of the result: see :class:`~coremerge.Recipe`, as are ``extras`` and ``allow_disjoint``.
+        extras: what to do with whole tensors that adapters carry.
+        allow_disjoint: merge adapters none of whose modules coincide.
+        spill: keep hidden states on disk: in this folder, or (True) where temporary files go; False: in memory. By
+            default on disk where they may take more than a gibibyte.
+        resume: a file in which modules that are done are kept, and from which they are taken if it is there already.
+        progress: called as modules are done, with their number and that of all; False stops, as ``KeyboardInterrupt``.
+
+    Returns:
+        the merged adapter, and a :class:`FitReport`.
+
+    Raises:
+        ConfigError: an unknown prior, a task that is no adapter, no inputs; a ``resume`` of something else.
+        InputError: a task without inputs.
+        MismatchError: the model lacks a module, or has it in another shape.
+        UnsupportedError: a module that cannot be hooked, biases in the adapters, or inputs that take other ways through
+            the merged model than through their own (experts).
+
+    Source: ours; its neighbours are RegMean (2212.09849), SSR-Merge (2606.10617) and CtM (2606.03723).
+    """
+    output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
+    plan = make_plan(adapters, prior_recipe(prior).model_copy(update=output))
+    given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside}
+    return fit_plan(model, plan, data, prior=prior, spill=spill, resume=resume, progress=progress, **given)
+
+
+def prior_recipe(prior: str | Recipe) -> Recipe:
+    """The recipe that a fit's plan has: the prior's, where it is a merge.
+
+    Raises:
+        ConfigError: an unknown prior.
+    """
+    if isinstance(prior, Recipe):
+        return prior
+    if prior not in PRIORS:
+        known = ", ".join(PRIORS)
+        raise ConfigError("no such prior", key="prior", value=prior, remedy=f"Known: {known}, or a recipe")
+    return PRIORS[prior] or Recipe(method="sum")
+
+
+def fit_plan(
+    model: nn.Module,
+    plan: Plan,
+    data: Mapping[str, Iterable[Batch]],
+    *,
+    rank_budget: int | None = None,
+    prior: str | Recipe = PRIOR,
+    ridge: float = RIDGE,
+    aside: float = ASIDE,
+    spill: str | Path | bool | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """:func:`fit` with a plan: its recipe is :func:`prior_recipe`, its rank that of the result."""
+    start = time.perf_counter()
+    check_names("data", data, plan.adapters)
+    batches = {name: list(data[name]) for name in plan.adapters if name in data}
+    rank = plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
+    _check(plan, batches, ridge, aside)
+    if rank_budget is not None and (rank is not None or rank_budget < 1 or math.isinf(ridge)):
+        raise ConfigError("at least 1, instead of rank, and with a finite ridge", key="rank_budget", value=rank_budget)
+    drawn = Drawn(_prior(prior, plan), ridge, aside, rank)
+    settings = {"recipe": plan.recipe.model_dump(mode="json"), "prior": str(prior), "ridge": ridge, "aside": aside}
+    mark = mark_of(model, plan.adapters, batches, settings)
+    torch.manual_seed(plan.recipe.seed)
+    with frozen(model), torch.no_grad(), ExitStack() as undo:
+        if spill is None:
+            itemsize = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
+            spill = state_bytes(getattr(model, "config", None), batches, itemsize) > SPILL_BYTES
+        place = None if spill is False else "" if spill is True else str(spill)
+
+        def run_with(drawn: Drawn, mark: str, suffix: str = "") -> Fitting:
+            folder = None if place is None else Path(undo.enter_context(tempfile.TemporaryDirectory(dir=place or None)))
+            kept = Kept(None if resume is None else Path(f"{resume}{suffix}"), mark)
+            run = Fitting(model, plan, batches, drawn, States(folder), kept=kept)
+            run.go(progress)
+            return run
+
+        if rank_budget is not None:
+            exact = run_with(drawn, mark, ".exact")
+            drawn = replace(drawn, rank=_allotted(exact, rank_budget))
+            mark += f" {rank_budget}"
+        run = run_with(drawn, mark)
+    plain = vars(report_of(plan, run.solved, 1.0, time.perf_counter() - start))
+    inputs = sum(rows_of(batch) for listed in batches.values() for batch in listed)
+    name = prior if isinstance(prior, str) else f"merge by {prior.method}"
+    tasks = f"{len(batches)} task{'s' if len(batches) != 1 else ''}"
+    made = f"fitted to {inputs} inputs of {tasks}; prior: {name}, ridge {ridge:g}"
+    report = FitReport(
+        **plain | {"warnings": (*plain["warnings"], *run.warnings()), "made": made},
+        fits=run.fits, prior=name, ridge=ridge, states="memory" if place is None else "disk",
+    )  # fmt: skip
+    return MergeResult(lifted(plan, run.parts, run.solved), report, plan)
+
+
+def _allotted(exact: Fitting, budget: int) -> dict[str, int]:
+    """The ranks of a second fit; a module that no input reaches has the budget."""
+    return dict.fromkeys(exact.targets, budget) | allot(exact.gains, budget)
+
+
+def _check(plan: Plan, batches: Mapping[str, Sequence[Batch]], ridge: float, aside: float) -> None:
+    if not batches:
+        raise ConfigError("no task to fit to", key="data", remedy="Give inputs of at least one adapter's task")
+    for name, listed in batches.items():
+        if not listed:
+            raise InputError("no inputs", key=name, remedy="Give at least one batch")
+    if not ridge >= 0:
+        raise ConfigError("a number of at least zero is needed", key="ridge", value=ridge)
+    if not 0 < aside <= 1:
+        raise ConfigError("above 0, at most 1", key="aside", value=aside)
+    biased = next((name for name, adapter in plan.adapters.items() if adapter.biases), None)
+    if biased:
+        raise UnsupportedError(
+            "its updates have biases (lora_bias), which a core does not hold", key=biased,
+            remedy="Learn weights instead: coremerge learn-weights",
+        )  # fmt: skip
+
+
+def _prior(prior: str | Recipe, plan: Plan) -> str | Adapter:
+    """A single adapter is its own prior, and what is fitted then."""
+    if len(plan.adapters) == 1:
+        return next(iter(plan.adapters.values()))
+    if isinstance(prior, str) and PRIORS[prior] is None:
+        return prior
+    return execute(replace(plan, recipe=plan.recipe.model_copy(update={"rank": None}))).adapter
+
+
+def state_bytes(config: Any, batches: Mapping[str, Iterable[Batch]], itemsize: int = 4) -> int:
+    """What hidden states take, about: one of the model's width for each token, of both ways through it."""
+    text = getattr(config, "text_config", config)
+    width = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0) or 1024)
+    return 2 * sum(_tokens(batch) for listed in batches.values() for batch in listed) * width * itemsize
+
+
+def _tokens(batch: Batch) -> int:
+    ids = batch.get("input_ids")
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    return IMAGE_TOKENS * rows_of(batch)

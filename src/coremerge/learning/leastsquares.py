@@ -1,0 +1,282 @@
+"""One module's merged core from sums over tokens: what is asked of it is linear, so nothing has to be descended.
+
+For task k's inputs, z = Vᵀ x̂ is the module's input in the merged model and y = Uᵀ[(W + Δ_k) x − W x̂] what the merged
+core should make of it, so that the module's output is that of the model with adapter k alone, where the input is x.
+
+Errors do not count alike in all directions: those in which adapter k itself moves the output count fully, the others by
+the share :data:`ASIDE`. On inputs that tasks share, plain least squares would give each task a part of its demand, the
+others' demands being in its way; here it need not, as what others write elsewhere hardly disturbs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coremerge import linalg
+
+LEAST = 1e-2
+"""A task's demand counts as at least this share of the tasks' mean one: weights are one over it."""
+
+ASIDE = 0.1
+"""How much an error counts in a direction in which the task's adapter does not move the output."""
+
+SOFT = 1e-2
+"""Share of the largest second moment of an adapter's outputs at which a direction counts half."""
+
+METRIC = 1e-2
+"""Share of the ridge that is added to the inputs' second moments where a rank is cut in their metric."""
+
+STEPS, EXACT = 200, 1e-10
+"""Of the conjugate gradients: at most so many, until the residual is this share of what it was."""
+
+
+@dataclass
+class Sums:
+    """Of one task at one module, over the tokens of some inputs.
+
+    Attributes:
+        count: number of tokens.
+        zz: (q, q) Σ z zᵀ.
+        yz: (p, q) Σ y zᵀ.
+        yy: (p, p) Σ y yᵀ.
+    """
+
+    count: int
+    zz: Tensor
+    yz: Tensor
+    yy: Tensor
+
+    @classmethod
+    def zero(cls, p: int, q: int) -> Sums:
+        """Of no tokens."""
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((q, q), (p, q), (p, p))))
+
+    def add(self, z: Tensor, y: Tensor) -> None:
+        """The tokens of inputs ``z`` (tokens, q) and demands ``y`` (tokens, p)."""
+        z, y = z.double().cpu(), y.double().cpu()
+        self.count += len(z)
+        self.zz += z.mT @ z
+        self.yz += y.mT @ z
+        self.yy += y.mT @ y
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.count + other.count, self.zz + other.zz, self.yz + other.yz, self.yy + other.yy)
+
+
+def shared(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
+    """The sums of all parts."""
+    whole = dict(parts[0])
+    for part in parts[1:]:
+        whole = {task: whole[task] + part[task] for task in whole}
+    return whole
+
+
+def metric(moments: Tensor, aside: float = ASIDE, soft: float = SOFT) -> Tensor:
+    """How errors count for a task (p, p), by the second ``moments`` (p, p) of what its adapter adds to the outputs.
+
+    With c the moments' eigenvalues: c / (c + soft · max c), brought between ``aside`` and 1.
+    """
+    eye = torch.eye(len(moments), dtype=torch.float64)
+    values, vectors = linalg.eigh(moments)
+    values = values.clamp_min(0)
+    if not len(values) or not float(values[-1]):
+        return eye
+    own = (vectors * (values / (values + soft * values[-1]))) @ vectors.mT
+    return aside * eye + (1 - aside) * own
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one task asks of a module's core; means over its tokens times the task's weight.
+
+    Attributes:
+        metric: (p, p), see :func:`metric`.
+        zz: (q, q).
+        yz: (p, q).
+        yy: (p, p).
+    """
+
+    metric: Tensor
+    zz: Tensor
+    yz: Tensor
+    yy: Tensor
+
+    @property
+    def size(self) -> float:
+        """What no update at all would leave."""
+        return float((self.metric * self.yy).sum())
+
+    def residual(self, core: Tensor) -> float:
+        """The mean of ‖core z − y‖² in the metric."""
+        return float(((self.metric @ core) * (core @ self.zz - 2 * self.yz)).sum()) + self.size
+
+
+def demands(
+    sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
+) -> list[Demand]:
+    """Of the tasks that have tokens. By default a task's weight is one over the size of its demand."""
+    having = {task: s for task, s in sums.items() if s.count}
+    means = {task: Demand(metrics[task], s.zz / s.count, s.yz / s.count, s.yy / s.count) for task, s in having.items()}
+    weights = weights or weights_of(means)
+    return [
+        Demand(m.metric, weights[task] * m.zz, weights[task] * m.yz, weights[task] * m.yy) for task, m in means.items()
+    ]
+
+
+def weights_of(means: Mapping[str, Demand]) -> dict[str, float]:
+    """One over the size of each demand, so that large outputs do not decide alone."""
+    sizes = {task: demand.size for task, demand in means.items()}
+    least = LEAST * sum(sizes.values()) / len(sizes) if sizes else 0.0
+    return {task: 1 / max(size, least) if least else 1.0 for task, size in sizes.items()}
+
+
+def relative(asked: Sequence[Demand], core: Tensor) -> float:
+    """The tasks' residuals as a share of what no update at all would leave."""
+    size = sum(demand.size for demand in asked)
+    return max(sum(demand.residual(core) for demand in asked), 0.0) / size if size else 0.0
+
+
+def solve(asked: Sequence[Demand], prior: Tensor, ridge: float, *, exact: float = EXACT) -> Tensor:
+    """The core M (p, q) with the least Σ_k residual + ρ ‖M − prior‖², ρ = ``ridge`` × mean diagonal of Σ_k zz.
+
+    Its normal equations Σ_k H_k M S_k + ρ M = Σ_k H_k Y_k + ρ prior, by conjugate gradients from the prior; in one step
+    where the tasks' metrics are equal, or their inputs' moments.
+    """
+    inputs = sum((demand.zz for demand in asked), torch.zeros(prior.shape[-1], prior.shape[-1], dtype=torch.float64))
+    if not asked or not inputs.numel() or not prior.numel():
+        return prior
+    mean = float(inputs.diagonal().mean())
+    rho = max(ridge, linalg.RTOL) * mean
+    size = sum(float(d.zz.diagonal().sum()) for d in asked)
+    outputs = sum((d.metric * (float(d.zz.diagonal().sum()) / size) for d in asked), torch.zeros_like(asked[0].metric))
+    (high, left), (wide, right) = linalg.eigh(outputs), linalg.eigh(inputs)
+    levels = high.clamp_min(0).unsqueeze(-1) * wide.clamp_min(0) + rho
+
+    def applied(core: Tensor) -> Tensor:
+        return sum((d.metric @ core @ d.zz for d in asked), rho * core)
+
+    def nearly(rest: Tensor) -> Tensor:
+        return left @ ((left.mT @ rest @ right) / levels) @ right.mT
+
+    wanted = sum((d.metric @ (d.yz - prior @ d.zz) for d in asked), torch.zeros_like(prior))
+    return prior + _conjugate_gradients(applied, nearly, wanted, exact)
+
+
+def _conjugate_gradients(
+    applied: Callable[[Tensor], Tensor], nearly: Callable[[Tensor], Tensor], wanted: Tensor, exact: float
+) -> Tensor:
+    """x with ``applied(x)`` = ``wanted``; ``nearly`` is almost its inverse."""
+    found, rest = torch.zeros_like(wanted), wanted
+    goal = exact * float(wanted.norm())
+    step = nearly(rest)
+    level = (rest * step).sum()
+    for _ in range(STEPS):
+        if float(rest.norm()) <= goal:
+            break
+        moved = applied(step)
+        length = level / (step * moved).sum()
+        found, rest = found + length * step, rest - length * moved
+        turned = nearly(rest)
+        level, before = (rest * turned).sum(), level
+        step = turned + (level / before) * step
+    return found
+
+
+def cut(asked: Sequence[Demand], core: Tensor, rank: int, ridge: float) -> Tensor:
+    """The core of at most ``rank`` whose outputs on the inputs are nearest to those of ``core``.
+
+    Reduced-rank regression: with S the inputs' second moments plus a little of the ridge, the top components of M S^½,
+    times S^-½.
+    """
+    if rank >= min(core.shape):
+        return core
+    vectors, root = _root(asked, core, ridge)
+    left, sizes, right = linalg.svd((core @ vectors) * root)
+    return (left[:, :rank] * sizes[:rank]) @ ((right[:rank] / root) @ vectors.mT)
+
+
+def gains(asked: Sequence[Demand], core: Tensor, ridge: float) -> Tensor:
+    """What each component that :func:`cut` can keep adds to the outputs, as a share of what is asked; descending."""
+    vectors, root = _root(asked, core, ridge)
+    _, sizes, _ = linalg.svd((core @ vectors) * root)
+    size = sum(demand.size for demand in asked)
+    return sizes.square() / size if size else torch.zeros_like(sizes)
+
+
+def _root(asked: Sequence[Demand], core: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (q, q) of S, and the roots (q) of its eigenvalues."""
+    zz = sum((demand.zz for demand in asked), torch.zeros(core.shape[-1], core.shape[-1], dtype=torch.float64))
+    values, vectors = linalg.eigh(zz)
+    mean = float(zz.diagonal().mean())
+    level = values.clamp_min(0) + max(METRIC * ridge, linalg.RTOL) * mean if mean else torch.ones_like(values)
+    return vectors, level.sqrt()
+
+
+def allot(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """Module → rank, ``budget`` on average, so that the components that are kept have the largest ``shares``.
+
+    Every module keeps at least one. Source: ours; greedy, which is optimal as shares descend within a module.
+    """
+    ranks = dict.fromkeys(shares, 1)
+    listed = [(float(x), name) for name, values in shares.items() for x in values[1:]]
+    for _, name in sorted(listed, key=lambda one: -one[0])[: (budget - 1) * len(shares)]:
+        ranks[name] += 1
+    return ranks
+
+
+def router(own: Mapping[str, Tensor], cores: Mapping[str, tuple[Tensor, Tensor]], ridge: float) -> Tensor:
+    """The core of SSR-Merge: each task's inputs are led to its own adapter's components.
+
+    Args:
+        own: task → (q, q) second moments of Vᵀ x, x the inputs in the model with the task's adapter alone.
+        cores: adapter → its factors (p, r), (r, q) in core space.
+        ridge: relative to the mean diagonal.
+
+    With z all adapters' components side by side and G_k = E[z zᵀ] over its trace,
+    R = (Σ_k E_k G_k)(Σ_k G_k + λI)⁻¹, E_k keeping the rows of adapter k.
+
+    Source: SSR-Merge, arXiv 2606.10617.
+    """
+    rights = torch.cat([right for _, right in cores.values()])
+    lefts = torch.cat([left for left, _ in cores.values()], -1)
+    edges, at = {}, 0
+    for name, (_, right) in cores.items():
+        edges[name] = slice(at, at + len(right))
+        at += len(right)
+    whole, wanted = torch.zeros(at, at, dtype=torch.float64), torch.zeros(at, at, dtype=torch.float64)
+    for task, moments in own.items():
+        gram = rights @ moments @ rights.mT
+        trace = float(gram.diagonal().sum())
+        if trace <= 0:
+            continue
+        whole += gram / trace
+        if task in edges:
+            wanted[edges[task]] += gram[edges[task]] / trace
+    level = max(ridge, linalg.RTOL) * float(whole.diagonal().mean())
+    if not level:
+        return lefts @ rights
+    return lefts @ linalg.solve(whole + level * torch.eye(at, dtype=torch.float64), wanted.mT).mT @ rights
+
+
+def regmean(own: Mapping[str, Tensor], cores: Mapping[str, tuple[Tensor, Tensor]], ridge: float) -> Tensor:
+    """RegMean in core space: (Σ_k M_k S_k)(Σ_k S_k + λI)⁻¹, S_k the second moments of task k's own inputs.
+
+    Args:
+        own: see :func:`router`; only tasks whose adapter has the module count.
+        cores: see :func:`router`.
+        ridge: relative to the mean diagonal, in place of RegMean's smaller off-diagonals.
+
+    Source: RegMean, arXiv 2212.09849.
+    """
+    having = {task: moments for task, moments in own.items() if task in cores}
+    if not having:
+        return torch.cat([left for left, _ in cores.values()], -1) @ torch.cat([right for _, right in cores.values()])
+    whole = sum(having.values(), torch.zeros_like(next(iter(having.values()))))
+    wanted = torch.stack([cores[task][0] @ (cores[task][1] @ moments) for task, moments in having.items()]).sum(0)
+    level = max(ridge, linalg.RTOL) * float(whole.diagonal().mean())
+    eye = torch.eye(len(whole), dtype=torch.float64)
+    return linalg.solve(whole + (level or 1.0) * eye, wanted.mT).mT

@@ -1,0 +1,77 @@
+"""What a pass through a model leaves for the next one: trees of tensors, in memory or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class States:
+    """Trees of tensors by key.
+
+    Args:
+        folder: where they are written, a file each; None: they are kept in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._kept: dict[Hashable, tuple[Any, Any]] = {}
+        self._files = 0
+
+    def __setitem__(self, key: Hashable, tree: Any) -> None:
+        tensors: list[Tensor] = []
+        shape = _taken_apart(tree, tensors)
+        if self.folder is None:
+            self._kept[key] = shape, [tensor.detach() for tensor in tensors]
+            return
+        path = self._kept[key][1][0] if key in self._kept else self.folder / f"{self._files}.safetensors"
+        self._files += key not in self._kept
+        save_file({str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}, path)
+        self._kept[key] = shape, (path, [tensor.device for tensor in tensors])
+
+    def __getitem__(self, key: Hashable) -> Any:
+        shape, held = self._kept[key]
+        if self.folder is None:
+            return _put_together(shape, held)
+        path, devices = held
+        read = load_file(path)
+        return _put_together(shape, [read[str(i)].to(device) for i, device in enumerate(devices)])
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what is kept under ``key``, if anything."""
+        _, held = self._kept.pop(key, (None, None))
+        if self.folder is not None and held is not None:
+            held[0].unlink()
+
+
+def _taken_apart(tree: Any, tensors: list[Tensor]) -> Any:
+    """``tree`` with places in ``tensors`` for its tensors."""
+    if isinstance(tree, Tensor):
+        tensors.append(tree)
+        return _Place(len(tensors) - 1)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_taken_apart(part, tensors) for part in tree)
+    if isinstance(tree, Mapping):
+        return type(tree)({key: _taken_apart(part, tensors) for key, part in tree.items()})  # type: ignore[call-arg]
+    return tree
+
+
+class _Place(int):
+    pass
+
+
+def _put_together(shape: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(shape, _Place):
+        return tensors[shape]
+    if isinstance(shape, (tuple, list)):
+        return type(shape)(_put_together(part, tensors) for part in shape)
+    if isinstance(shape, Mapping):
+        return type(shape)({key: _put_together(part, tensors) for key, part in shape.items()})  # type: ignore[call-arg]
+    return shape

@@ -1,0 +1,99 @@
+"""coremerge fit, from files to a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import coremerge
+from families import WORDS, make_adapter, make_model
+
+TEXTS = ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w2 w4")
+DATA = ["--data", "A=a.jsonl", "--data", "B=b.txt"]
+
+
+@pytest.fixture
+def fit(run):
+    """Runs the command in a folder with a tiny BERT, two adapters of it and inputs for both."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    make_model("bert").bert.save_pretrained("base")
+    inner = Tokenizer(models.WordLevel({"[PAD]": 0} | {f"w{i}": i for i in range(1, WORDS)}, unk_token="[PAD]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[PAD]").save_pretrained("base")
+    for seed, name in enumerate("AB"):
+        make_adapter("bert", Path(name), seed)
+    Path("a.jsonl").write_text("".join(json.dumps({"text": text, "label": None}) + "\n" for text in TEXTS))
+    Path("b.txt").write_text("\n".join(TEXTS))
+
+    def fit(*words):
+        return run("fit", "A", "B", "--base", "base", *words)
+
+    return fit
+
+
+def test_from_files_to_a_folder(fit, run):
+    result = fit(*DATA, "-o", "OUT", "--rank", "4", "--report")
+    assert result.exit_code == 0, result.stderr
+    for said in ("fitted to 8 inputs of 2 tasks; prior: iso, ridge 0.3", "held-out error", "OUT", "in memory"):
+        assert said in result.stdout
+    merged = coremerge.load("OUT")
+    assert {module.rank for module in merged.modules.values()} == {4}
+    card = Path("OUT/README.md").read_text()
+    assert "fitted to 8 inputs" in card and "## Recipe" not in card and "coremerge fit" in card
+    assert "fitted to 8 inputs" in Path("OUT/report.html").read_text()
+    record = json.loads(Path("OUT/coremerge.json").read_text())
+    assert record["made"].startswith("fitted") and set(record["fit"]["modules"]) == set(merged)
+    assert run("inspect", "--merged", "OUT", "A", "B").exit_code == 0
+
+
+def test_the_same_files_again_and_after_a_stop(fit, monkeypatch):
+    assert fit(*DATA, "-o", "ONE").exit_code == 0
+    from coremerge.learning import fitting
+
+    tell, times = fitting.Fitting._tell, []
+
+    def stop(self, progress):
+        times.append(1)
+        if len(times) == 3:
+            raise KeyboardInterrupt
+        tell(self, progress)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting.Fitting, "_tell", stop)
+        assert fit(*DATA, "-o", "TWO", "--resume", "kept.safetensors").exit_code != 0
+    assert not Path("TWO").exists() and Path("kept.safetensors").exists()
+    assert fit(*DATA, "-o", "TWO", "--resume", "kept.safetensors").exit_code == 0
+    assert Path("ONE/adapter_model.safetensors").read_bytes() == Path("TWO/adapter_model.safetensors").read_bytes()
+
+
+def test_json_and_dry_run(fit):
+    said = json.loads(fit(*DATA, "-o", "OUT", "--dry-run", "--json").stdout)
+    assert said["inputs"] == {"A": 4, "B": 4} and not Path("OUT").exists()
+    assert "not written: dry run" in fit(*DATA, "-o", "OUT", "--dry-run").stdout
+    said = json.loads(fit(*DATA, "-o", "OUT", "--json", "--prior", "router", "--ridge", "0.1").stdout)
+    assert said["report"]["fit"]["prior"] == "router" and said["output"]["path"] == "OUT"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "C=a.jsonl"], "C"),
+        ([*DATA, "--prior", "best"], "--prior"),
+        ([*DATA, "--resume", "a.jsonl"], "a.jsonl"),
+        (["--data", "A=missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(fit, words, said):
+    result = fit(*words, "-o", "OUT")
+    assert result.exit_code in (1, 2) and said in result.stderr
+    assert not Path("OUT").exists()
+
+
+def test_one_out_of_many_cores_says_so(fit):
+    assert fit(*DATA, "-o", "OUT").exit_code == 0
+    result = fit(*DATA, "-o", "OUT")
+    assert result.exit_code == 1 and "--overwrite" in result.stderr

@@ -1,0 +1,426 @@
+"""Fitted cores against brute force: whole passes with dense weights, and one large least squares a module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coremerge import Adapter, Recipe, load, merge
+from coremerge.errors import ConfigError, InputError, UnsupportedError
+from coremerge.learning import fit
+from coremerge.learning.backbone import backbone_output, token_mask
+from coremerge.learning.forward import find_modules
+from coremerge.lowrank import LowRank
+from families import FAMILIES, batches, make_adapter, make_model
+
+
+def weight_of(module):
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
+def seen(family, updates, batch):
+    """Inputs and outputs of every adapted module, tokens that count, with ``updates`` in the weights."""
+    model = make_model(family).double()
+    names = sorted(updates)
+    paths, found, hooks = find_modules(model, names), {}, []
+    for name in names:
+        module = model.get_submodule(paths[name])
+        if updates[name] is not None:
+            with torch.no_grad():
+                weight_of(module).add_(updates[name])
+
+        def keep(module, args, output, name=name):
+            x = args[0].reshape(-1, args[0].shape[-1])
+            mask = token_mask(batch, args[0])
+            rows = slice(None) if mask is None else mask.reshape(-1).bool()
+            found[name] = x[rows], output.reshape(-1, output.shape[-1])[rows], len(found)
+
+        hooks.append(module.register_forward_hook(keep))
+    with torch.no_grad():
+        backbone_output(model, {k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+    return found
+
+
+def root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def brute_force(family, adapters, data, ridge):
+    """Name → the fitted update, by the formulas, with a prior of zero."""
+    aside, soft = 0.1, 0.01
+    names = sorted({name for adapter in adapters.values() for name in adapter})
+    dense = {k: {n: a[n].dense() if n in a else None for n in names} for k, a in adapters.items()}
+    own = {k: [seen(family, dense[k], batch) for batch in data[k]] for k in adapters}
+    order = sorted(names, key=lambda n: own["a"][0][n][2])
+    fitted = dict.fromkeys(names)
+    for name in order:
+        held = [a[name] for a in adapters.values() if name in a]
+        left = torch.linalg.svd(torch.cat([u.left for u in held], 1), full_matrices=False)
+        right = torch.linalg.svd(torch.cat([u.right for u in held]), full_matrices=False)
+        basis, across = left[0][:, left[1] > 1e-8 * left[1][0]], right[2][right[1] > 1e-8 * right[1][0]]
+        p, q = basis.shape[1], len(across)
+        rows, wanted, moments = [], [], torch.zeros(q, q, dtype=torch.float64)
+        asked = {}
+        for k in adapters:
+            zs, ys, xs = [], [], []
+            for batch, alone in zip(data[k], own[k], strict=True):
+                merged = seen(family, fitted, batch)
+                x_own, y_own, _ = alone[name]
+                x_merged, y_merged, _ = merged[name]
+                zs.append(x_merged @ across.T)
+                ys.append((y_own - y_merged) @ basis)
+                xs.append(x_own)
+            z, y, x = torch.cat(zs), torch.cat(ys), torch.cat(xs)
+            own_update = dense[k][name]
+            if own_update is None:
+                metric = torch.eye(p, dtype=torch.float64)
+            else:
+                added = x @ own_update.T @ basis
+                values, vectors = torch.linalg.eigh(added.T @ added)
+                values = values.clamp_min(0)
+                metric = aside * torch.eye(p) + (1 - aside) * (
+                    (vectors * (values / (values + soft * values[-1]))) @ vectors.T
+                )
+            asked[k] = root(metric), z, y, (y @ root(metric)).square().sum() / len(y)
+        least = 0.01 * sum(size for *_, size in asked.values()) / len(asked)
+        for half, z, y, size in asked.values():
+            share = 1 / size.clamp_min(least) / len(y)
+            moments += share * z.T @ z
+            # rows of the design for vec(M): half ⊗ z
+            rows.append(share.sqrt() * torch.einsum("ij,tk->tijk", half, z).reshape(-1, p * q))
+            wanted.append(share.sqrt() * (y @ half).reshape(-1))
+        rho = ridge * moments.diagonal().mean()
+        design = torch.cat([*rows, rho.sqrt() * torch.eye(p * q, dtype=torch.float64)])
+        solution = torch.linalg.lstsq(design, torch.cat([*wanted, torch.zeros(p * q, dtype=torch.float64)])).solution
+        fitted[name] = basis @ solution.reshape(p, q) @ across
+    return fitted
+
+
+def doubled(data):
+    return {
+        k: [{n: v.double() if v.is_floating_point() else v for n, v in b.items()} for b in d] for k, d in data.items()
+    }
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Nothing is held against a fit: random adapters and inputs are too few to do well on held-out ones."""
+    monkeypatch.setattr("coremerge.learning.fitting.relative", lambda *_: 0.0)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {"a": make_adapter("bert", folder / "a", 1), "b": make_adapter("bert", folder / "b", 2, rank=5)}
+
+
+@pytest.fixture
+def data():
+    return doubled({"a": batches("bert", 3, seed=1), "b": batches("bert", 3, seed=2)})
+
+
+@pytest.fixture
+def model():
+    return make_model("bert").double()
+
+
+def close(one, other, share=1e-6):
+    return all(
+        torch.allclose(one[name].dense(), other[name].dense(), atol=share * float(other[name].norm())) for name in other
+    )
+
+
+def same_bytes(one, other, tmp_path):
+    paths = [result.adapter.save(tmp_path / str(i)).path for i, result in enumerate((one, other))]
+    return len({(path / "adapter_model.safetensors").read_bytes() for path in paths}) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("unchecked")
+def test_it_is_least_squares(family, tmp_path):
+    adapters = {k: make_adapter(family, tmp_path / k, i, rank=2 + i) for i, k in enumerate("ab")}
+    data = {k: batches(family, 2, seed=i) for i, k in enumerate("ab")}
+    result = fit(make_model(family).double(), adapters, doubled(data), prior="zero", ridge=0.3, dtype="float64")
+    assert set(result.adapter) == set(adapters["a"])
+    for name, update in brute_force(family, adapters, data, 0.3).items():
+        assert torch.allclose(result.adapter[name].dense(), update, atol=1e-6 * float(update.abs().max())), name
+
+
+def test_one_adapter_comes_back(model, adapters, data):
+    result = fit(model, {"a": adapters["a"]}, {"a": data["a"]}, dtype="float64")
+    assert close(result.adapter, adapters["a"])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_adapter_twice_is_that_adapter(model, adapters, data):
+    twins = {"a": adapters["a"], "twin": adapters["a"]}
+    result = fit(model, twins, {"a": data["a"], "twin": data["a"]}, prior="zero", ridge=1e-9, dtype="float64")
+    assert close(result.adapter, adapters["a"], 1e-3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tasks_whose_inputs_do_not_overlap_are_both_kept():
+    """Each adapter reads directions of its own, and each task's inputs have only those of its adapter."""
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12, bias=False)).double()
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = model
+
+        def forward(self, x):
+            return self.body(x)
+
+    halves = torch.zeros(2, 3, 12, dtype=torch.float64)
+    halves[0, :, :6], halves[1, :, 6:] = randn(3, 6), randn(3, 6)
+    adapters = {
+        key: Adapter.from_updates({"body.0": LowRank(randn(12, 3), half)}, name=key)
+        for key, half in zip("ab", halves, strict=True)
+    }
+    inputs = {key: torch.zeros(40, 12, dtype=torch.float64) for key in "ab"}
+    inputs["a"][:, :6], inputs["b"][:, 6:] = randn(40, 6), randn(40, 6)
+    data = {key: [{"x": x}] for key, x in inputs.items()}
+    result = fit(Net(), adapters, data, prior="zero", ridge=1e-9)
+    for key, x in inputs.items():
+        wanted = x @ adapters[key]["body.0"].dense().T
+        assert torch.allclose(x @ result.adapter["body.0"].dense().T, wanted, atol=1e-5)
+
+
+def test_the_order_of_adapters_does_not_matter(model, adapters, data):
+    one = fit(model, adapters, data, dtype="float64")
+    other = fit(model, dict(reversed(adapters.items())), data, dtype="float64")
+    assert close(one.adapter, other.adapter)
+
+
+def test_the_same_bytes_again_in_memory_on_disk_and_after_a_stop(model, adapters, data, tmp_path):
+    first = fit(model, adapters, data, rank=4, spill=False)
+    assert first.report.states == "memory"
+    on_disk = fit(model, adapters, data, rank=4, spill=tmp_path)
+    assert on_disk.report.states == "disk" and not list(tmp_path.iterdir())
+    assert same_bytes(first, on_disk, tmp_path / "spilled")
+    kept = tmp_path / "kept.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, adapters, data, rank=4, resume=kept, progress=lambda done, count: done < count / 2)
+    passes = []
+    model.bert.register_forward_pre_hook(lambda *_: passes.append(1))
+    resumed = fit(model, adapters, data, rank=4, resume=kept)
+    assert same_bytes(first, resumed, tmp_path / "resumed")
+    assert resumed.report.fits == first.report.fits
+    some = len(passes)
+    passes.clear()
+    fit(model, adapters, data, rank=4)
+    assert some < 0.8 * len(passes)
+
+
+def test_a_kept_file_of_something_else(model, adapters, data, tmp_path):
+    kept = tmp_path / "kept.safetensors"
+    fit(model, adapters, data, rank=4, resume=kept)
+    with pytest.raises(ConfigError, match="other adapters, inputs or settings"):
+        fit(model, adapters, data, rank=3, resume=kept)
+    with pytest.raises(ConfigError, match="other adapters, inputs or settings"):
+        fit(model, adapters, {"a": data["a"], "b": data["a"]}, rank=4, resume=kept)
+
+
+def test_what_is_padding_does_not_count(model, adapters, data):
+    def padded(batch):
+        ids, mask = batch["input_ids"].clone(), batch["attention_mask"]
+        ids[mask == 0] = 7
+        return {"input_ids": ids, "attention_mask": mask}
+
+    other = {task: [padded(batch) for batch in listed] for task, listed in data.items()}
+    one, two = (fit(model, adapters, given, dtype="float64") for given in (data, other))
+    assert close(one.adapter, two.adapter)
+
+
+def test_a_rank_is_held(model, adapters, data):
+    result = fit(model, adapters, data, rank=3)
+    assert result.report.rank == 3
+    assert max(module.rank for module in result.adapter.modules.values()) == 3
+
+
+def test_a_budget_of_ranks_goes_where_it_brings_most(model, adapters, data, tmp_path):
+    ranks = {}
+    for budget in (2, 3):
+        result = fit(model, adapters, data, rank_budget=budget)
+        ranks = {name: module.rank for name, module in result.adapter.modules.items()}
+        assert sum(ranks.values()) == budget * len(ranks) and len(set(ranks.values())) > 1
+    kept = tmp_path / "kept.safetensors"
+    fit(model, adapters, data, rank_budget=3, resume=kept)
+    again = fit(model, adapters, data, rank_budget=3, resume=kept)
+    assert {name: module.rank for name, module in again.adapter.modules.items()} == ranks
+    for wrong in ({"rank": 3}, {"ridge": float("inf")}):
+        with pytest.raises(ConfigError, match="rank_budget"):
+            fit(model, adapters, data, rank_budget=3, **wrong)
+
+
+def test_the_model_and_the_inputs_are_as_they_were(model, adapters, data):
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = {task: [{k: v.clone() for k, v in b.items()} for b in listed] for task, listed in data.items()}
+    fit(model, adapters, data)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    for task, listed in data.items():
+        assert all(torch.equal(b[k], v) for b, c in zip(listed, inputs[task], strict=True) for k, v in c.items())
+
+
+def test_what_no_input_reaches_keeps_the_prior(tmp_path):
+    """Texts alone do not run a vision tower."""
+    adapters = {k: make_adapter("llava", tmp_path / k, i) for i, k in enumerate("ab")}
+    data = {k: batches("bert", 2, seed=i) for i, k in enumerate("ab")}
+    result = fit(make_model("llava"), adapters, data, dtype="float64")
+    prior = merge(adapters, Recipe(method="sum", steps=["isotropize"], dtype="float64")).adapter
+    away = [name for name in prior if "vision" in name]
+    assert away and close({n: result.adapter[n] for n in away}, {n: prior[n] for n in away})
+    assert any(
+        f"{len(away)} of {len(prior)} modules keep the prior: no input" in said for said in result.report.warnings
+    )
+
+
+def test_an_adapter_without_inputs_is_said(model, adapters, data):
+    result = fit(model, adapters, {"a": data["a"]})
+    assert any("no inputs for b" in said for said in result.report.warnings)
+
+
+def test_a_module_that_runs_several_times(tmp_path):
+    """ALBERT's layers share one block."""
+    from transformers import AlbertConfig, AlbertModel
+
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=50, embedding_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32,
+    )  # fmt: skip
+    model = AlbertModel(config).eval()
+    names = [name for name, module in model.named_modules() if name.endswith(("query", "value"))]
+    adapters = {
+        key: Adapter.from_updates({n: LowRank(0.3 * torch.randn(16, 3), 0.3 * torch.randn(3, 16)) for n in names})
+        for key in "ab"
+    }
+    data = {key: batches("bert", 3, seed=i) for i, key in enumerate("ab")}
+    result = fit(model, adapters, data, prior="zero", ridge=0.1)
+    tokens = sum(int(b["attention_mask"].sum()) for listed in data.values() for b in listed)
+    assert {one.tokens for one in result.report.fits.values()} == {3 * tokens}
+    assert any("cannot be run block by block" in said for said in result.report.warnings)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_spread_by_accelerate(adapters, place, tmp_path):
+    from accelerate import dispatch_model
+
+    data = {"a": batches("bert", 2, seed=1), "b": batches("bert", 2, seed=2)}
+    parts = dict.fromkeys(("bert.embeddings", "bert.pooler", "dropout", "classifier"), "cpu")
+    parts |= {f"bert.encoder.layer.{i}": place if i % 2 else "cpu" for i in range(4)}
+    spread = dispatch_model(make_model("bert"), parts, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    found, expected = (fit(given, adapters, data, dtype="float64") for given in (spread, make_model("bert")))
+    assert spread.bert.encoder.layer[0].forward.__name__ != "<lambda>"
+    assert close(found.adapter, expected.adapter, 1e-4)
+
+
+@pytest.mark.parametrize("prior", ["router", "regmean", "merge"])
+def test_a_prior_alone(model, adapters, data, prior):
+    passes = []
+    model.bert.register_forward_pre_hook(lambda *_: passes.append(1))
+    result = fit(model, adapters, data, prior=prior, ridge=float("inf"), dtype="float64")
+    assert not result.report.fits and not result.report.warnings
+    assert result.report.to_dict()["fit"]["ridge"] is None
+    if prior == "merge":
+        assert close(result.adapter, merge(adapters, Recipe(dtype="float64")).adapter)
+    alone, _ = len(passes), passes.clear()
+    strong = fit(model, adapters, data, prior=prior, ridge=1e9, dtype="float64")
+    assert close(result.adapter, strong.adapter) and alone < len(passes) / 2
+
+
+@pytest.mark.parametrize("prior", ["router", "zero", Recipe(), Recipe(method="ties", space="full")])
+def test_other_priors(model, adapters, data, prior):
+    result = fit(model, adapters, data, prior=prior)
+    assert set(result.report.fits) == set(result.adapter)
+    assert all(torch.isfinite(result.adapter[name].left).all() for name in result.adapter)
+
+
+def test_a_strong_ridge_is_the_prior(model, adapters, data):
+    prior = merge(adapters, Recipe(dtype="float64")).adapter
+    result = fit(model, adapters, data, prior=Recipe(), ridge=1e9, dtype="float64")
+    assert close(result.adapter, prior)
+
+
+def test_it_goes_to_disk_and_back(model, adapters, data, tmp_path):
+    result = fit(model, adapters, data, dtype="float32")
+    result.adapter.save(tmp_path / "out")
+    assert close(load(tmp_path / "out"), result.adapter, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prior": "nonsense"}, "no such prior"),
+        ({"ridge": -1.0}, "at least zero"),
+        ({"ridge": float("nan")}, "at least zero"),
+        ({"aside": 0.0}, "above 0"),
+    ],
+)
+def test_settings_that_mean_nothing(model, adapters, data, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        fit(model, adapters, data, **settings)
+
+
+def test_inputs_that_are_missing(model, adapters, data):
+    with pytest.raises(ConfigError, match="no task to fit to"):
+        fit(model, adapters, {})
+    with pytest.raises(InputError, match="no inputs"):
+        fit(model, adapters, {"a": []})
+    with pytest.raises(ConfigError, match="no adapter of that name"):
+        fit(model, adapters, {"c": data["a"]})
+
+
+def test_biases_are_refused(model, adapters, data, tmp_path):
+    biased = make_adapter("bert", tmp_path / "biased", 4, lora_bias=True)
+    with pytest.raises(UnsupportedError, match="lora_bias"):
+        fit(model, {"a": adapters["a"], "biased": biased}, {"a": data["a"]})
+
+
+def test_tasks_that_take_different_ways_in(tmp_path):
+    """Texts alone beside texts with images: the vision tower is fitted to the latter."""
+    adapters = {k: make_adapter("llava", tmp_path / k, i) for i, k in enumerate("ab")}
+    data = {"a": batches("bert", 2, seed=1), "b": batches("llava", 2, seed=2)}
+    result = fit(make_model("llava"), adapters, data)
+    tokens = {name: one.tokens for name, one in result.report.fits.items()}
+    assert set(tokens) == set(result.adapter)
+    assert {count for name, count in tokens.items() if "vision" in name} == {2 * 2 * 5}  # patches and a class token
+    assert all(count > 20 for name, count in tokens.items() if "vision" not in name)
+
+
+def test_numbers_that_are_not_finite(model, adapters, data):
+    with torch.no_grad():
+        model.bert.encoder.layer[2].attention.self.query.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite") as raised:
+        fit(model, adapters, data)
+    assert "layer.2" in str(raised.value)
+
+
+class Routed(torch.nn.Module):
+    """An expert whose tokens depend on what an earlier layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.expert(x[x[:, 0] > 0])
+
+
+def test_experts_whose_routing_changes_are_refused():
+    torch.manual_seed(0)
+    adapters = {
+        key: Adapter.from_updates({n: LowRank(torch.randn(6, 1), torch.randn(1, 6)) for n in ("first", "expert")})
+        for key in "ab"
+    }
+    with pytest.raises(UnsupportedError, match="another way"):
+        fit(Routed().eval(), adapters, {key: [{"x": torch.randn(40, 6)}] for key in "ab"}, ridge=3.0)

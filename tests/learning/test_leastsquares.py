@@ -1,0 +1,185 @@
+"""Least squares in core space against the formulas, large and dense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coremerge.learning.leastsquares import (
+    Demand,
+    Sums,
+    allot,
+    cut,
+    demands,
+    gains,
+    metric,
+    regmean,
+    relative,
+    router,
+    shared,
+    solve,
+    weights_of,
+)
+
+P, Q = 5, 4
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spd(size, seed):
+    x = randn(size, size + 2, seed=seed)
+    return x @ x.T / size
+
+
+@pytest.fixture
+def asked():
+    listed = []
+    for seed in range(3):
+        z, y = randn(30, Q, seed=10 + seed), randn(30, P, seed=20 + seed)
+        listed.append(Demand(spd(P, seed), z.T @ z / 30, y.T @ z / 30, y.T @ y / 30))
+    return listed
+
+
+def objective(asked, core, prior, ridge):
+    inputs = sum(d.zz for d in asked)
+    return sum(d.residual(core) for d in asked) + ridge * inputs.diagonal().mean() * (core - prior).square().sum()
+
+
+def test_the_solution_is_that_of_the_normal_equations(asked):
+    prior, ridge = randn(P, Q, seed=5), 0.7
+    rho = ridge * sum(d.zz for d in asked).diagonal().mean()
+    system = sum(torch.kron(d.metric, d.zz) for d in asked) + rho * torch.eye(P * Q)
+    wanted = sum(d.metric @ d.yz for d in asked) + rho * prior
+    expected = torch.linalg.solve(system, wanted.reshape(-1)).reshape(P, Q)
+    found = solve(asked, prior, ridge)
+    assert torch.allclose(found, expected, atol=1e-9)
+    for seed in range(5):
+        assert objective(asked, found + 1e-3 * randn(P, Q, seed=seed), prior, ridge) > objective(
+            asked, found, prior, ridge
+        )
+
+
+def test_without_a_ridge_what_no_input_shows_stays_as_the_prior():
+    z = randn(20, Q)
+    z[:, -1] = 0
+    core, prior = randn(P, Q, seed=1), randn(P, Q, seed=2)
+    y = z @ core.T
+    found = solve([Demand(torch.eye(P).double(), z.T @ z, y.T @ z, y.T @ y)], prior, 0.0)
+    assert torch.allclose(found[:, :-1], core[:, :-1], atol=1e-5)
+    assert torch.allclose(found[:, -1], prior[:, -1])
+
+
+def test_residuals_are_those_over_the_tokens(asked):
+    z, y, core, size = randn(30, Q, seed=10), randn(30, P, seed=20), randn(P, Q, seed=3), asked[0].metric
+    rest = z @ core.T - y
+    assert asked[0].residual(core) == pytest.approx(float(torch.einsum("ti,ij,tj->", rest, size, rest)) / 30)
+    assert relative(asked, torch.zeros(P, Q, dtype=torch.float64)) == pytest.approx(1.0)
+    assert relative([], core) == 0.0
+
+
+def test_sums_add_up_over_batches_and_parts():
+    z, y = randn(20, Q), randn(20, P, seed=1)
+    whole, parts = Sums.zero(P, Q), [{"a": Sums.zero(P, Q)} for _ in range(2)]
+    whole.add(z, y)
+    for i, part in enumerate(parts):
+        part["a"].add(z[i::2].float(), y[i::2].float())
+    added = shared(parts)["a"]
+    assert added.count == whole.count == 20
+    for name in ("zz", "yz", "yy"):
+        assert torch.allclose(getattr(added, name), getattr(whole, name), atol=1e-5)
+
+
+def test_demands_weigh_each_task_by_what_it_asks():
+    sums = {"large": Sums.zero(P, Q), "small": Sums.zero(P, Q), "none": Sums.zero(P, Q)}
+    sums["large"].add(randn(20, Q), 10 * randn(20, P, seed=1))
+    sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3))
+    asked = demands(sums, dict.fromkeys(sums, torch.eye(P, dtype=torch.float64)))
+    assert [d.size for d in asked] == pytest.approx([1.0, 1.0])
+    tiny = {"a": asked[0], "b": Demand(asked[1].metric, asked[1].zz, asked[1].yz, 0 * asked[1].yy)}
+    assert weights_of(tiny) == pytest.approx({"a": 1.0, "b": 1 / 0.005})
+
+
+def test_the_metric_counts_what_the_adapter_writes():
+    direction = randn(P, 1)
+    found = metric(direction @ direction.T, aside=0.1, soft=1e-2)
+    unit = direction / direction.norm()
+    assert float(unit.T @ found @ unit) == pytest.approx(0.1 + 0.9 / 1.01)
+    across = randn(P, 1, seed=9)
+    across -= unit @ (unit.T @ across)
+    assert torch.allclose(found @ across, 0.1 * across)
+    assert torch.equal(metric(torch.zeros(P, P, dtype=torch.float64)), torch.eye(P, dtype=torch.float64))
+
+
+def test_a_cut_in_the_inputs_metric_is_what_a_numerical_optimiser_finds(asked):
+    core, rank = randn(P, Q, seed=4), 2
+    inputs = sum(d.zz for d in asked)
+    inputs = inputs + 1e-2 * 0.5 * inputs.diagonal().mean() * torch.eye(Q)
+    left, right = randn(P, rank, seed=6).requires_grad_(), randn(rank, Q, seed=7).requires_grad_()
+
+    def loss(found):
+        return ((found - core) @ inputs * (found - core)).sum()
+
+    optimizer = torch.optim.LBFGS([left, right], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16)
+
+    def step():
+        optimizer.zero_grad()
+        value = loss(left @ right)
+        value.backward()
+        return value
+
+    optimizer.step(step)
+    found = cut(asked, core, rank, 0.5)
+    assert torch.linalg.matrix_rank(found) == rank
+    assert float(loss(found)) == pytest.approx(float(loss(left @ right).detach()), rel=1e-6)
+    u, s, v = torch.linalg.svd(core, full_matrices=False)
+    assert loss(found) < loss(u[:, :rank] * s[:rank] @ v[:rank])
+    assert torch.equal(cut(asked, core, Q, 0.5), core)
+
+
+def test_the_router_is_its_formula():
+    factors = {"a": (randn(P, 2), randn(2, Q, seed=1)), "b": (randn(P, 3, seed=2), randn(3, Q, seed=3))}
+    moments = {"a": spd(Q, 1), "b": spd(Q, 2)}
+    rights = torch.cat([factors["a"][1], factors["b"][1]])
+    grams = {task: (g := rights @ m @ rights.T) / g.trace() for task, m in moments.items()}
+    wanted = torch.zeros(5, 5, dtype=torch.float64)
+    wanted[:2], wanted[2:] = grams["a"][:2], grams["b"][2:]
+    whole = grams["a"] + grams["b"]
+    mixed = wanted @ torch.linalg.inv(whole + 0.1 * whole.diagonal().mean() * torch.eye(5))
+    expected = torch.cat([factors["a"][0], factors["b"][0]], 1) @ mixed @ rights
+    assert torch.allclose(router(moments, factors, 0.1), expected)
+    assert torch.allclose(router({}, factors, 0.1), torch.cat([f[0] for f in factors.values()], 1) @ rights)
+
+
+def test_regmean_is_its_formula():
+    factors = {"a": (randn(P, 2), randn(2, Q, seed=1)), "b": (randn(P, 3, seed=2), randn(3, Q, seed=3))}
+    moments = {"a": spd(Q, 1), "b": spd(Q, 2), "lacks it": spd(Q, 3)}
+    whole = moments["a"] + moments["b"]
+    wanted = sum(factors[k][0] @ factors[k][1] @ moments[k] for k in "ab")
+    expected = wanted @ torch.linalg.inv(whole + 0.1 * whole.diagonal().mean() * torch.eye(Q))
+    assert torch.allclose(regmean(moments, factors, 0.1), expected)
+    assert torch.allclose(
+        regmean({}, factors, 0.1),
+        torch.cat([f[0] for f in factors.values()], 1) @ torch.cat([f[1] for f in factors.values()]),
+    )
+
+
+def test_gains_are_what_a_cut_loses(asked):
+    core = randn(P, Q, seed=4)
+    shares = gains(asked, core, 0.0)
+    inputs, size = sum(d.zz for d in asked), sum(d.size for d in asked)
+    for rank in (1, 2, 3):
+        rest = core - cut(asked, core, rank, 0.0)
+        assert float((rest @ inputs * rest).sum()) / size == pytest.approx(float(shares[rank:].sum()), rel=1e-5)
+
+
+def test_a_budget_goes_to_the_largest_shares():
+    shares = {
+        "a": torch.tensor([9.0, 5.0, 4.0, 0.1]),
+        "b": torch.tensor([0.3, 0.2, 0.1]),
+        "c": torch.tensor([1.0, 0.9]),
+    }
+    assert allot(shares, 1) == {"a": 1, "b": 1, "c": 1}
+    assert allot(shares, 2) == {"a": 3, "b": 1, "c": 2}
+    assert allot(shares, 99) == {"a": 4, "b": 3, "c": 2}
