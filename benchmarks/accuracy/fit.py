@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.accuracy.distill import STEPS, distilled
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench, spread, worst
 from coremerge import Recipe, merge
 from coremerge.evaluation import Scores
@@ -87,13 +88,34 @@ def learned(bench: Bench, objective: str) -> Callable[[Data], MergeResult]:
     return make
 
 
+def distillation(bench: Bench) -> Callable[[Data], MergeResult]:
+    """The cores trained by gradient: see :mod:`benchmarks.accuracy.distill`."""
+
+    def make(data: Data) -> MergeResult:
+        found = distilled(bench.evaluator.encoder.model, bench.adapters, data)
+        return merge([found], Recipe(method="sum", scale=1.0, dtype="float32"))
+
+    return make
+
+
 def without_data(bench: Bench, **recipe: Any) -> Callable[[Data], MergeResult]:
     """A merge of the adapters alone."""
     return lambda data: merge(bench.adapters, Recipe(**recipe))
 
 
-def ways(bench: Bench, *, gradient: bool) -> list[Way]:
-    """The rows of the comparison; with ``gradient`` those, too, that take minutes each."""
+def gradient_ways(bench: Bench) -> list[Way]:
+    """What takes minutes each."""
+    return [
+        *(
+            Way(f"sum, weights learned ({objective}), one draw", learned(bench, objective), drawn=False)
+            for objective in ("nsc-own", "match")
+        ),
+        Way(f"cores distilled ({STEPS} steps), one draw", distillation(bench), drawn=False),
+    ]
+
+
+def ways(bench: Bench) -> list[Way]:
+    """The rows of the comparison."""
     data_free = {
         "task arithmetic": {"method": "sum"},
         "TSV": {"method": "tsv"},
@@ -105,10 +127,6 @@ def ways(bench: Bench, *, gradient: bool) -> list[Way]:
     ]
     return [
         *listed,
-        *(
-            Way(f"sum, weights learned ({objective}), one draw", learned(bench, objective), drawn=False)
-            for objective in (("nsc-own", "match") if gradient else ())
-        ),
         Way("RegMean in core space", fitted(bench, prior="regmean", ridge=ALONE)),
         Way("router (SSR-Merge)", fitted(bench, prior="router", ridge=ALONE)),
         Way("fit, errors alike in all directions", fitted(bench, aside=1.0)),
@@ -134,12 +152,12 @@ def scored(bench: Bench, way: Way, data: Data, split: Split) -> tuple[Scores, fl
     return bench.evaluator.score(updates, split), seconds
 
 
-def comparison(bench: Bench, seeds: Sequence[int], *, gradient: bool) -> tuple[str, object]:
-    """All ways on test rows."""
+def comparison(bench: Bench, seeds: Sequence[int], listed: Sequence[Way]) -> tuple[str, object]:
+    """Merges on test rows."""
     rows: list[list[object]] = []
     raw: dict[str, Any] = {}
     drawn = {seed: inputs(bench, seed) for seed in seeds}
-    for way in ways(bench, gradient=gradient):
+    for way in listed:
         found = [scored(bench, way, drawn[seed], "test") for seed in (seeds if way.drawn else seeds[:1])]
         scores, seconds = [one for one, _ in found], [taken for _, taken in found]
         lowest = min(scores, key=lambda one: min(one.normalised.values()))
@@ -190,8 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
-    parser.add_argument("--only", choices=["comparison", "choices"], help="one of the two tables")
-    parser.add_argument("--gradient", action="store_true", help="also weights that are learned: minutes a row")
+    parser.add_argument("--only", choices=["comparison", "gradient", "choices"], help="one of the tables")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
@@ -199,11 +216,13 @@ def main(arguments: list[str] | None = None) -> None:
     if given.quick:
         bench = bench.only(list(bench.taskset.tasks)[:2])
     name = bench.taskset.name
-    if given.only != "choices":
+    if given.only in (None, "comparison"):
         seeds = SEEDS[:1] if given.quick else SEEDS
-        found = comparison(bench, seeds, gradient=given.gradient)
-        results.write(f"{TITLE}, {name}", *found, seed=0, folder=folder)
-    if given.only != "comparison":
+        results.write(f"{TITLE}, {name}", *comparison(bench, seeds, ways(bench)), seed=0, folder=folder)
+    if given.only in (None, "gradient"):
+        found = comparison(bench, SEEDS[:1], gradient_ways(bench))
+        results.write(f"{TITLE}: by gradient, {name}", *found, seed=0, folder=folder)
+    if given.only in (None, "choices"):
         results.write(f"{TITLE}: what decides, {name}", *choices(bench), seed=0, folder=folder)
 
 
