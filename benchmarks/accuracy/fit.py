@@ -33,6 +33,8 @@ INPUTS, BATCH, SEEDS, RANK = 64, 16, (0, 1, 2), 16
 ROWS: dict[Split, int] = {"validation": 200, "test": 400}
 TITLE = "Accuracy: fitted cores"
 ALONE = math.inf
+GRID = {"iso": (0.03, 0.1, 1.0, 3.0), "merge": (0.3,), "router": (0.3,), "zero": (0.1, 0.3)}
+"""Priors and ridges beside what is the default."""
 
 Data = dict[str, list[Batch]]
 
@@ -183,9 +185,8 @@ def choices(bench: Bench) -> tuple[str, object]:
         *((f"{n} inputs a task", fitted(bench), inputs(bench, count=n)) for n in (8, 16, 256)),
         *(
             (f"prior {prior}, ridge {ridge:g}", fitted(bench, prior=prior, ridge=ridge), data)
-            for prior in ("iso", "merge", "router", "zero")
-            for ridge in (0.03, 0.1, 0.3, 1.0, 3.0)
-            if (prior, ridge) != ("iso", 0.3)
+            for prior, ridges in GRID.items()
+            for ridge in ridges
         ),
         ("errors alike in all directions", fitted(bench, aside=1.0), data),
         ("inputs of another task", fitted(bench), inputs(bench, of=turned)),
