@@ -53,6 +53,8 @@ bench-full: setup
 	$(BIN)/python -m benchmarks.accuracy.tables
 	$(BIN)/python -m benchmarks.accuracy.scale
 	$(BIN)/python -m benchmarks.accuracy.scale --tasks examples/minilm-wordnet-16 --only tuned
+	$(BIN)/python -m benchmarks.accuracy.fit
+	$(BIN)/python -m benchmarks.accuracy.fit --tasks examples/minilm-wordnet-16
 	$(BIN)/python -m benchmarks.accuracy.geometry
 	$(BIN)/python -m benchmarks.accuracy.weights
 	if test -d /usr/share/wordnet; then $(BIN)/python -m benchmarks.accuracy.compression; fi

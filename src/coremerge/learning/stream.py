@@ -221,7 +221,7 @@ class Stream:
             for opened in (self.open, self.open | others):
                 behind = [p for p in done if self._blocks[p] == stack or self._blocks[p] not in wrong | opened]
                 states[path] = self._behind(behind, path, sample, states)
-                if torch.allclose(_mark(states[path]), calls.outputs[path], rtol=TOLERANCE, atol=0):
+                if _same(_mark(states[path]), calls.outputs[path]):
                     self.open = opened
                     break
             else:
@@ -296,6 +296,10 @@ def _adding(target: Target, updates: Updates, watch: Watch) -> Callable[..., Any
         return result
 
     return add
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=TOLERANCE, atol=0)
 
 
 def _mark(output: Any) -> Tensor:
