@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 
 from tasks import Example, Maker, Splits, about, by_split, glossed, take
 from wordnet import Synset, WordNet
@@ -63,17 +64,14 @@ def similarity(wordnet: WordNet, rng: random.Random) -> Splits:
 
 def breadth(wordnet: WordNet, rng: random.Random) -> Splits:
     """A noun's gloss and the logarithm of the number of nouns below it, from none to fifteen and more."""
-    below: dict[Synset, int] = {}
-    for noun in wordnet.of("n"):
-        for key in wordnet.ancestors(noun):
-            below[wordnet.synsets[key]] = below.get(wordnet.synsets[key], 0) + 1
-    size_of = {noun: min(math.log2(1 + below.get(noun, 0)), 4.0) for noun in glossed(wordnet, "n")}
+    below = Counter(key for noun in wordnet.of("n") for key in wordnet.ancestors(noun))
+    size_of = {noun.key: min(math.log2(1 + below[noun.key]), 4.0) for noun in glossed(wordnet, "n")}
     levels: dict[int, list[Synset]] = {}
-    for noun, size in size_of.items():
-        levels.setdefault(round(size), []).append(noun)
+    for key, size in size_of.items():
+        levels.setdefault(round(size), []).append(wordnet.synsets[key])
     least = min(len(level) for level in levels.values())
     chosen = [noun for _, level in sorted(levels.items()) for noun in rng.sample(level, min(2 * least, len(level)))]
-    return take(rng, (about(noun, round(size_of[noun], 4)) for noun in chosen))
+    return take(rng, (about(noun, round(size_of[noun.key], 4)) for noun in chosen))
 
 
 TASKS: tuple[Maker, ...] = (
