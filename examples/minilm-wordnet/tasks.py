@@ -6,6 +6,7 @@ bare word) may be used in depends on a hash of its own text alone, and both halv
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import random
@@ -32,6 +33,7 @@ class Example(NamedTuple):
 Splits = dict[str, list[Example]]
 
 
+@functools.cache
 def split_of(text: str) -> str:
     """The split that everything about this gloss or word belongs to."""
     place = int.from_bytes(hashlib.sha256(text.lower().encode()).digest()[:8], "big") / 2**64

@@ -58,6 +58,7 @@ class WordNet:
             synset.key: synset for name, pos in PARTS_OF_SPEECH.items() for synset in _read(folder, name, pos)
         }
         self.senses = _count_senses(folder)
+        self._parents: dict[Key, list[Synset]] = {}
         self._depths: dict[Key, int] = {}
 
     def of(self, *parts: str) -> list[Synset]:
@@ -66,7 +67,9 @@ class WordNet:
 
     def parents(self, synset: Synset) -> list[Synset]:
         """What the synset is a kind of, or an instance of."""
-        return [self.synsets[key] for key in synset.follow("@", "@i")]
+        if synset.key not in self._parents:
+            self._parents[synset.key] = [self.synsets[key] for key in synset.follow("@", "@i")]
+        return self._parents[synset.key]
 
     def depth(self, synset: Synset) -> int:
         """Steps up to the nearest root along kind-of links."""
@@ -78,7 +81,7 @@ class WordNet:
     def ancestors(self, synset: Synset) -> set[Key]:
         """Every synset above this one."""
         found: set[Key] = set()
-        todo = self.parents(synset)
+        todo = list(self.parents(synset))
         while todo:
             parent = todo.pop()
             if parent.key not in found:
