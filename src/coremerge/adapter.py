@@ -224,8 +224,15 @@ class Adapter(Mapping[str, LowRank]):
         held, biases, extras = dict(self), dict(self.biases), dict(self.extras)
         return Adapter(self.modules, held.__getitem__, name=self.name, biases=biases, extras=extras, info=self.info)
 
-    def save(self, path: str | Path, *, dtype: torch.dtype | str | None = None, overwrite: bool = False) -> Saved:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        rank_pattern: bool = False,
+        overwrite: bool = False,
+    ) -> Saved:
         """Write a PEFT LoRA directory that PEFT and vLLM load: see :func:`coremerge.formats.writer.save`."""
         from coremerge.formats.writer import save
 
-        return save(self, path, dtype=dtype, overwrite=overwrite)
+        return save(self, path, dtype=dtype, rank_pattern=rank_pattern, overwrite=overwrite)

@@ -227,10 +227,12 @@ class Prepared:
         hashes: Hashes | None = None,
         progress: Progress | None = None,
         solve: Callable[[Plan], MergeResult] | None = None,
+        rank_pattern: bool = False,
     ) -> Merged:
         """Merge and write: see :func:`merge_files`.
 
-        ``hashes`` may have begun with the inputs' files; ``solve`` merges, in place of the plan's recipe.
+        ``hashes`` may have begun with the inputs' files; ``solve`` merges, in place of the plan's recipe;
+        ``rank_pattern``: see :func:`coremerge.formats.writer.save`.
         """
         _check_device(device)
         tell = progress or _silent
@@ -251,7 +253,8 @@ class Prepared:
                 sha256 = hashes_of(self.plan.adapters, started)
                 card, record = self._card(result, sha256, command), self._record(result, sha256, command)
                 files = {"README.md": card, RECORD: record} | self._weights_file()
-                saved = self._save(result.adapter, out, files, threads, _stage(tell, "writing"))
+                written: dict[str, Any] = {"files": files, "threads": threads, "progress": _stage(tell, "writing")}
+                saved = self._save(result.adapter, out, rank_pattern, written)
             except torch.OutOfMemoryError as error:
                 raise CoremergeError(
                     f"out of memory on {device}: {str(error).partition('.')[0]}", remedy="Try a smaller --batch"
@@ -260,32 +263,14 @@ class Prepared:
         notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
         return Merged(self.plan, result.report, saved, sha256, seconds, notes, self.into)
 
-    def _save(
-        self,
-        adapter: Adapter,
-        out: str | Path,
-        files: Mapping[str, str],
-        threads: int | None,
-        progress: Callable[[int, int], None],
-    ) -> Saved:
+    def _save(self, adapter: Adapter, out: str | Path, rank_pattern: bool, how: Mapping[str, Any]) -> Saved:
         inputs = files_of(self.plan.adapters)
         if self.into is None:
-            return save(
-                adapter, out, overwrite=self.overwrite, threads=threads, files=files, inputs=inputs, progress=progress
-            )
+            return save(adapter, out, overwrite=self.overwrite, rank_pattern=rank_pattern, inputs=inputs, **how)
         from coremerge.formats.into import save_into
 
-        return save_into(
-            self.into,
-            adapter,
-            out,
-            dtype=self.plan.recipe.dtype,
-            overwrite=self.overwrite,
-            threads=threads,
-            files=files,
-            inputs=inputs,
-            progress=progress,
-        )
+        dtype = self.plan.recipe.dtype
+        return save_into(self.into, adapter, out, dtype=dtype, overwrite=self.overwrite, inputs=inputs, **how)
 
     def _record(
         self, result: MergeResult, sha256: Mapping[str, Mapping[str, str]], command: Sequence[str] | None

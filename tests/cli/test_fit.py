@@ -70,6 +70,22 @@ def test_the_same_files_again_and_after_a_stop(fit, monkeypatch):
     assert Path("ONE/adapter_model.safetensors").read_bytes() == Path("TWO/adapter_model.safetensors").read_bytes()
 
 
+def test_preferences_by_name(fit):
+    for out, words in {"ONE": [], "TWO": ["--preference", "B=3"]}.items():
+        assert fit(*DATA, "-o", out, *words).exit_code == 0
+    assert Path("ONE/adapter_model.safetensors").read_bytes() != Path("TWO/adapter_model.safetensors").read_bytes()
+    assert "no adapter of that name" in fit(*DATA, "-o", "NO", "--preference", "C=3").stderr
+
+
+def test_each_module_at_its_own_rank(fit):
+    assert fit(*DATA, "-o", "OUT", "--rank-budget", "3", "--rank-pattern").exit_code == 0
+    ranks = json.loads(Path("OUT/adapter_config.json").read_text())["rank_pattern"]
+    held = {name: module.rank for name, module in coremerge.load("OUT").modules.items()}
+    assert ranks and held == dict.fromkeys(held, max(held.values())) | ranks and sum(held.values()) == 3 * len(held)
+    result = fit(*DATA, "-o", "MODEL", "--rank-pattern", "--into", "base")
+    assert result.exit_code == 2 and "--into" in result.stderr
+
+
 def test_json_and_dry_run(fit):
     said = json.loads(fit(*DATA, "-o", "OUT", "--dry-run", "--json").stdout)
     assert said["inputs"] == {"A": 4, "B": 4} and not Path("OUT").exists()

@@ -104,22 +104,46 @@ class TestPeftLoads:
         loaded = PeftModel.from_pretrained(Net(), tmp_path / "out")
         torch.testing.assert_close(loaded("block.embed", torch.arange(9)), expected)
 
-    def test_multihead_attention(self, tmp_path):
+    @pytest.mark.parametrize("rank_pattern", [False, True])
+    def test_multihead_attention(self, tmp_path, rank_pattern):
         class Attending(nn.Module):
             def __init__(self):
                 super().__init__()
                 torch.manual_seed(0)
                 self.mha = nn.MultiheadAttention(6, 2, batch_first=True)
+                self.head = nn.Linear(6, 5)
 
             def forward(self, x):
-                return self.mha(x, x, x)[0]
+                return self.head(self.mha(x, x, x)[0])
 
-        peft = get_peft_model(Attending(), LoraConfig(r=2, lora_alpha=3, target_modules=["mha"]))
+        settings = LoraConfig(r=3, lora_alpha=3, target_modules=["mha", "head"], rank_pattern={"mha": 2})
+        peft = get_peft_model(Attending(), settings)
         randomise(peft)
         peft.save_pretrained(tmp_path / "in")
-        save(coremerge.load(tmp_path / "in"), tmp_path / "out")
+        save(coremerge.load(tmp_path / "in"), tmp_path / "out", rank_pattern=rank_pattern)
+        assert bool(config(tmp_path / "out").get("rank_pattern")) == rank_pattern
         x = torch.randn(2, 3, 6)
-        torch.testing.assert_close(PeftModel.from_pretrained(Attending(), tmp_path / "out")(x), peft.eval()(x))
+        loaded = PeftModel.from_pretrained(Attending(), tmp_path / "out")
+        torch.testing.assert_close(loaded(x), peft.eval()(x), rtol=2e-5, atol=2e-4)
+
+    def test_each_module_at_its_own_rank(self, tmp_path):
+        made = adapter()
+        save(made, tmp_path / "out", rank_pattern=True, dtype="float64")
+        smaller = {name: module.rank for name, module in made.modules.items() if module.rank < 3}
+        written = config(tmp_path / "out")
+        assert written["r"] == 3 and written["rank_pattern"] == written["alpha_pattern"] == smaller
+        assert {name: module.rank for name, module in coremerge.load(tmp_path / "out").modules.items()} == {
+            name: module.rank for name, module in made.modules.items()
+        }
+        loaded = PeftModel.from_pretrained(Net(torch.float64), tmp_path / "out", autocast_adapter_dtype=False)
+        assert_same_layers(loaded, changed(Net(torch.float64), made), KINDS, 1e-12)
+
+    def test_own_ranks_where_one_name_ends_like_another(self, tmp_path):
+        names = {"linear": 1, "block.linear": 2, "head": 3}
+        made = Adapter.from_updates({n: LowRank(torch.randn(2, r), torch.randn(r, 3)) for n, r in names.items()})
+        save(made, tmp_path / "out", rank_pattern=True)
+        assert list(config(tmp_path / "out")["rank_pattern"].items()) == [("block.linear", 2), ("linear", 1)]
+        assert {name: m.rank for name, m in coremerge.load(tmp_path / "out").modules.items()} == names
 
     def test_round_trip_of_what_peft_wrote(self, tmp_path):
         settings = LoraConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coremerge import Adapter, Recipe, load, merge
-from coremerge.errors import ConfigError, InputError, UnsupportedError
+from coremerge.errors import ConfigError, InputError, MismatchError, UnsupportedError
 from coremerge.learning import fit
 from coremerge.learning.backbone import backbone_output, token_mask
 from coremerge.learning.forward import find_modules
@@ -337,6 +337,52 @@ def test_a_prior_alone(model, adapters, data, prior):
     assert close(result.adapter, strong.adapter) and alone < len(passes) / 2
 
 
+def test_regmean_with_inputs_as_the_merged_model_has_them(adapters, data):
+    dense = {k: {n: a[n].dense() for n in a} for k, a in adapters.items()}
+    result = fit(make_model("bert").double(), adapters, data, prior="regmean++", ridge=float("inf"), dtype="float64")
+    assert not result.report.fits and not result.report.warnings
+    order = seen("bert", dense["a"], data["a"][0])
+    fitted = dict.fromkeys(order)
+    for name in sorted(order, key=lambda n: order[n][2]):
+        basis = torch.linalg.qr(torch.cat([a[name].right for a in adapters.values()]).double().T)[0]
+        moments = {}
+        for k in adapters:
+            z = torch.cat([seen("bert", fitted, batch)[name][0] for batch in data[k]]) @ basis
+            moments[k] = z.T @ z
+        whole = sum(moments.values())
+        whole = whole + 0.01 * whole.diagonal().mean() * torch.eye(len(whole))
+        asked = sum(dense[k][name] @ basis @ moments[k] for k in adapters)
+        fitted[name] = torch.linalg.solve(whole, asked.T).T @ basis.T
+        assert torch.allclose(result.adapter[name].dense(), fitted[name], atol=1e-6 * float(fitted[name].norm()))
+
+
+def test_an_adapter_as_prior(model, adapters, data, tmp_path):
+    prior = merge(adapters, Recipe(dtype="float64")).adapter.load()
+    found = [fit(model, adapters, data, prior=one, dtype="float64") for one in (prior, Recipe())]
+    assert close(found[0].adapter, found[1].adapter)
+    kept = tmp_path / "kept.safetensors"
+    fit(model, adapters, data, prior=prior, resume=kept)
+    with pytest.raises(ConfigError, match="other adapters, inputs or settings"):
+        fit(model, adapters, data, prior=adapters["a"], resume=kept)
+    other = Adapter.from_updates({name: LowRank(torch.ones(2, 1), torch.ones(1, 3)) for name in prior})
+    for wrong in (other, Adapter.from_updates({})):
+        with pytest.raises(MismatchError, match="the prior has it as"):
+            fit(model, adapters, data, prior=wrong)
+
+
+def test_preferences(model, adapters, data, unchecked):
+    settings = {"prior": "zero", "ridge": 1e-3, "dtype": "float64"}
+    alone = fit(model, adapters, {"a": data["a"]}, **settings)
+    ignored = fit(model, adapters, data, preferences={"b": 0}, **settings)
+    assert close(ignored.adapter, alone.adapter)
+    equal, same = (fit(model, adapters, data, preferences=given, **settings) for given in (None, {"a": 2, "b": 2}))
+    more = fit(model, adapters, data, preferences={"a": 50}, **settings)
+    assert close(same.adapter, equal.adapter)
+    own = {name: adapters["a"][name].dense() for name in more.adapter}
+    away = [sum(float((r.adapter[n].dense() - own[n]).norm()) for n in own) for r in (alone, more, equal)]
+    assert away[0] < away[1] < away[2]
+
+
 @pytest.mark.parametrize("prior", ["router", "zero", Recipe(), Recipe(method="ties", space="full")])
 def test_other_priors(model, adapters, data, prior):
     result = fit(model, adapters, data, prior=prior)
@@ -363,6 +409,9 @@ def test_it_goes_to_disk_and_back(model, adapters, data, tmp_path):
         ({"ridge": -1.0}, "at least zero"),
         ({"ridge": float("nan")}, "at least zero"),
         ({"aside": 0.0}, "above 0"),
+        ({"preferences": {"a": -1.0}}, "at least zero"),
+        ({"preferences": {"c": 1.0}}, "no adapter of that name"),
+        ({"preferences": {"a": 0, "b": 0}}, "no task to fit to"),
     ],
 )
 def test_settings_that_mean_nothing(model, adapters, data, settings, said):

@@ -97,6 +97,8 @@ def test_demands_weigh_each_task_by_what_it_asks():
     sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3))
     asked = demands(sums, dict.fromkeys(sums, torch.eye(P, dtype=torch.float64)))
     assert [d.size for d in asked] == pytest.approx([1.0, 1.0])
+    preferred = demands(sums, dict.fromkeys(sums, torch.eye(P, dtype=torch.float64)), {"large": 3, "small": 0})
+    assert [d.size for d in preferred] == pytest.approx([3.0])
     tiny = {"a": asked[0], "b": Demand(asked[1].metric, asked[1].zz, asked[1].yz, 0 * asked[1].yy)}
     assert weights_of(tiny) == pytest.approx({"a": 1.0, "b": 1 / 0.005})
 

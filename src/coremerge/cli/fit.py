@@ -38,16 +38,23 @@ def fit(
     rank_budget: Annotated[
         int | None, typer.Option(min=1, help="Instead: the modules' mean rank, given where it brings most.")
     ] = None,
+    rank_pattern: Annotated[
+        bool, typer.Option("--rank-pattern", help="Write each module at its own rank (PEFT reads it, vLLM does not).")
+    ] = False,
     prior: Annotated[
         str | None,
         typer.Option(
             help="What the result is drawn to: iso (default: the sum, isotropized), merge (coremerge's default merge),"
-            " router, regmean, zero.",
+            " router, regmean, regmean++, zero.",
             metavar="PRIOR",
             show_default=False,
         ),
     ] = None,
     ridge: Annotated[float, typer.Option(min=0.0, help="How strongly; inf: the prior alone.")] = 0.3,
+    preference: Annotated[
+        list[str] | None,
+        typer.Option(help="How much a task's errors count; default 1. May be repeated.", metavar="NAME=NUMBER"),
+    ] = None,
     count: Annotated[int, typer.Option("--inputs", min=1, help="Drawn for each task.")] = 64,
     size: Annotated[int, typer.Option("--batch", min=1, help="Inputs that go together.")] = 16,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an input.")] = None,
@@ -106,6 +113,8 @@ def fit(
     from coremerge.learning.fit import PRIORS, prior_recipe
     from coremerge.pipeline import prepare
 
+    if rank_pattern and into is not None:
+        raise typer.BadParameter("ranks are an adapter's: leave out --into", param_hint="--rank-pattern")
     output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
     chosen = _options.one_of(prior, tuple(PRIORS), "--prior") or "iso"
     recipe = _options.override(prior_recipe(chosen), {k: v for k, v in output.items() if v is not None})
@@ -121,14 +130,16 @@ def fit(
             progress=bar,
         )
         named = by_label(_options.initial(data, "--data"), prepared.plan.adapters, adapters)
+        likes = by_label(_options.numbers(preference, "--preference"), prepared.plan.adapters, adapters)
         bar("reading inputs", 0, 1)
         batches = read_batches(
             prepared.plan.adapters, base, named, count=count, size=size, max_length=max_length, seed=seed
         )
         if not dry_run:
-            settings = {"rank_budget": rank_budget, "ridge": ridge, "spill": spill, "resume": resume}
-            solve = _solver(batches, base, base_dtype, device, bar, prior=chosen, **settings)
-            merged = prepared.run(out, command=["coremerge", *sys.argv[1:]], progress=bar, solve=solve)
+            given = {"prior": chosen, "ridge": ridge, "preferences": likes, "rank_budget": rank_budget}
+            solve = _solver(batches, base, base_dtype, device, bar, **given, spill=spill, resume=resume)
+            command = ["coremerge", *sys.argv[1:]]
+            merged = prepared.run(out, command=command, progress=bar, solve=solve, rank_pattern=rank_pattern)
             if report:
                 draw(out, None, None, bar)
     if dry_run:

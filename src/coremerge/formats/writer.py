@@ -1,8 +1,9 @@
 """Write an adapter as the PEFT LoRA that PEFT, vLLM and converters read alike.
 
 The scale is in the factors: ``lora_alpha = r`` and no rsLoRA, one rank for all modules (zero rows where a module's own
-is smaller), a plain list of targets. Modules are written one by one into a file laid out beforehand, so memory does
-not grow with their number and the bytes do not depend on the number of threads.
+is smaller; unless PEFT's ``rank_pattern`` is asked for), a plain list of targets. Modules are written one by one into a
+file laid out beforehand, so memory does not grow with their number and the bytes do not depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Saved:
         path: the directory.
         weights: the files of tensors.
         bytes: their size.
-        rank: the one rank of all modules; 0 for a whole model.
+        rank: of all modules, or the largest of them; 0 for a whole model.
         dtype: of the factors, or of the weights that were changed.
         notes: what was settled on the way, in plain words.
     """
@@ -63,6 +64,7 @@ def save(
     path: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    rank_pattern: bool = False,
     overwrite: bool = False,
     threads: int | None = 1,
     files: Mapping[str, str | bytes] | None = None,
@@ -75,6 +77,8 @@ def save(
         adapter: its modules are asked for one by one.
         path: a directory; made, with its parents.
         dtype: of the factors: torch's, or ``"float32"``, ``"bf16"``, ...; ``adapter.dtype`` when None.
+        rank_pattern: each module at its own rank, which the config lists: smaller, but not everything reads it (vLLM
+            does not).
         overwrite: replace an adapter that is there already.
         threads: modules in work side by side; all processors when None.
         files: further small files to put beside it: name → content.
@@ -89,10 +93,11 @@ def save(
     if not adapter.modules:
         raise OutputError("an adapter without modules cannot be written", file=path)
     kept = output_dtype(adapter.dtype if dtype is None else dtype)
-    rank = max(1, *(module.rank for module in adapter.modules.values()))
+    ranks = _ranks(adapter, rank_pattern)
+    rank = max(ranks.values())
     _refuse_clashes(adapter, path)
-    layout = Layout.of(_shapes(adapter, rank, kept))
-    texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, rank), indent=2) + "\n"}
+    layout = Layout.of(_shapes(adapter, ranks, kept))
+    texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, ranks), indent=2) + "\n"}
     sources = (*adapter.info.files, *inputs)
     with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes) as folder:
         write_files(folder, {**(files or {}), **texts})
@@ -101,7 +106,7 @@ def save(
                 file.write(PREFIX + name, adapter.extras[name])
 
             def write(name: str) -> None:
-                _write_module(file, name, adapter, rank, kept)
+                _write_module(file, name, adapter, ranks[name], kept)
 
             with closing(local.run(write, list(adapter.modules), threads)) as written:
                 for done, _ in enumerate(written, 1):
@@ -128,6 +133,20 @@ def _refuse_clashes(adapter: Adapter, path: str | Path) -> None:
             )  # fmt: skip
 
 
+def _ranks(adapter: Adapter, own: bool) -> dict[str, int]:
+    """Module → rank in the file; the parts of a MultiheadAttention, which PEFT adapts together, have one."""
+    largest: dict[str, int] = {}
+    for name, module in adapter.modules.items():
+        key = _adapted(name) if own else ""
+        largest[key] = max(1, module.rank, largest.get(key, 0))
+    return {name: largest[_adapted(name) if own else ""] for name in adapter.modules}
+
+
+def _adapted(name: str) -> str:
+    """The layer that PEFT wraps: a MultiheadAttention's out_proj goes with the layer itself."""
+    return name.partition(".base_layer.")[0]
+
+
 def _keys(name: str, module: Module) -> tuple[str, str]:
     """The keys of B and A, in this order: that of ``left @ right``."""
     form = "lora_embedding_{}" if module.kind == "embedding" else "lora_{}.weight"
@@ -142,7 +161,7 @@ def _factor_shapes(module: Module, rank: int) -> tuple[tuple[int, ...], tuple[in
     return (out, rank, *(1 for _ in kernel)), (rank, channels, *kernel)
 
 
-def _shapes(adapter: Adapter, rank: int, dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _shapes(adapter: Adapter, ranks: Mapping[str, int], dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Key → dtype and shape of every tensor of the file."""
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in adapter.extras:
@@ -151,7 +170,7 @@ def _shapes(adapter: Adapter, rank: int, dtype: torch.dtype) -> dict[str, tuple[
             raise TensorError(f"dtype {tensor.dtype} cannot be written", key=name)
         shapes[PREFIX + name] = NAMES[tensor.dtype], tuple(tensor.shape)
     for name, module in adapter.modules.items():
-        for key, shape in zip(_keys(name, module), _factor_shapes(module, rank), strict=True):
+        for key, shape in zip(_keys(name, module), _factor_shapes(module, ranks[name]), strict=True):
             shapes[key] = NAMES[dtype], shape
         if adapter.biases:
             shapes[f"{PREFIX}{name}.lora_B.bias"] = NAMES[dtype], module.shape[:1]
@@ -201,9 +220,12 @@ def cast(rounded: Tensor, exact: Tensor, name: str) -> Tensor:
     )
 
 
-def adapter_config(adapter: Adapter, rank: int) -> dict[str, Any]:
+def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """What ``adapter_config.json`` says: see the module's docstring."""
-    info = adapter.info
+    info, rank = adapter.info, max(ranks.values())
+    smaller = {_adapted(name): r for name, r in ranks.items() if r != rank}
+    others = {name: smaller[name] for name in sorted(smaller, key=lambda name: (-len(name), name))}
+    patterns = {"alpha_pattern": others, "rank_pattern": others} if others else {}
     return {
         "auto_mapping": dict(info.auto_mapping) if info.auto_mapping else None,
         "base_model_name_or_path": info.base_model,
@@ -223,6 +245,7 @@ def adapter_config(adapter: Adapter, rank: int) -> dict[str, Any]:
         "task_type": info.task_type,
         "trainable_token_indices": {name: list(ids) for name, ids in info.token_indices.items()} or None,
         "use_rslora": False,
+        **patterns,
     }
 
 
@@ -241,8 +264,7 @@ def target_modules(modules: Iterable[str], targets: Iterable[str] = ()) -> list[
         >>> target_modules(names[:2])
         ['model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj']
     """
-    # PEFT wraps a MultiheadAttention's out_proj together with the layer itself
-    names = sorted({name.partition(".base_layer.")[0] for name in modules})
+    names = sorted({_adapted(name) for name in modules})
     split = [re.fullmatch(r"([\w.]+?)\.(\d+)\.([^\d].*)", name) for name in names]
     if not all(split):
         return names

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from coremerge.adapter import Adapter
-from coremerge.errors import ConfigError, InputError, UnsupportedError
+from coremerge.errors import ConfigError, InputError, MismatchError, UnsupportedError
 from coremerge.learning.backbone import Batch, frozen
 from coremerge.learning.fitting import Drawn, Fitting, ModuleFit, Progress, rows_of
 from coremerge.learning.kept import Kept, mark_of
@@ -31,9 +31,10 @@ PRIORS: Mapping[str, Recipe | None] = {
     "merge": Recipe(),
     "router": None,
     "regmean": None,
+    "regmean++": None,
     "zero": None,
 }
-"""By name: merges without data; SSR-Merge's router and RegMean, from one pass over the inputs; nothing at all."""
+"""By name: merges without data; SSR-Merge's router, RegMean and RegMean++, from the inputs; nothing at all."""
 
 PRIOR = "iso"
 RIDGE = 0.3
@@ -74,9 +75,10 @@ def fit(
     *,
     rank: int | None = None,
     rank_budget: int | None = None,
-    prior: str | Recipe = PRIOR,
+    prior: str | Recipe | Adapter = PRIOR,
     ridge: float = RIDGE,
     aside: float = ASIDE,
+    preferences: Mapping[str, float] | None = None,
     seed: int = 0,
     dtype: str | None = None,
     extras: str | None = None,
@@ -100,10 +102,11 @@ def fit(
         rank_budget: in place of ``rank``: the modules' mean rank, higher where it brings more to the outputs. The file
             has the largest of them for all, with zero rows. Costs a second fit.
         prior: what the cores are drawn to: a name of :data:`PRIORS` (``"iso"``: the sum, isotropized, at automatic
-            scale), or a recipe, whose merge it is.
+            scale), a recipe, whose merge it is, or an adapter (as far as the adapters' factors span it).
         ridge: how strongly, as a share of the inputs' mean second moment; infinite: the prior alone.
         aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
             plain least squares.
+        preferences: task → how much its errors count; 1 for those not named, 0: not at all.
         seed: of anything random in the model, and in the prior.
         dtype: of the result: see :class:`~coremerge.Recipe`, as are ``extras`` and ``allow_disjoint``.
         extras: what to do with whole tensors that adapters carry.
@@ -119,7 +122,7 @@ def fit(
     Raises:
         ConfigError: an unknown prior, a task that is no adapter, no inputs; a ``resume`` of something else.
         InputError: a task without inputs.
-        MismatchError: the model lacks a module, or has it in another shape.
+        MismatchError: the model (or an adapter that is the prior) lacks a module, or has it in another shape.
         UnsupportedError: a module that cannot be hooked, biases in the adapters, or inputs that take other ways through
             the merged model than through their own (experts).
 
@@ -127,11 +130,11 @@ def fit(
     """
     output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
     plan = make_plan(adapters, prior_recipe(prior).model_copy(update=output))
-    given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside}
+    given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside, "preferences": preferences}
     return fit_plan(model, plan, data, prior=prior, spill=spill, resume=resume, progress=progress, **given)
 
 
-def prior_recipe(prior: str | Recipe) -> Recipe:
+def prior_recipe(prior: str | Recipe | Adapter) -> Recipe:
     """The recipe that a fit's plan has: the prior's, where it is a merge.
 
     Raises:
@@ -139,9 +142,12 @@ def prior_recipe(prior: str | Recipe) -> Recipe:
     """
     if isinstance(prior, Recipe):
         return prior
+    if isinstance(prior, Adapter):
+        return Recipe(method="sum")
     if prior not in PRIORS:
         known = ", ".join(PRIORS)
-        raise ConfigError("no such prior", key="prior", value=prior, remedy=f"Known: {known}, or a recipe")
+        remedy = f"Known: {known}; a recipe, or an adapter"
+        raise ConfigError("no such prior", key="prior", value=prior, remedy=remedy)
     return PRIORS[prior] or Recipe(method="sum")
 
 
@@ -151,9 +157,10 @@ def fit_plan(
     data: Mapping[str, Iterable[Batch]],
     *,
     rank_budget: int | None = None,
-    prior: str | Recipe = PRIOR,
+    prior: str | Recipe | Adapter = PRIOR,
     ridge: float = RIDGE,
     aside: float = ASIDE,
+    preferences: Mapping[str, float] | None = None,
     spill: str | Path | bool | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
@@ -161,14 +168,19 @@ def fit_plan(
     """:func:`fit` with a plan: its recipe is :func:`prior_recipe`, its rank that of the result."""
     start = time.perf_counter()
     check_names("data", data, plan.adapters)
+    likes = {task: float(x) for task, x in (preferences or {}).items()}
+    check_names("preferences", likes, plan.adapters)
     batches = {name: list(data[name]) for name in plan.adapters if name in data}
     rank = plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
-    _check(plan, batches, ridge, aside)
+    _check(plan, batches, ridge, aside, likes)
     if rank_budget is not None and (rank is not None or rank_budget < 1 or math.isinf(ridge)):
         raise ConfigError("at least 1, instead of rank, and with a finite ridge", key="rank_budget", value=rank_budget)
-    drawn = Drawn(_prior(prior, plan), ridge, aside, rank)
-    settings = {"recipe": plan.recipe.model_dump(mode="json"), "prior": str(prior), "ridge": ridge, "aside": aside}
-    mark = mark_of(model, plan.adapters, batches, settings)
+    drawn = Drawn(_prior(prior, plan), ridge, aside, rank, likes)
+    name = prior if isinstance(prior, str) else prior.name if isinstance(prior, Adapter) else f"merge by {prior.method}"
+    recipe = plan.recipe.model_dump(mode="json")
+    settings = {"recipe": recipe, "prior": name, "ridge": ridge, "aside": aside, "preferences": likes}
+    others = {"(prior)": prior} if isinstance(prior, Adapter) else {}
+    mark = mark_of(model, {**plan.adapters, **others}, batches, settings)
     torch.manual_seed(plan.recipe.seed)
     with frozen(model), torch.no_grad(), ExitStack() as undo:
         if spill is None:
@@ -190,7 +202,6 @@ def fit_plan(
         run = run_with(drawn, mark)
     plain = vars(report_of(plan, run.solved, 1.0, time.perf_counter() - start))
     inputs = sum(rows_of(batch) for listed in batches.values() for batch in listed)
-    name = prior if isinstance(prior, str) else f"merge by {prior.method}"
     tasks = f"{len(batches)} task{'s' if len(batches) != 1 else ''}"
     made = f"fitted to {inputs} inputs of {tasks}; prior: {name}, ridge {ridge:g}"
     report = FitReport(
@@ -205,14 +216,21 @@ def _allotted(exact: Fitting, budget: int) -> dict[str, int]:
     return dict.fromkeys(exact.targets, budget) | allot(exact.gains, budget)
 
 
-def _check(plan: Plan, batches: Mapping[str, Sequence[Batch]], ridge: float, aside: float) -> None:
-    if not batches:
-        raise ConfigError("no task to fit to", key="data", remedy="Give inputs of at least one adapter's task")
+def _check(
+    plan: Plan, batches: Mapping[str, Sequence[Batch]], ridge: float, aside: float, likes: Mapping[str, float]
+) -> None:
+    if not any(likes.get(task, 1.0) for task in batches):
+        raise ConfigError(
+            "no task to fit to", key="data", remedy="Give inputs of at least one adapter's task, and a preference"
+        )
     for name, listed in batches.items():
         if not listed:
             raise InputError("no inputs", key=name, remedy="Give at least one batch")
     if not ridge >= 0:
         raise ConfigError("a number of at least zero is needed", key="ridge", value=ridge)
+    wrong = next((task for task, x in likes.items() if not 0 <= x < math.inf), None)
+    if wrong:
+        raise ConfigError("a finite number of at least zero is needed", key=f"preferences.{wrong}", value=likes[wrong])
     if not 0 < aside <= 1:
         raise ConfigError("above 0, at most 1", key="aside", value=aside)
     biased = next((name for name, adapter in plan.adapters.items() if adapter.biases), None)
@@ -223,13 +241,26 @@ def _check(plan: Plan, batches: Mapping[str, Sequence[Batch]], ridge: float, asi
         )  # fmt: skip
 
 
-def _prior(prior: str | Recipe, plan: Plan) -> str | Adapter:
+def _prior(prior: str | Recipe | Adapter, plan: Plan) -> str | Adapter:
     """A single adapter is its own prior, and what is fitted then."""
+    if isinstance(prior, Adapter):
+        _check_shapes(prior, plan)
+        return prior
     if len(plan.adapters) == 1:
         return next(iter(plan.adapters.values()))
     if isinstance(prior, str) and PRIORS[prior] is None:
         return prior
     return execute(replace(plan, recipe=plan.recipe.model_copy(update={"rank": None}))).adapter
+
+
+def _check_shapes(prior: Adapter, plan: Plan) -> None:
+    for name, planned in plan.modules.items():
+        held = prior.modules.get(name)
+        if held is None or held.shape != planned.module.shape:
+            raise MismatchError(
+                f"the prior has it as {held.shape if held else 'nothing'}, the adapters as {planned.module.shape}",
+                key=name, remedy="Give a prior of the same base model and modules",
+            )  # fmt: skip
 
 
 def state_bytes(config: Any, batches: Mapping[str, Iterable[Batch]], itemsize: int = 4) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from coremerge.learning.backbone import Batch, token_mask
 from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.kept import Kept
 from coremerge.learning.leastsquares import (
+    Demand,
     Sums,
     cut,
     demands,
@@ -40,7 +41,9 @@ Progress = Callable[[int, int], "bool | None"]
 FOLDS = 4
 """Parts of the inputs: each is held out once, to see whether the fit is better there than its prior."""
 
-FROM_INPUTS = {"router": router, "regmean": regmean}
+FROM_INPUTS = {"router": router, "regmean": regmean, "regmean++": regmean}
+IN_MERGED = "regmean++"
+"""The one that sees inputs as the merged model has them."""
 INPUTS_RIDGE = 1e-2
 """Of these priors."""
 
@@ -67,12 +70,23 @@ class ModuleFit:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What cores are drawn to, how strongly, how errors aside count, and the rank that (each) module is cut to."""
+    """What cores are drawn to, how strongly, how errors and tasks count, and the rank that (each) module is cut to."""
 
     prior: str | Adapter
     ridge: float
     aside: float
     rank: int | Mapping[str, int] | None
+    preferences: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> bool:
+        """Nothing is fitted: there is the prior alone."""
+        return math.isinf(self.ridge)
+
+    @property
+    def own_inputs_do(self) -> bool:
+        """Nothing is asked of the merged model."""
+        return self.alone and self.prior != IN_MERGED
 
     def rank_of(self, name: str) -> int | None:
         """Of one module."""
@@ -178,7 +192,7 @@ class Fitting:
     def warnings(self) -> list[str]:
         """What the person should know."""
         said: list[str] = []
-        if math.isinf(self.drawn.ridge):
+        if self.drawn.alone:
             return said
         kept, away = sum(one.kept for one in self.fits.values()), len(self.targets) - len(self.fits)
         if kept:
@@ -226,7 +240,7 @@ class Fitting:
                 self._unreached.add((task, segment.stack))
             else:
                 self._after("own", task, j, at, given)
-            for name, listed in goals.items() if math.isfinite(self.drawn.ridge) else ():
+            for name, listed in () if self.drawn.own_inputs_do else goals.items():
                 self.states["goal", task, j, name] = listed
         return moments
 
@@ -238,7 +252,7 @@ class Fitting:
 
     def _fit(self, at: int, cores: Mapping[str, Core], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The modules of one stage."""
-        if math.isinf(self.drawn.ridge):
+        if self.drawn.own_inputs_do:
             for name, core in cores.items():
                 self.kept.put(name, self._cut_plainly(name, self._prior(name, core, moments[name])), {})
             return self.kept.write()
@@ -280,17 +294,20 @@ class Fitting:
                 for fold in range(FOLDS):
                     sums[name][fold][task].add(z[part == fold], y[part == fold])  # noqa: B023
 
-            self.stream.run(
-                batch, at, self._before("merged", task, j), self.updates, _plain(batch, watch), until=list(cores)
-            )
+            before_it, updates = self._inputs(at, task, j)
+            self.stream.run(batch, at, before_it, updates, _plain(batch, watch), until=list(cores))
             for name in cores:
                 self.states.drop(("goal", task, j, name))
             before[task] += rows_of(batch)
         return sums
 
+    def _inputs(self, at: int, task: str, j: int) -> tuple[Mapping[str, Any], Updates]:
+        """Through what a batch comes to the modules that are fitted: the merged model, as it is so far."""
+        return self._before("merged", task, j), self.updates
+
     def _pass_on(self, at: int, segment: Segment) -> None:
         """What the finished block gives in the merged model."""
-        if not segment.block or at == len(self.stream.segments) - 1 or math.isinf(self.drawn.ridge):
+        if not segment.block or at == len(self.stream.segments) - 1 or self.drawn.own_inputs_do:
             return
         for task, j, batch in self._each(segment):
             given = self.stream.run(batch, at, self._before("merged", task, j), self.updates, _nothing)
@@ -321,15 +338,18 @@ class Fitting:
         self, name: str, parts: list[dict[str, Sums]], core: Core, moments: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Any]]:
         """The core of one module, and what there is to say of it: nothing, if no token reached it."""
-        sums, prior = shared(parts), self._prior(name, core, moments)
+        sums = shared(parts)
+        in_merged = self.drawn.prior == IN_MERGED
+        prior = self._prior(name, core, {t: s.zz for t, s in sums.items() if s.count} if in_merged else moments)
         metrics = {task: core.metric(task, moments, self.drawn.aside) for task in sums}
-        asked = demands(sums, metrics)
-        if not asked:
+        asked = self._asked(sums, metrics)
+        if not asked or self.drawn.alone:
             return self._cut_plainly(name, prior), {}
         ridge, rank = self.drawn.ridge, self.drawn.rank_of(name)
         before = after = 0.0
         for held in parts:
-            seen, rest = demands(held, metrics), demands(shared([part for part in parts if part is not held]), metrics)
+            others = shared([part for part in parts if part is not held])
+            seen, rest = self._asked(held, metrics), self._asked(others, metrics)
             if seen and rest:
                 before += relative(seen, prior) / FOLDS
                 after += relative(seen, solve(rest, prior, ridge, exact=ROUGH)) / FOLDS
@@ -337,6 +357,9 @@ class Fitting:
         found = prior if said.kept else solve(asked, prior, ridge)
         told = {"fit": asdict(said), "gains": gains(asked, found, ridge).tolist()}
         return (found if rank is None else cut(asked, found, rank, ridge)), told
+
+    def _asked(self, sums: Mapping[str, Sums], metrics: Mapping[str, Tensor]) -> list[Demand]:
+        return demands(sums, metrics, self.drawn.preferences)
 
     def _cut_plainly(self, name: str, core: Tensor) -> Tensor:
         rank = self.drawn.rank_of(name)

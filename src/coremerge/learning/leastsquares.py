@@ -116,12 +116,13 @@ class Demand:
 
 
 def demands(
-    sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
+    sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], preferences: Mapping[str, float] | None = None
 ) -> list[Demand]:
-    """Of the tasks that have tokens. By default a task's weight is one over the size of its demand."""
-    having = {task: s for task, s in sums.items() if s.count}
+    """Of the tasks that have tokens. A task's weight is its preference, by default 1, over the size of its demand."""
+    likes = {task: (preferences or {}).get(task, 1.0) for task in sums}
+    having = {task: s for task, s in sums.items() if s.count and likes[task]}
     means = {task: Demand(metrics[task], s.zz / s.count, s.yz / s.count, s.yy / s.count) for task, s in having.items()}
-    weights = weights or weights_of(means)
+    weights = {task: likes[task] * weight for task, weight in weights_of(means).items()}
     return [
         Demand(m.metric, weights[task] * m.zz, weights[task] * m.yz, weights[task] * m.yy) for task, m in means.items()
     ]
@@ -263,14 +264,14 @@ def router(own: Mapping[str, Tensor], cores: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def regmean(own: Mapping[str, Tensor], cores: Mapping[str, tuple[Tensor, Tensor]], ridge: float) -> Tensor:
-    """RegMean in core space: (Σ_k M_k S_k)(Σ_k S_k + λI)⁻¹, S_k the second moments of task k's own inputs.
+    """RegMean in core space: (Σ_k M_k S_k)(Σ_k S_k + λI)⁻¹, S_k the second moments of task k's inputs.
 
     Args:
         own: see :func:`router`; only tasks whose adapter has the module count.
         cores: see :func:`router`.
         ridge: relative to the mean diagonal, in place of RegMean's smaller off-diagonals.
 
-    Source: RegMean, arXiv 2212.09849.
+    Source: RegMean, arXiv 2212.09849; RegMean++, arXiv 2508.03121, with the moments in the merged model.
     """
     having = {task: moments for task, moments in own.items() if task in cores}
     if not having:
