@@ -1,12 +1,13 @@
 """What a few unlabelled inputs buy when the cores are fitted to them: ``python -m benchmarks.accuracy.fit``.
 
-Inputs are drawn from validation rows, without their labels; scores are of test rows, or of validation rows where
-settings are compared. ``--tasks``: another task set; ``--quick``: a few rows, to see that it runs.
+Inputs are drawn without their labels, and from the split that is not scored: scores are of test rows, or of validation
+rows where settings are compared. ``--tasks``: another task set; ``--quick``: a few rows, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import statistics
@@ -16,25 +17,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+import benchmarks.accuracy.ctm  # noqa: F401  (registers itself)
 from benchmarks import results
 from benchmarks.accuracy.distill import STEPS, distilled
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench, spread, worst
 from coremerge import Recipe, merge
 from coremerge.evaluation import Scores
 from coremerge.evaluation.taskset import Split
-from coremerge.learning import fit, learn_weights
+from coremerge.learning import fit, learn_weights, leastsquares
 from coremerge.learning.backbone import Batch
+from coremerge.learning.fitting import Fitting
+from coremerge.learning.stream import Updates
 from coremerge.merging import MergeResult
 
 INPUTS, BATCH, SEEDS, RANK = 64, 16, (0, 1, 2), 16
 ROWS: dict[Split, int] = {"validation": 200, "test": 400}
 TITLE = "Accuracy: fitted cores"
 ALONE = math.inf
-GRID = {"iso": (0.03, 0.1, 1.0, 3.0), "merge": (0.3,), "router": (0.3,), "zero": (0.1, 0.3)}
-"""Priors and ridges beside what is the default."""
+COUNTS, RIDGES = (8, 16, 64, 256, 1024), (0.1, 1.0)
+"""Inputs of a task, and ridges beside what is the default."""
+PRIORS = ("merge", "router", "regmean", "zero")
+SUBSETS = {2: SEEDS, 4: SEEDS}
+"""Numbers of tasks, and the draws of them."""
 
 Data = dict[str, list[Batch]]
 
@@ -54,13 +62,24 @@ class Way:
     drawn: bool = True
 
 
-def inputs(bench: Bench, seed: int = 0, count: int = INPUTS, of: Mapping[str, str] | None = None) -> Data:
-    """Task → batches of validation inputs, drawn by ``seed``; ``of``: task → whose inputs are taken for it."""
-    rows = {name: bench.taskset.rows(name, "validation") for name in bench.taskset.tasks}
+def inputs(
+    bench: Bench,
+    seed: int = 0,
+    count: int = INPUTS,
+    of: Mapping[str, str] | None = None,
+    split: Split = "validation",
+) -> Data:
+    """Task → batches of inputs, drawn by ``seed``; ``of``: task → whose inputs are taken for it."""
+    rows = {name: bench.taskset.rows(name, split) for name in bench.taskset.tasks}
     draw = random.Random(seed)
     drawn = {name: draw.sample(rows[name], min(count, len(rows[name]))) for name in rows}
     encoder = bench.evaluator.encoder
     return {name: [batch for _, batch in encoder.batches(drawn[(of or {}).get(name, name)], BATCH)] for name in rows}
+
+
+def first_batch(data: Data) -> Data:
+    """So many of the inputs."""
+    return {name: listed[:1] for name, listed in data.items()}
 
 
 def random_tokens(data: Data, seed: int = 0) -> Data:
@@ -77,6 +96,38 @@ def random_tokens(data: Data, seed: int = 0) -> Data:
 def fitted(bench: Bench, **settings: Any) -> Callable[[Data], MergeResult]:
     """A fit with these settings."""
     return lambda data: fit(bench.evaluator.encoder.model, bench.adapters, data, **settings)
+
+
+class OwnInputs(Fitting):
+    """Fits to each task's inputs as the model with that task's adapter has them: one pass would do."""
+
+    def _inputs(self, at: int, task: str, j: int) -> tuple[Mapping[str, Any], Updates]:
+        return self._before("own", task, j), self._alone(task, at)
+
+
+def own_inputs(bench: Bench) -> Callable[[Data], MergeResult]:
+    """A fit that does not look at what the merged model does."""
+
+    def make(data: Data) -> MergeResult:
+        with patch.object(sys.modules[fit.__module__], "Fitting", OwnInputs):
+            return fitted(bench)(data)
+
+    return make
+
+
+def equal_weights(bench: Bench) -> Callable[[Data], MergeResult]:
+    """A fit in which large outputs count for more."""
+
+    def make(data: Data) -> MergeResult:
+        with patch.object(leastsquares, "weights_of", lambda means: dict.fromkeys(means, 1.0)):
+            return fitted(bench)(data)
+
+    return make
+
+
+def twice(bench: Bench) -> Callable[[Data], MergeResult]:
+    """A second fit, the first its prior."""
+    return lambda data: fitted(bench, prior=fitted(bench)(data).adapter.load())(data)
 
 
 def learned(bench: Bench, objective: str) -> Callable[[Data], MergeResult]:
@@ -127,17 +178,23 @@ def ways(bench: Bench) -> list[Way]:
     listed = [
         Way(f"{name}, no inputs", without_data(bench, **recipe), drawn=False) for name, recipe in data_free.items()
     ]
+    ctm = {"space": f"ctm:rank={RANK}"}
     return [
         *listed,
         Way("RegMean in core space", fitted(bench, prior="regmean", ridge=ALONE)),
+        Way("RegMean++ in core space", fitted(bench, prior="regmean++", ridge=ALONE)),
         Way("router (SSR-Merge)", fitted(bench, prior="router", ridge=ALONE)),
         Way("fit, errors alike in all directions", fitted(bench, aside=1.0)),
         Way("fit", fitted(bench)),
+        Way(f"fit, {BATCH} inputs a task", lambda data: fitted(bench)(first_batch(data))),
         Way(f"task arithmetic, cut to {RANK}, no inputs", without_data(bench, method="sum", rank=RANK), drawn=False),
         Way(f"coremerge's default, cut to {RANK}, no inputs", without_data(bench, rank=RANK), drawn=False),
+        Way(f"CtM with TIES, rank {RANK}, no inputs", without_data(bench, method="ties", **ctm), drawn=False),
+        Way(f"CtM with TSV and isotropize, rank {RANK}, no inputs", without_data(bench, **ctm), drawn=False),
         Way(f"router, cut to {RANK}", fitted(bench, prior="router", ridge=ALONE, rank=RANK)),
         Way(f"fit, then cut to {RANK}", lambda data: _cut(fitted(bench)(data))),
         Way(f"fit, rank {RANK}", fitted(bench, rank=RANK)),
+        Way(f"fit, rank {RANK}, {BATCH} inputs a task", lambda data: fitted(bench, rank=RANK)(first_batch(data))),
     ]
 
 
@@ -177,19 +234,25 @@ def comparison(bench: Bench, seeds: Sequence[int], listed: Sequence[Way]) -> tup
 
 def choices(bench: Bench) -> tuple[str, object]:
     """What decides quality, on validation rows."""
-    data = inputs(bench)
+    drawn = {count: inputs(bench, count=count, split="test") for count in COUNTS}
+    data = drawn[INPUTS]
     names = list(bench.taskset.tasks)
     turned = dict(zip(names, names[1:] + names[:1], strict=True))
     tried: list[tuple[str, Callable[[Data], MergeResult], Data]] = [
-        ("as it is", fitted(bench), data),
-        *((f"{n} inputs a task", fitted(bench), inputs(bench, count=n)) for n in (8, 16, 256)),
+        *((f"{count} inputs a task", fitted(bench), drawn[count]) for count in COUNTS),
         *(
-            (f"prior {prior}, ridge {ridge:g}", fitted(bench, prior=prior, ridge=ridge), data)
-            for prior, ridges in GRID.items()
-            for ridge in ridges
+            (f"{count} inputs a task, ridge {ridge:g}", fitted(bench, ridge=ridge), drawn[count])
+            for count in COUNTS[:3]
+            for ridge in RIDGES
         ),
+        *((f"prior {prior}", fitted(bench, prior=prior), data) for prior in PRIORS),
         ("errors alike in all directions", fitted(bench, aside=1.0), data),
-        ("inputs of another task", fitted(bench), inputs(bench, of=turned)),
+        ("large outputs count for more", equal_weights(bench), data),
+        ("one pass: inputs as the tasks' own models have them", own_inputs(bench), data),
+        ("two fits, the first the second's prior", twice(bench), data),
+        (f"rank {RANK}", fitted(bench, rank=RANK), data),
+        (f"rank {RANK} on average (--rank-budget)", fitted(bench, rank_budget=RANK), data),
+        ("inputs of another task", fitted(bench), inputs(bench, of=turned, split="test")),
         ("random tokens", fitted(bench), random_tokens(data)),
     ]
     rows: list[list[object]] = []
@@ -200,16 +263,53 @@ def choices(bench: Bench) -> tuple[str, object]:
         raw[label] = {"scores": dict(scores.normalised), "seconds": seconds}
     text = (
         f"Normalised means on {bench.rows['validation']} validation rows a task of {bench.taskset.name}, one draw of"
-        f" {INPUTS} inputs a task unless it is said; all else as it is by default.\n\n"
+        f" {INPUTS} test inputs a task unless it is said; all else as it is by default.\n\n"
     )
     return text + results.table(["fit", "score", "worst task", "seconds"], rows), raw
+
+
+def subsets(bench: Bench, sizes: Mapping[int, Sequence[int]]) -> tuple[str, object]:
+    """Fewer tasks, adapters of one kind, on test rows."""
+    names = list(bench.taskset.tasks)
+    parts = {
+        f"{size} tasks": [
+            sorted(random.Random(1000 * size + seed).sample(names, size), key=names.index) for seed in seeds
+        ]
+        for size, seeds in sizes.items()
+        if size < len(names)
+    }
+    configs = {
+        name: json.loads((path / "adapter_config.json").read_text()) for name, path in bench.taskset.own().items()
+    }
+    vera = [name for name in names if configs[name]["peft_type"] == "VERA"]
+    if vera:
+        parts[f"all but {', '.join(vera)}, whose adapters are VeRA"] = [[name for name in names if name not in vera]]
+    rows: list[list[object]] = []
+    raw: dict[str, Any] = {}
+    for label, listed in parts.items():
+        found: dict[str, list[Scores]] = {"default": [], "fit": [], "rank": []}
+        for some in map(bench.only, listed):
+            data = inputs(some)
+            made = without_data(some), fitted(some), fitted(some, rank=RANK)
+            for key, make in zip(found, made, strict=True):
+                found[key].append(scored(some, Way(label, make), data, "test")[0])
+        means = {key: [one.mean for one in scores] for key, scores in found.items()}
+        lowest = min(found["fit"], key=lambda one: min(one.normalised.values()))
+        rows.append([label, len(listed), *(f"{statistics.fmean(x):.3f}" for x in means.values()), worst(lowest)])
+        raw[label] = {"tasks": listed, **means}
+    text = (
+        f"Normalised means on {bench.rows['test']} test rows a task of {bench.taskset.name}, one draw of {INPUTS}"
+        " unlabelled inputs of each task; means of several draws of tasks.\n\n"
+    )
+    head = ["tasks", "draws", "coremerge's default, no inputs", "fit", f"fit, rank {RANK}", "worst task of the fit"]
+    return text + results.table(head, rows), raw
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
-    parser.add_argument("--only", choices=["comparison", "gradient", "choices"], help="one of the tables")
+    parser.add_argument("--only", choices=["comparison", "gradient", "choices", "subsets"], help="one of the tables")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
@@ -223,6 +323,9 @@ def main(arguments: list[str] | None = None) -> None:
     if given.only in (None, "gradient"):
         found = comparison(bench, SEEDS[:1], gradient_ways(bench))
         results.write(f"{TITLE}: by gradient, {name}", *found, seed=0, folder=folder)
+    if given.only in (None, "subsets"):
+        sizes = {} if given.quick else SUBSETS
+        results.write(f"{TITLE}: fewer tasks, {name}", *subsets(bench, sizes), seed=0, folder=folder)
     if given.only in (None, "choices"):
         results.write(f"{TITLE}: what decides, {name}", *choices(bench), seed=0, folder=folder)
 
