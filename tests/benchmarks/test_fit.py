@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.accuracy.fit import fitted, inputs, random_tokens
+from benchmarks.accuracy.fit import equal_weights, first_batch, fitted, inputs, own_inputs, random_tokens, twice
 from benchmarks.accuracy.work import EXAMPLE, Bench, open_bench
 
 
@@ -38,3 +38,16 @@ def test_random_tokens_keep_lengths(bench: Bench) -> None:
 def test_a_fit_of_the_example(bench: Bench) -> None:
     result = fitted(bench, rank=4)(inputs(bench, 0, 8))
     assert result.report.rank == 4 and set(result.adapter) == set(bench.adapters["polysemy"])
+
+
+def test_variants_are_other_fits(bench: Bench) -> None:
+    data = inputs(bench, 0, 32)
+    made = [make(bench)(data).adapter for make in (fitted, own_inputs, equal_weights, twice)]
+    made.append(fitted(bench)(first_batch(data)).adapter)
+    first, last = sorted(made[0])[0], sorted(made[0])[-1]
+    for other in made[1:]:
+        assert not torch.allclose(made[0][last].dense(), other[last].dense(), rtol=1e-3, atol=1e-6)
+    assert {len(ids(listed)) for listed in first_batch(data).values()} == {16}
+    query = next(name for name in sorted(made[0]) if name.endswith("layer.0.attention.self.query"))
+    assert first == "encoder.layer.0.attention.output.dense"
+    torch.testing.assert_close(made[0][query].dense(), made[1][query].dense())  # nothing was merged before it

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.speed import dense, learning, run, scaling, shapes
+from benchmarks.speed import dense, fit, learning, run, scaling, shapes
 from benchmarks.speed.shapes import SHAPES
 
 from benchmarks import results
@@ -81,3 +81,10 @@ def test_the_learning_benchmark_runs(tmp_path: Path) -> None:
 def test_a_quick_merge_of_a_set(tmp_path: Path) -> None:
     merged = merge([load(folder) for folder in shapes.make(SHAPES["tiny"], tmp_path)]).adapter
     assert set(merged) == {name for name, _ in SHAPES["tiny"].shapes()}
+
+
+def test_the_work_of_a_fit_is_counted_beside_a_plain_pass(tmp_path: Path) -> None:
+    fit.main(["--quick", "--results", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "results.json").read_text())["Speed: fitting cores"]["numbers"].values()
+    assert 2 < row["fit work"] / row["plain work"] < 4
+    assert min(row["peak MB, memory"], row["peak MB, disk"]) > 100
