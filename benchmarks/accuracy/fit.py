@@ -28,9 +28,10 @@ from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench, spread, 
 from coremerge import Recipe, merge
 from coremerge.evaluation import Scores
 from coremerge.evaluation.taskset import Split
-from coremerge.learning import fit, learn_weights, leastsquares
+from coremerge.learning import fit, fitting, learn_weights
 from coremerge.learning.backbone import Batch
 from coremerge.learning.fitting import Fitting
+from coremerge.learning.leastsquares import Demand
 from coremerge.learning.stream import Updates
 from coremerge.merging import MergeResult
 
@@ -115,11 +116,24 @@ def own_inputs(bench: Bench) -> Callable[[Data], MergeResult]:
     return make
 
 
-def equal_weights(bench: Bench) -> Callable[[Data], MergeResult]:
-    """A fit in which large outputs count for more."""
+Weights = Callable[[Mapping[str, Demand], Mapping[str, float]], Mapping[str, float]]
+
+
+def equal(means: Mapping[str, Demand], preferences: Mapping[str, float]) -> Mapping[str, float]:
+    """Large outputs count for more."""
+    return dict.fromkeys(means, 1.0)
+
+
+def over_size(means: Mapping[str, Demand], preferences: Mapping[str, float]) -> Mapping[str, float]:
+    """One over what is asked in all directions together."""
+    return {task: 1 / demand.size for task, demand in means.items()}
+
+
+def weighted(bench: Bench, weights: Weights) -> Callable[[Data], MergeResult]:
+    """A fit in which the tasks count otherwise."""
 
     def make(data: Data) -> MergeResult:
-        with patch.object(leastsquares, "weights_of", lambda means: dict.fromkeys(means, 1.0)):
+        with patch.object(fitting, "weights_of", weights):
             return fitted(bench)(data)
 
     return make
@@ -247,7 +261,8 @@ def choices(bench: Bench) -> tuple[str, object]:
         ),
         *((f"prior {prior}", fitted(bench, prior=prior), data) for prior in PRIORS),
         ("errors alike in all directions", fitted(bench, aside=1.0), data),
-        ("large outputs count for more", equal_weights(bench), data),
+        ("weights: equal, so that large outputs count for more", weighted(bench, equal), data),
+        ("weights: one over the demand in all directions", weighted(bench, over_size), data),
         ("one pass: inputs as the tasks' own models have them", own_inputs(bench), data),
         ("two fits, the first the second's prior", twice(bench), data),
         (f"rank {RANK}", fitted(bench, rank=RANK), data),

@@ -1,4 +1,4 @@
-"""The main job on a task set: merge its adapters in several ways and score what comes out."""
+"""The main job on a task set: merge its adapters in several ways, fit them, and score what comes out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from coremerge.recipe import Recipe
 
 if TYPE_CHECKING:
+    from coremerge.adapter import Adapter
     from coremerge.evaluation import Evaluator, Scores
     from coremerge.evaluation.taskset import Split
     from coremerge.lowrank import LowRank
@@ -31,6 +32,11 @@ CANDIDATES: Mapping[str, Recipe] = {
 
 ROWS: Mapping[Split, int] = {"validation": 50, "test": 100}
 """Rows of each task that a quick run uses."""
+
+INPUTS = 16
+"""Of each task, without their labels, for the fit: the last of its validation rows."""
+
+FITTED = f"coremerge fit, {INPUTS} inputs a task"
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the parts done and their number."""
@@ -74,7 +80,7 @@ class DemoResult:
 
     Attributes:
         name: of the task set.
-        rows: each task's own adapter, no adapter, then the merges.
+        rows: each task's own adapter, no adapter, the merges, and what is fitted to a few inputs.
         seconds: spent in all.
         full: all rows of the splits were used, not only :data:`ROWS`.
     """
@@ -125,7 +131,7 @@ def run_demo(
     taskset = read_taskset(folder)
     adapters = {name: load(path) for name, path in taskset.own().items()}
     evaluator = Evaluator(taskset, adapters, None if full else ROWS)
-    labels = ("own adapter", "no adapter", *candidates)
+    labels = ("own adapter", "no adapter", *candidates, FITTED)
 
     def tell(done: int) -> None:
         if progress:
@@ -140,7 +146,22 @@ def run_demo(
         tell(len(rows))
         rows.append(_measure(label, partial(merge, adapters, recipe, threads=threads), evaluator, fine=full))
     tell(len(rows))
+    rows.append(_fit(adapters, evaluator))
+    tell(len(rows))
     return DemoResult(taskset.name, tuple(rows), time.perf_counter() - start, full)
+
+
+def _fit(adapters: Mapping[str, Adapter], evaluator: Evaluator) -> Row:
+    """Fitted to inputs that no scale is tuned on in a quick look; nothing of it is tuned."""
+    from coremerge.learning import fit
+
+    start = time.perf_counter()
+    encoder, taskset = evaluator.encoder, evaluator.taskset
+    inputs = {name: taskset.rows(name, "validation")[-INPUTS:] for name in adapters}
+    data = {name: [batch for _, batch in encoder.batches(rows, INPUTS)] for name, rows in inputs.items()}
+    updates = dict(fit(encoder.model, adapters, data).adapter)
+    seconds = time.perf_counter() - start
+    return Row(FITTED, evaluator.score(updates, "test"), seconds=seconds)
 
 
 def _measure(label: str, run: Callable[[], MergeResult], evaluator: Evaluator, *, fine: bool) -> Row:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.accuracy.fit import equal_weights, first_batch, fitted, inputs, own_inputs, random_tokens, twice
+from benchmarks.accuracy.fit import (
+    equal,
+    first_batch,
+    fitted,
+    inputs,
+    over_size,
+    own_inputs,
+    random_tokens,
+    twice,
+    weighted,
+)
 from benchmarks.accuracy.work import EXAMPLE, Bench, open_bench
 
 
@@ -42,7 +52,8 @@ def test_a_fit_of_the_example(bench: Bench) -> None:
 
 def test_variants_are_other_fits(bench: Bench) -> None:
     data = inputs(bench, 0, 32)
-    made = [make(bench)(data).adapter for make in (fitted, own_inputs, equal_weights, twice)]
+    made = [make(bench)(data).adapter for make in (fitted, own_inputs, twice)]
+    made += [weighted(bench, weights)(data).adapter for weights in (equal, over_size)]
     made.append(fitted(bench)(first_batch(data)).adapter)
     first, last = sorted(made[0])[0], sorted(made[0])[-1]
     for other in made[1:]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from coremerge import Recipe
 from coremerge.cli import demo as command
-from coremerge.demo import CANDIDATES, run_demo
+from coremerge.demo import CANDIDATES, FITTED, run_demo
 from coremerge.errors import SourceError
 
 TWO = {"sum": Recipe(method="sum", steps=[], scale=0.5), "tsv": CANDIDATES["core TSV"]}
@@ -20,8 +20,9 @@ TWO = {"sum": Recipe(method="sum", steps=[], scale=0.5), "tsv": CANDIDATES["core
 def test_rows_are_own_none_and_one_per_candidate(folder: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     result = run_demo(folder, candidates=TWO, progress=lambda *call: calls.append(call))
-    assert [row.label for row in result.rows] == ["own adapter", "no adapter", "sum", "tsv"]
-    assert calls == [("own adapter", 0, 4), ("no adapter", 1, 4), ("sum", 2, 4), ("tsv", 3, 4), ("done", 4, 4)]
+    labels = ["own adapter", "no adapter", "sum", "tsv", FITTED]
+    assert [row.label for row in result.rows] == labels
+    assert calls == [(label, i, 5) for i, label in enumerate([*labels, "done"])]
     assert result["own adapter"].scores.mean == 1.0
     assert result["sum"].scale == 0.5
     assert result["tsv"].seconds is not None
@@ -30,7 +31,8 @@ def test_rows_are_own_none_and_one_per_candidate(folder: Path) -> None:
 
 def test_a_tuned_scale_of_one_factor_is_the_default(folder: Path) -> None:
     result = run_demo(folder, candidates=TWO, full=True)
-    for row in result.rows[2:]:
+    assert result[FITTED].tuned is None
+    for row in result.rows[2:-1]:
         assert row.tuned is not None
         assert (row.tuned_scale == row.scale) == (row.tuned is row.scores)
 
@@ -53,7 +55,7 @@ def test_the_command_prints_both_tables(folder: Path, monkeypatch: pytest.Monkey
 
 def test_the_command_prints_json(folder: Path) -> None:
     rows = json.loads(run(str(folder), "--json"))["rows"]
-    assert [row["label"] for row in rows[2:]] == list(CANDIDATES)
+    assert [row["label"] for row in rows[2:]] == [*CANDIDATES, FITTED]
     assert rows[0]["scores"]["mean"] == 1.0
 
 

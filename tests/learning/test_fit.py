@@ -82,7 +82,8 @@ def brute_force(family, adapters, data, ridge):
                 metric = aside * torch.eye(p) + (1 - aside) * (
                     (vectors * (values / (values + soft * values[-1]))) @ vectors.T
                 )
-            asked[k] = root(metric), z, y, (y @ root(metric)).square().sum() / len(y)
+            weighed = y @ root(metric)
+            asked[k] = root(metric), z, y, torch.linalg.eigvalsh(weighed.T @ weighed)[-1] / len(y)
         least = 0.01 * sum(size for *_, size in asked.values()) / len(asked)
         for half, z, y, size in asked.values():
             share = 1 / size.clamp_min(least) / len(y)
@@ -408,7 +409,7 @@ def test_it_goes_to_disk_and_back(model, adapters, data, tmp_path):
         ({"prior": "nonsense"}, "no such prior"),
         ({"ridge": -1.0}, "at least zero"),
         ({"ridge": float("nan")}, "at least zero"),
-        ({"aside": 0.0}, "above 0"),
+        ({"aside": 0.0}, "at least 1e-06"),
         ({"preferences": {"a": -1.0}}, "at least zero"),
         ({"preferences": {"c": 1.0}}, "no adapter of that name"),
         ({"preferences": {"a": 0, "b": 0}}, "no task to fit to"),

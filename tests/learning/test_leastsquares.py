@@ -12,6 +12,7 @@ from coremerge.learning.leastsquares import (
     cut,
     demands,
     gains,
+    means_of,
     metric,
     regmean,
     relative,
@@ -95,12 +96,23 @@ def test_demands_weigh_each_task_by_what_it_asks():
     sums = {"large": Sums.zero(P, Q), "small": Sums.zero(P, Q), "none": Sums.zero(P, Q)}
     sums["large"].add(randn(20, Q), 10 * randn(20, P, seed=1))
     sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3))
-    asked = demands(sums, dict.fromkeys(sums, torch.eye(P, dtype=torch.float64)))
-    assert [d.size for d in asked] == pytest.approx([1.0, 1.0])
-    preferred = demands(sums, dict.fromkeys(sums, torch.eye(P, dtype=torch.float64)), {"large": 3, "small": 0})
-    assert [d.size for d in preferred] == pytest.approx([3.0])
-    tiny = {"a": asked[0], "b": Demand(asked[1].metric, asked[1].zz, asked[1].yz, 0 * asked[1].yy)}
-    assert weights_of(tiny) == pytest.approx({"a": 1.0, "b": 1 / 0.005})
+    metrics = {name: metric(randn(P, P, seed=i) @ randn(P, P, seed=i).T) for i, name in enumerate(sums)}
+    asked = demands(sums, metrics)
+    assert len(asked) == 2 and [d.largest for d in asked] == pytest.approx([1.0, 1.0])
+    for demand in asked:
+        values = torch.linalg.eigvals(demand.metric @ demand.yy).real
+        assert demand.largest == pytest.approx(float(values.max()))
+        assert demand.size == pytest.approx(float(values.sum()))
+    means = means_of(sums, metrics)
+    assert weights_of(means, {"large": 3, "small": 0}) == {
+        "large": pytest.approx(3 / means["large"].largest),
+        "small": 0,
+    }
+    (only,) = demands(sums, metrics, weights_of(means, {"large": 3, "small": 0}))
+    assert only.largest == pytest.approx(3.0)
+    tiny = {"a": asked[0], "b": asked[1] * 1e-9}
+    assert weights_of(tiny, {}) == pytest.approx({"a": 1.0, "b": 1 / 0.005})
+    assert weights_of({"a": asked[0] * 0.0}, {}) == {"a": 1.0}
 
 
 def test_the_metric_counts_what_the_adapter_writes():

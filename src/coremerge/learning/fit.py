@@ -41,6 +41,8 @@ RIDGE = 0.3
 IMAGE_TOKENS = 256
 """Of an image, where hidden states are only estimated."""
 
+LEAST_ASIDE = 1e-6
+
 SPILL_BYTES = 1 << 30
 """Hidden states that are expected to take more go to disk, unless it is said where."""
 
@@ -231,8 +233,8 @@ def _check(
     wrong = next((task for task, x in likes.items() if not 0 <= x < math.inf), None)
     if wrong:
         raise ConfigError("a finite number of at least zero is needed", key=f"preferences.{wrong}", value=likes[wrong])
-    if not 0 < aside <= 1:
-        raise ConfigError("above 0, at most 1", key="aside", value=aside)
+    if not LEAST_ASIDE <= aside <= 1:
+        raise ConfigError(f"at least {LEAST_ASIDE:g}, at most 1", key="aside", value=aside)
     biased = next((name for name, adapter in plan.adapters.items() if adapter.biases), None)
     if biased:
         raise UnsupportedError(

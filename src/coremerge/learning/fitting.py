@@ -16,17 +16,18 @@ from coremerge.learning.backbone import Batch, token_mask
 from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.kept import Kept
 from coremerge.learning.leastsquares import (
-    Demand,
     Sums,
     cut,
     demands,
     gains,
+    means_of,
     metric,
     regmean,
     relative,
     router,
     shared,
     solve,
+    weights_of,
 )
 from coremerge.learning.states import States
 from coremerge.learning.stream import Segment, Stream, Updates, Watch
@@ -342,14 +343,15 @@ class Fitting:
         in_merged = self.drawn.prior == IN_MERGED
         prior = self._prior(name, core, {t: s.zz for t, s in sums.items() if s.count} if in_merged else moments)
         metrics = {task: core.metric(task, moments, self.drawn.aside) for task in sums}
-        asked = self._asked(sums, metrics)
+        weights = weights_of(means_of(sums, metrics), self.drawn.preferences)
+        asked = demands(sums, metrics, weights)
         if not asked or self.drawn.alone:
             return self._cut_plainly(name, prior), {}
         ridge, rank = self.drawn.ridge, self.drawn.rank_of(name)
         before = after = 0.0
         for held in parts:
             others = shared([part for part in parts if part is not held])
-            seen, rest = self._asked(held, metrics), self._asked(others, metrics)
+            seen, rest = demands(held, metrics, weights), demands(others, metrics, weights)
             if seen and rest:
                 before += relative(seen, prior) / FOLDS
                 after += relative(seen, solve(rest, prior, ridge, exact=ROUGH)) / FOLDS
@@ -357,9 +359,6 @@ class Fitting:
         found = prior if said.kept else solve(asked, prior, ridge)
         told = {"fit": asdict(said), "gains": gains(asked, found, ridge).tolist()}
         return (found if rank is None else cut(asked, found, rank, ridge)), told
-
-    def _asked(self, sums: Mapping[str, Sums], metrics: Mapping[str, Tensor]) -> list[Demand]:
-        return demands(sums, metrics, self.drawn.preferences)
 
     def _cut_plainly(self, name: str, core: Tensor) -> Tensor:
         rank = self.drawn.rank_of(name)

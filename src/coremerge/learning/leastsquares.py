@@ -19,7 +19,7 @@ from torch import Tensor
 from coremerge import linalg
 
 LEAST = 1e-2
-"""A task's demand counts as at least this share of the tasks' mean one: weights are one over it."""
+"""A task's demand counts as at least this share of the tasks' mean one, where weights are one over it."""
 
 ASIDE = 0.1
 """How much an error counts in a direction in which the task's adapter does not move the output."""
@@ -110,29 +110,45 @@ class Demand:
         """What no update at all would leave."""
         return float((self.metric * self.yy).sum())
 
+    @property
+    def largest(self) -> float:
+        """What it would leave in the one direction in which it leaves most."""
+        root = torch.linalg.cholesky(self.metric)
+        values, _ = linalg.eigh(root.mT @ self.yy @ root)
+        return float(values[-1]) if len(values) else 0.0
+
+    def __mul__(self, weight: float) -> Demand:
+        return Demand(self.metric, weight * self.zz, weight * self.yz, weight * self.yy)
+
     def residual(self, core: Tensor) -> float:
         """The mean of ‖core z − y‖² in the metric."""
         return float(((self.metric @ core) * (core @ self.zz - 2 * self.yz)).sum()) + self.size
 
 
-def demands(
-    sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], preferences: Mapping[str, float] | None = None
-) -> list[Demand]:
-    """Of the tasks that have tokens. A task's weight is its preference, by default 1, over the size of its demand."""
-    likes = {task: (preferences or {}).get(task, 1.0) for task in sums}
-    having = {task: s for task, s in sums.items() if s.count and likes[task]}
-    means = {task: Demand(metrics[task], s.zz / s.count, s.yz / s.count, s.yy / s.count) for task, s in having.items()}
-    weights = {task: likes[task] * weight for task, weight in weights_of(means).items()}
-    return [
-        Demand(m.metric, weights[task] * m.zz, weights[task] * m.yz, weights[task] * m.yy) for task, m in means.items()
-    ]
+def means_of(sums: Mapping[str, Sums], metrics: Mapping[str, Tensor]) -> dict[str, Demand]:
+    """What each task that has tokens asks, per token."""
+    having = {task: s for task, s in sums.items() if s.count}
+    return {task: Demand(metrics[task], s.zz / s.count, s.yz / s.count, s.yy / s.count) for task, s in having.items()}
 
 
-def weights_of(means: Mapping[str, Demand]) -> dict[str, float]:
-    """One over the size of each demand, so that large outputs do not decide alone."""
-    sizes = {task: demand.size for task, demand in means.items()}
+def weights_of(means: Mapping[str, Demand], preferences: Mapping[str, float]) -> dict[str, float]:
+    """A task's preference, 1 by default, over its demand in the direction in which that is largest.
+
+    Large outputs then do not decide alone; nor does a task lose whose adapter writes in many directions, as it would if
+    weights were one over the demand in all of them.
+    """
+    sizes = {task: demand.largest for task, demand in means.items()}
     least = LEAST * sum(sizes.values()) / len(sizes) if sizes else 0.0
-    return {task: 1 / max(size, least) if least else 1.0 for task, size in sizes.items()}
+    return {task: preferences.get(task, 1.0) / (max(size, least) or 1.0) for task, size in sizes.items()}
+
+
+def demands(
+    sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
+) -> list[Demand]:
+    """Of the tasks that have tokens, and a weight above zero; by default :func:`weights_of` these sums."""
+    means = means_of(sums, metrics)
+    weights = weights_of(means, {}) if weights is None else weights
+    return [demand * weights[task] for task, demand in means.items() if weights[task]]
 
 
 def relative(asked: Sequence[Demand], core: Tensor) -> float:
