@@ -246,14 +246,14 @@ def comparison(bench: Bench, seeds: Sequence[int], listed: Sequence[Way]) -> tup
     return text + results.table(["merge", "score", "worst task", "seconds"], rows), raw
 
 
-def choices(bench: Bench) -> tuple[str, object]:
+def choices(bench: Bench, most: int) -> tuple[str, object]:
     """What decides quality, on validation rows."""
-    drawn = {count: inputs(bench, count=count, split="test") for count in COUNTS}
+    drawn = {count: inputs(bench, count=count, split="test") for count in COUNTS if count <= most}
     data = drawn[INPUTS]
     names = list(bench.taskset.tasks)
     turned = dict(zip(names, names[1:] + names[:1], strict=True))
     tried: list[tuple[str, Callable[[Data], MergeResult], Data]] = [
-        *((f"{count} inputs a task", fitted(bench), drawn[count]) for count in COUNTS),
+        *((f"{count} inputs a task", fitted(bench), given) for count, given in drawn.items()),
         *(
             (f"{count} inputs a task, ridge {ridge:g}", fitted(bench, ridge=ridge), drawn[count])
             for count in COUNTS[:3]
@@ -325,6 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
     parser.add_argument("--only", choices=["comparison", "gradient", "choices", "subsets"], help="one of the tables")
+    parser.add_argument("--most", type=int, default=COUNTS[-1], help="inputs of a task, where their number is varied")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
@@ -342,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
         sizes = {} if given.quick else SUBSETS
         results.write(f"{TITLE}: fewer tasks, {name}", *subsets(bench, sizes), seed=0, folder=folder)
     if given.only in (None, "choices"):
-        results.write(f"{TITLE}: what decides, {name}", *choices(bench), seed=0, folder=folder)
+        results.write(f"{TITLE}: what decides, {name}", *choices(bench, given.most), seed=0, folder=folder)
 
 
 if __name__ == "__main__":
