@@ -89,9 +89,7 @@ def fit(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            help="Keep what is done in this file, and go on from it if it is there.", metavar="FILE.safetensors"
-        ),
+        typer.Option(help="Keep what is done in this file, and go on from it if it is there.", metavar="FILE"),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Draw it, too: OUT/report.html.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there already.")] = False,

@@ -194,6 +194,7 @@ def fit_plan(
             folder = None if place is None else Path(undo.enter_context(tempfile.TemporaryDirectory(dir=place or None)))
             kept = Kept(None if resume is None else Path(f"{resume}{suffix}"), mark)
             run = Fitting(model, plan, batches, drawn, States(folder), kept=kept)
+            undo.callback(kept.close)
             run.go(progress)
             return run
 

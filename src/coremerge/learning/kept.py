@@ -9,64 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
-from coremerge.errors import ConfigError, SourceError
-from coremerge.formats.atomic import write_file
+from coremerge.formats.journal import Journal
 from coremerge.learning.backbone import Batch
-
-FORMAT = "coremerge.fit.1"
 
 
 class Kept:
     """Module name → its core (p, q) and what is said of it.
 
     Args:
-        path: of the file; None: nothing is kept.
+        path: of a journal, see :class:`~coremerge.formats.journal.Journal` and its errors; None: nothing is kept.
         mark: of all that the cores depend on: see :func:`mark_of`.
-
-    Raises:
-        SourceError: the file is there, and is no such file.
-        ConfigError: it belongs to other adapters, inputs or settings.
     """
 
     def __init__(self, path: Path | None, mark: str) -> None:
-        self.path, self.mark = path, mark
+        self._journal = None if path is None else Journal(path, mark)
+        self._new: list[str] = []
         self.cores: dict[str, Tensor] = {}
         self.said: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("coremerge", "{}"))
-                self.cores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise SourceError(f"cannot be read: {error}", file=path, remedy="Remove it to begin anew") from None
-        if about.get("format") != FORMAT:
-            raise SourceError("holds no part of a fit", file=path, remedy="Name another file")
-        if about.get("mark") != self.mark:
-            raise ConfigError(
-                "belongs to other adapters, inputs or settings", key="resume", value=str(path),
-                remedy="Remove it to begin anew, or give what it was begun with",
-            )  # fmt: skip
-        self.said = about["modules"]
+        for part in self._journal.parts if self._journal else ():
+            self.cores |= part.tensors
+            self.said |= part.facts
 
     def put(self, name: str, core: Tensor, said: Mapping[str, Any]) -> None:
         """One more module."""
         self.cores[name], self.said[name] = core, dict(said)
+        self._new.append(name)
 
     def write(self) -> None:
-        """The file with all modules so far."""
-        if self.path is None:
-            return
-        about = json.dumps({"format": FORMAT, "mark": self.mark, "modules": self.said})
-        tensors = {name: core.contiguous() for name, core in self.cores.items()}
-        write_file(self.path, save(tensors, {"coremerge": about}), overwrite=True)
+        """Keep the modules that came since the last time."""
+        if self._journal and self._new:
+            said, cores = ({name: held[name] for name in self._new} for held in (self.said, self.cores))
+            self._journal.add(said, cores)
+        self._new = []
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._journal:
+            self._journal.close()
 
 
 def mark_of(
