@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench bench-full clean
+.PHONY: help setup demo test check format bench bench-full campaign clean
 
 help:
 	@echo "make setup       install into .venv: pinned versions, every extra"
@@ -15,6 +15,7 @@ help:
 	@echo "make check       formatter, linter, strict types, tests with coverage"
 	@echo "make format      let the formatter and the linter rewrite what they can"
 	@echo "make bench       measure speed and accuracy, short form (minutes); bench-full: everything, hours"
+	@echo "make campaign    kill runs at random moments, at length (an hour at most)"
 	@echo "make clean       remove what the tools leave behind (.venv stays)"
 
 setup: $(STAMP)
@@ -50,6 +51,7 @@ bench-full: setup
 	$(BIN)/python -m benchmarks.speed.run --full
 	$(BIN)/python -m benchmarks.speed.scaling
 	$(BIN)/python -m benchmarks.speed.learning
+	$(BIN)/python -m benchmarks.speed.fit
 	$(BIN)/python -m benchmarks.accuracy.tables
 	$(BIN)/python -m benchmarks.accuracy.scale
 	$(BIN)/python -m benchmarks.accuracy.scale --tasks examples/minilm-wordnet-16 --only tuned
@@ -60,6 +62,9 @@ bench-full: setup
 	if test -d /usr/share/wordnet; then $(BIN)/python -m benchmarks.accuracy.compression; fi
 	$(BIN)/python -m benchmarks.figures
 	$(BIN)/python -m benchmarks.readme
+
+campaign: setup
+	$(BIN)/python -m benchmarks.reliability.kill
 
 clean:
 	rm -rf build dist work .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

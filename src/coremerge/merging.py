@@ -167,18 +167,27 @@ def execute(
     threads: int | None = None,
     device: str = "cpu",
     batch: int | None = None,
+    known: Mapping[str, Solved] | None = None,
+    keep: Callable[[Mapping[str, Solved]], None] | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Carry out ``plan``: see :func:`merge`."""
+    """Carry out ``plan``: see :func:`merge`.
+
+    Modules that are ``known`` are not merged again; ``keep`` is told of those that are.
+    """
     start = time.perf_counter()
     parts = plan.recipe.parts()
-    groups = list(_groups(plan, batch or (None if device == "cpu" else 32)))
-    solved: dict[str, Solved] = {}
+    solved: dict[str, Solved] = dict(known or {})
+    groups = [g for g in _groups(plan, batch or (None if device == "cpu" else 32)) if not solved.keys() >= set(g)]
     for group in local.run(lambda names: _solve(names, plan, parts, device), groups, threads):
         solved |= group
+        if keep:
+            keep(group)
         if progress:
             progress(len(solved), len(plan.modules))
-    scale = auto_scale(solved.values()) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
+    scale = (
+        auto_scale(solved[name] for name in plan.modules) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
+    )
     report = report_of(plan, solved, scale, time.perf_counter() - start)
     return MergeResult(lifted(plan, parts, solved, scale, device), report, plan)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -33,6 +33,7 @@ from coremerge.report.record import make_record
 
 if TYPE_CHECKING:
     from coremerge.formats.into import IntoPlan
+    from coremerge.unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def merge_files(
     device: str = "cpu",
     batch: int | None = None,
     command: Sequence[str] | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Merge the adapters in ``sources`` and write the result into the directory ``out``, complete or not at all.
@@ -112,6 +114,7 @@ def merge_files(
         device: of the linear algebra.
         batch: modules of one shape that go through together.
         command: the words of the command that made it, for the model card.
+        resume: keep what is done beside ``out``, in ``.OUT.resume``, and go on from what an earlier run kept there.
         progress: called as parts are done.
 
     Raises:
@@ -129,7 +132,8 @@ def merge_files(
         overwrite=overwrite,
         progress=progress,
     )
-    return prepared.run(out, threads=threads, device=device, batch=batch, command=command, progress=progress)
+    how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch, "resume": resume}
+    return prepared.run(out, command=command, progress=progress, **how)
 
 
 def prepare(
@@ -228,11 +232,12 @@ class Prepared:
         progress: Progress | None = None,
         solve: Callable[[Plan], MergeResult] | None = None,
         rank_pattern: bool = False,
+        resume: bool = False,
     ) -> Merged:
         """Merge and write: see :func:`merge_files`.
 
         ``hashes`` may have begun with the inputs' files; ``solve`` merges, in place of the plan's recipe;
-        ``rank_pattern``: see :func:`coremerge.formats.writer.save`.
+        ``rank_pattern``: see :func:`coremerge.formats.writer.save`. What ``solve`` did is not resumed.
         """
         _check_device(device)
         tell = progress or _silent
@@ -242,19 +247,19 @@ class Prepared:
         with nullcontext(hashes) if hashes else Hashes() as started:
             for file in files_of(self.plan.adapters):
                 started.start(file)
+            how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch}
             try:
-                result = (
-                    solve(self.plan)
-                    if solve
-                    else execute(
-                        self.plan, threads=threads, device=device, batch=batch, progress=_stage(tell, "merging")
-                    )
-                )
-                sha256 = hashes_of(self.plan.adapters, started)
-                card, record = self._card(result, sha256, command), self._record(result, sha256, command)
-                files = {"README.md": card, RECORD: record} | self._weights_file()
-                written: dict[str, Any] = {"files": files, "threads": threads, "progress": _stage(tell, "writing")}
-                saved = self._save(result.adapter, out, rank_pattern, written)
+                with self._unfinished(out, started, how, rank_pattern) if resume else nullcontext() as unfinished:
+                    if unfinished:
+                        how |= {"known": unfinished.solved, "keep": unfinished.keep}
+                    merging = _stage(tell, "merging")
+                    result = solve(self.plan) if solve else execute(self.plan, **how, progress=merging)
+                    sha256 = hashes_of(self.plan.adapters, started)
+                    card, record = self._card(result, sha256, command), self._record(result, sha256, command)
+                    files = {"README.md": card, RECORD: record} | self._weights_file()
+                    written: dict[str, Any] = {"files": files, "threads": threads, "resume": unfinished}
+                    written["progress"] = _stage(tell, "writing")
+                    saved = self._save(result.adapter, out, rank_pattern, written)
             except torch.OutOfMemoryError as error:
                 raise CoremergeError(
                     f"out of memory on {device}: {str(error).partition('.')[0]}", remedy="Try a smaller --batch"
@@ -262,6 +267,23 @@ class Prepared:
         seconds = time.perf_counter() - self.start
         notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
         return Merged(self.plan, result.report, saved, sha256, seconds, notes, self.into)
+
+    def _unfinished(
+        self, out: str | Path, hashes: Hashes, how: Mapping[str, Any], rank_pattern: bool
+    ) -> AbstractContextManager[Unfinished]:
+        """What an earlier run left of this very merge."""
+        from coremerge import __version__
+        from coremerge.unfinished import Unfinished, stamps
+
+        check_output(out, overwrite=self.overwrite, inputs=files_of(self.plan.adapters))
+        about = {
+            "version": __version__,
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            "inputs": list(hashes_of(self.plan.adapters, hashes).items()),
+            "base": stamps(self.into_plan.base.files) if self.into_plan else None,
+            "how": [how["device"], how["batch"], self.dtype, rank_pattern],
+        }
+        return Unfinished(Path(out), about)
 
     def _save(self, adapter: Adapter, out: str | Path, rank_pattern: bool, how: Mapping[str, Any]) -> Saved:
         inputs = files_of(self.plan.adapters)

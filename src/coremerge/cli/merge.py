@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,6 +117,12 @@ def merge(
     report: Annotated[
         bool, typer.Option("--report", help="Draw it, too: OUT/report.html, as coremerge report does.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Keep what is done in .OUT.resume, and go on from there after a crash, to the same bytes."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there already.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda, cuda:1.")] = "cpu",
@@ -187,9 +194,9 @@ def merge(
             if not dry_run:
                 assert out is not None
                 command = ["coremerge", *sys.argv[1:]]
-                merged = prepared.run(
-                    out, threads=threads, device=device, batch=batch, command=command, hashes=hashes, progress=progress
-                )
+                how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch, "resume": resume}
+                with _said_if_unfinished(out) if resume else nullcontext():
+                    merged = prepared.run(out, command=command, hashes=hashes, progress=progress, **how)
                 if report:
                     draw(out, weights, threads, progress)
         if dry_run:
@@ -199,6 +206,18 @@ def merge(
         learned = weights in LEARNED or str(weights).endswith(".safetensors")
         if learned and method is None and recipe is None and not quiet:
             remark("note", "learned weights are for --method sum --scale 1; the default flattens what they balance")
+
+
+@contextmanager
+def _said_if_unfinished(out: Path) -> Iterator[None]:
+    from coremerge.unfinished import folder_of
+
+    try:
+        yield
+    except BaseException:
+        if folder_of(out).exists():
+            remark("note", f"what is done is kept in {folder_of(out)}: the same command goes on from there")
+        raise
 
 
 def draw(out: Path, weights: str | None, threads: int | None, progress: Progress) -> None:

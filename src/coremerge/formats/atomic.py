@@ -15,14 +15,30 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from coremerge.errors import OutputError
-from coremerge.formats.safetensors_layout import write_error, writing
+from coremerge.formats.safetensors_layout import Layout, TensorFile, write_error, writing
+
+
+class Resumable(Protocol):
+    """Where an unfinished directory is, and which of its files are complete: see :mod:`coremerge.unfinished`."""
+
+    place: Path
+    files: set[str]
+
+    def finish(self, name: str) -> None:
+        """One more file is complete, and on the disk."""
 
 
 @contextmanager
 def atomic_directory(
-    path: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = (), needed: int = 0
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    needed: int = 0,
+    resume: Resumable | None = None,
 ) -> Iterator[Path]:
     """A directory to write into, which becomes ``path`` when the block ends well.
 
@@ -31,6 +47,7 @@ def atomic_directory(
         overwrite: replace a directory of weights that is there already.
         inputs: files or folders that are read; a directory that holds one of them is not replaced.
         needed: bytes that will be written, to find a full disk before the work is done.
+        resume: write into its place, and leave what is there on an error; files that are complete stay as they are.
 
     Raises:
         OutputError: ``path`` is in use, cannot be made, or the disk is too small. One that the block raises about a
@@ -39,11 +56,11 @@ def atomic_directory(
     inputs = list(inputs)
     out = check_output(path, overwrite=overwrite, inputs=inputs)
     made = _make_parents(out)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    partial = resume.place if resume else out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         with writing(out):
-            partial.mkdir()
-            _check_space(out, needed)
+            partial.mkdir(exist_ok=resume is not None)
+            _check_space(out, needed - _held(partial))
         try:
             yield partial
         except OutputError as error:
@@ -53,11 +70,17 @@ def atomic_directory(
             _sync(partial)
             _swap(partial, out)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
+        if resume is None:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
         raise
+
+
+def _held(folder: Path) -> int:
+    """Bytes of the files in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Path:
@@ -142,6 +165,23 @@ def write_file(path: str | Path, content: str | bytes, *, overwrite: bool = Fals
             with suppress(OSError):
                 parent.rmdir()
         raise
+
+
+@contextmanager
+def tensor_file(
+    folder: Path, name: str, layout: Layout, resume: Resumable | None = None
+) -> Iterator[TensorFile | None]:
+    """The file ``name`` in ``folder``, to be filled; None if an earlier run completed it."""
+    if resume and name in resume.files:
+        yield None
+        return
+    if resume:
+        with writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
+    with TensorFile(folder / name, layout) as file:
+        yield file
+    if resume:
+        resume.finish(name)
 
 
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:

@@ -118,6 +118,11 @@ class BaseModel:
     left: tuple[Path, ...]
 
     @property
+    def files(self) -> list[Path]:
+        """All that the model is made up of."""
+        return [*(self.folder / name for name in self.shards), *(self.folder / other for other in self.others)]
+
+    @property
     def home(self) -> Mapping[str, str]:
         """Tensor name → file name."""
         return {key: name for name, shard in self.shards.items() for key in shard.entries}

@@ -14,13 +14,14 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from coremerge.adapter import Adapter
 from coremerge.errors import UnsupportedError
 from coremerge.executors import local
-from coremerge.formats.atomic import atomic_directory, write_files
+from coremerge.formats.atomic import Resumable, atomic_directory, tensor_file, write_files
 from coremerge.formats.base_weights import BLOCK, INDEX_NAME, BaseModel, Shard, dump_index, open_base, reading
 from coremerge.formats.placing import Edit, Placement
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
@@ -69,6 +70,7 @@ class IntoPlan:
         threads: int | None = 1,
         files: Mapping[str, str | bytes] | None = None,
         inputs: Iterable[Path] = (),
+        resume: Resumable | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Saved:
         """Carry it out: see :func:`save_into`."""
@@ -76,17 +78,21 @@ class IntoPlan:
         sources = [self.base.folder / "config.json", *self.adapter.info.files, *inputs]
         count = sum(len(layout.slots) for layout in self.layouts.values())
         done = 0
-        with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=self.size) as folder:
+        with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=self.size, resume=resume) as folder:
             for other in self.base.others:
                 if other.as_posix() not in texts:
                     _copy(self.base.folder / other, folder / other)
             write_files(folder, texts)
-            for name in self.layouts:
-                with closing(self._write_shard(folder, name, threads)) as written:
-                    for _ in written:
-                        done += 1
-                        if progress:
-                            progress(done, count)
+            for name, layout in self.layouts.items():
+                with tensor_file(folder, name, layout, resume) as file:
+                    if file is None:
+                        done += len(layout.slots)
+                        continue
+                    with closing(self._write_shard(file, name, threads)) as written:
+                        for _ in written:
+                            done += 1
+                            if progress:
+                                progress(done, count)
         out = Path(path).expanduser()
         changed = {
             self.layouts[self.base.home[key]].slots[key].dtype for key, e in self.placement.edits.items() if e.update
@@ -103,10 +109,9 @@ class IntoPlan:
             texts[INDEX_NAME] = dump_index(self.base.index, home, self.size)
         return texts
 
-    def _write_shard(self, folder: Path, name: str, threads: int | None) -> Generator[None, None, None]:
-        layout = self.layouts[name]
-        with self.base.shards[name] as shard, TensorFile(folder / name, layout) as file:
-            yield from local.run(lambda key: self._write_tensor(shard, file, key), list(layout.slots), threads)
+    def _write_shard(self, file: TensorFile, name: str, threads: int | None) -> Generator[None, None, None]:
+        with self.base.shards[name] as shard:
+            yield from local.run(lambda key: self._write_tensor(shard, file, key), list(file.layout.slots), threads)
 
     def _write_tensor(self, shard: Shard, file: TensorFile, key: str) -> None:
         slot, edit = file.layout.slots[key], self.placement.edits.get(key)
@@ -167,6 +172,7 @@ def save_into(
     threads: int | None = 1,
     files: Mapping[str, str | bytes] | None = None,
     inputs: Iterable[Path] = (),
+    resume: Resumable | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Saved:
     """Write the base model with ``adapter`` merged into it, complete or not at all.
@@ -180,6 +186,7 @@ def save_into(
         threads: tensors in work side by side; all processors when None.
         files: further small files to put beside it, in place of the base's: name → content.
         inputs: further files that ``adapter`` is read from: never overwritten.
+        resume: see :func:`~coremerge.formats.atomic.atomic_directory`.
         progress: called with the tensors done and their number.
 
     Raises:
@@ -190,7 +197,8 @@ def save_into(
         OutputError: it cannot be written there.
     """
     plan = plan_into(base, adapter, dtype=dtype)
-    return plan.write(path, overwrite=overwrite, threads=threads, files=files, inputs=inputs, progress=progress)
+    how: dict[str, Any] = {"threads": threads, "files": files, "inputs": inputs, "resume": resume, "progress": progress}
+    return plan.write(path, overwrite=overwrite, **how)
 
 
 def plan_into(

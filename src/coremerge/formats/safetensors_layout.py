@@ -113,6 +113,11 @@ class Layout:
         return max((slot.end for slot in self.slots.values()), default=0)
 
     @property
+    def file_bytes(self) -> int:
+        """Of the whole file."""
+        return len(self.head) + self.data_bytes
+
+    @property
     def head(self) -> bytes:
         """The bytes before the first tensor: its length, and a table in JSON."""
         table: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}

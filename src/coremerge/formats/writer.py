@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from torch import Tensor
 from coremerge.adapter import Adapter, Module
 from coremerge.errors import OutputError, TensorError
 from coremerge.executors import local
-from coremerge.formats.atomic import atomic_directory, write_files
+from coremerge.formats.atomic import Resumable, atomic_directory, tensor_file, write_files
 from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype
 from coremerge.hashing import file_sha256
 
@@ -69,6 +69,7 @@ def save(
     threads: int | None = 1,
     files: Mapping[str, str | bytes] | None = None,
     inputs: Iterable[Path] = (),
+    resume: Resumable | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Saved:
     """Write ``adapter`` into the directory ``path``, complete or not at all.
@@ -83,6 +84,7 @@ def save(
         threads: modules in work side by side; all processors when None.
         files: further small files to put beside it: name → content.
         inputs: further files that ``adapter`` is read from, beside ``adapter.info.files``: never overwritten.
+        resume: see :func:`~coremerge.formats.atomic.atomic_directory`.
         progress: called with the modules done and their number.
 
     Raises:
@@ -99,21 +101,26 @@ def save(
     layout = Layout.of(_shapes(adapter, ranks, kept))
     texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, ranks), indent=2) + "\n"}
     sources = (*adapter.info.files, *inputs)
-    with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes) as folder:
+    with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes, resume=resume) as folder:
         write_files(folder, {**(files or {}), **texts})
-        with TensorFile(folder / WEIGHTS_NAME, layout) as file:
-            for name in adapter.extras:
-                file.write(PREFIX + name, adapter.extras[name])
-
-            def write(name: str) -> None:
-                _write_module(file, name, adapter, ranks[name], kept)
-
-            with closing(local.run(write, list(adapter.modules), threads)) as written:
-                for done, _ in enumerate(written, 1):
-                    if progress:
-                        progress(done, len(adapter.modules))
+        with tensor_file(folder, WEIGHTS_NAME, layout, resume) as file:
+            if file:
+                with closing(_written(file, adapter, ranks, kept, threads)) as written:
+                    for done, _ in enumerate(written, 1):
+                        if progress:
+                            progress(done, len(adapter.modules))
     out = Path(path).expanduser()
-    return Saved(out, (out / WEIGHTS_NAME,), file.bytes, rank, kept)
+    return Saved(out, (out / WEIGHTS_NAME,), layout.file_bytes, rank, kept)
+
+
+def _written(
+    file: TensorFile, adapter: Adapter, ranks: Mapping[str, int], dtype: torch.dtype, threads: int | None
+) -> Generator[None, None, None]:
+    """All tensors, module by module."""
+    for name in adapter.extras:
+        file.write(PREFIX + name, adapter.extras[name])
+    names = list(adapter.modules)
+    yield from local.run(lambda name: _write_module(file, name, adapter, ranks[name], dtype), names, threads)
 
 
 def _refuse_clashes(adapter: Adapter, path: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""Slow searches for what breaks: ``make campaign``. A short form of each runs with the tests."""

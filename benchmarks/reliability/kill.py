@@ -1,0 +1,164 @@
+"""Kill -9 at random moments: ``python -m benchmarks.reliability.kill``. The output is whole or absent, every time.
+
+Merges, and merges into a sharded base, run in a child process; with ``resume`` they are run again, and killed again,
+until one ends, and the result is that of a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import results
+from coremerge import Adapter, LowRank
+from coremerge.pipeline import merge_files
+
+LAYERS, WIDTH, RANK, ADAPTERS = 24, 192, 8, 3
+TRIES = 4
+"""Times that a run that can be resumed is killed before it is left in peace."""
+
+Job = Callable[[Path, bool], object]
+"""Makes the result in a folder; with or without resume."""
+
+
+def names() -> list[str]:
+    """Of the modules."""
+    return [f"model.layers.{i}.self_attn.{x}_proj" for i in range(LAYERS) for x in "qv"]
+
+
+def make_inputs(folder: Path) -> list[Path]:
+    """Adapters of random factors."""
+    draw = torch.Generator().manual_seed(0)
+    paths = []
+    for i in range(ADAPTERS):
+        factors = {
+            n: (torch.randn(WIDTH, RANK, generator=draw), torch.randn(RANK, WIDTH, generator=draw)) for n in names()
+        }
+        Adapter.from_updates({n: LowRank(*pair) for n, pair in factors.items()}).save(folder / f"adapter{i}")
+        paths.append(folder / f"adapter{i}")
+    return paths
+
+
+def make_base(folder: Path) -> Path:
+    """Their base model, in four shards."""
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(1)
+    home = {f"{name}.weight": f"model-{i % 4}.safetensors" for i, name in enumerate(names())}
+    for file in sorted(set(home.values())):
+        held = {key: torch.randn(WIDTH, WIDTH, generator=draw) for key, place in home.items() if place == file}
+        save_file(held, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 4 * WIDTH**2 * len(home)}, "weight_map": home}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 192}')
+    return folder
+
+
+def jobs(folder: Path) -> dict[str, Job]:
+    """All that is killed."""
+    sources, base = make_inputs(folder), make_base(folder / "base")
+    return {
+        "merge": lambda out, resume: merge_files(sources, out, threads=1, resume=resume),
+        "merge --into": lambda out, resume: merge_files(sources, out, into=base, threads=1, resume=resume),
+    }
+
+
+def weights(out: Path) -> dict[str, bytes] | None:
+    """The bytes of what was written; None where nothing was."""
+    return {file.name: file.read_bytes() for file in sorted(out.glob("*.safetensors"))} if out.exists() else None
+
+
+def run(job: Job, out: Path, resume: bool, after: float | None = None) -> None:
+    """The job in a child process, which is killed after so many seconds unless it has ended by then.
+
+    Raises:
+        RuntimeError: it failed by itself.
+    """
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            job(out, resume)
+            code = 0
+        finally:
+            os._exit(code)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise RuntimeError(f"it failed by itself, with exit status {os.WEXITSTATUS(status)}")
+
+
+def clean(out: Path) -> None:
+    """Remove the result and what a killed run left beside it."""
+    for path in (out, *out.parent.glob(f".{out.name}.*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def campaign(job: Job, folder: Path, resume: bool, moments: int, seed: int = 0) -> Counter[str]:
+    """What became of runs that were killed at so many random moments.
+
+    Raises:
+        AssertionError: an output is there and is not what an undisturbed run writes.
+    """
+    out, draw = folder / "OUT", random.Random(seed)
+    clean(out)
+    start = time.perf_counter()
+    run(job, out, False)
+    expected, lasts = weights(out), time.perf_counter() - start
+    clean(out)
+    found: Counter[str] = Counter()
+    for _ in range(moments):
+        for _ in range(TRIES if resume else 1):
+            run(job, out, resume, after=draw.uniform(0, 1.1 * lasts))
+            assert weights(out) in (None, expected), "half an output"
+            found["whole" if out.exists() else "absent"] += 1
+            if out.exists():
+                break
+        if resume and not out.exists():
+            run(job, out, resume)
+            assert weights(out) == expected, "resumed to something else"
+            assert not list(folder.glob(".OUT.*")), "something is left behind"
+            found["resumed to the same bytes"] += 1
+        clean(out)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--moments", type=int, default=100, help="of each kind")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="folder of RESULTS.md")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # a pool of threads would not be there after a fork
+    rows: list[list[object]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for label, job in jobs(folder).items():
+            for resume in (False, True):
+                found = campaign(job, folder, resume, given.moments)
+                named = f"{label} --resume" if resume else label
+                rows.append([named, found["absent"], found["whole"], found["resumed to the same bytes"]])
+                sys.stderr.write(f"{rows[-1]}\n")
+    text = (
+        f"Kill -9 at {given.moments} random moments of each, from the first to a tenth after the last; with --resume"
+        f" killed up to {TRIES} times, then left in peace. Whole: byte for byte what an undisturbed run writes.\n\n"
+    )
+    header = ["run", "killed, output absent", "output whole", "resumed to the same bytes"]
+    results.write("Reliability: killed", text + results.table(header, rows), rows, seed=0, folder=given.results)
+
+
+if __name__ == "__main__":
+    main()
