@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from coremerge.adapter import Adapter, Info, Module
-from coremerge.errors import InputError, MismatchError
+from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.plan import IMPORT_BYTES, Plan, make_plan, name_adapters
 from coremerge.recipe import Recipe
 from laws import lowrank, one
@@ -144,6 +144,15 @@ def test_the_peak_grows_with_threads_and_with_dense_work() -> None:
     assert full.peak_bytes(1) > core.peak_bytes(1) + 2 * 8 * 2000 * 3000
     assert core.peak_bytes() >= core.peak_bytes(1)
     assert core.peak_bytes(1) - IMPORT_BYTES > 8 * 2 * 8 * 5000  # the factors
+
+
+def test_threads_within_an_amount_of_memory() -> None:
+    big = plan(adapter({"m": (2000, 3000, 8)}), adapter({"m": (2000, 3000, 8)}))
+    assert big.threads_within(big.peak_bytes(3), 8) == 3
+    assert big.threads_within(10**15, 8) == 8
+    assert big.peak_bytes(2, batch=1) <= big.peak_bytes(2) <= big.peak_bytes(2, batch=4)
+    with pytest.raises(ConfigError, match=r"max_memory = .*too little: with one thread it needs up to"):
+        big.threads_within(big.peak_bytes(1) - 1)
 
 
 def test_the_dtype_is_the_inputs_own_or_as_asked() -> None:

@@ -94,6 +94,7 @@ def merge_files(
     device: str = "cpu",
     batch: int | None = None,
     command: Sequence[str] | None = None,
+    max_memory: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
@@ -114,6 +115,7 @@ def merge_files(
         device: of the linear algebra.
         batch: modules of one shape that go through together.
         command: the words of the command that made it, for the model card.
+        max_memory: bytes that the merge may take: fewer threads, or a refusal before any work.
         resume: keep what is done beside ``out``, in ``.OUT.resume``, and go on from what an earlier run kept there.
         progress: called as parts are done.
 
@@ -132,8 +134,8 @@ def merge_files(
         overwrite=overwrite,
         progress=progress,
     )
-    how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch, "resume": resume}
-    return prepared.run(out, command=command, progress=progress, **how)
+    how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch}
+    return prepared.run(out, command=command, max_memory=max_memory, resume=resume, progress=progress, **how)
 
 
 def prepare(
@@ -232,6 +234,7 @@ class Prepared:
         progress: Progress | None = None,
         solve: Callable[[Plan], MergeResult] | None = None,
         rank_pattern: bool = False,
+        max_memory: int | None = None,
         resume: bool = False,
     ) -> Merged:
         """Merge and write: see :func:`merge_files`.
@@ -240,6 +243,8 @@ class Prepared:
         ``rank_pattern``: see :func:`coremerge.formats.writer.save`. What ``solve`` did is not resumed.
         """
         _check_device(device)
+        if max_memory is not None:
+            threads = self.plan.threads_within(max_memory, threads, batch)
         tell = progress or _silent
         from coremerge.report.card import warm_up
 

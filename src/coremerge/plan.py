@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from coremerge.adapter import Adapter, Info, Module
-from coremerge.errors import InputError, MismatchError
+from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, plan_extras
 from coremerge.recipe import Recipe
@@ -76,11 +76,25 @@ class Plan:
         """Size of the factors at :attr:`rank`."""
         return sum(self.rank * sum(p.module.shape) for p in self.modules.values()) * self.dtype.itemsize
 
-    def peak_bytes(self, threads: int | None = None) -> int:
+    def peak_bytes(self, threads: int | None = None, batch: int | None = None) -> int:
         """An upper estimate of the memory the merge needs."""
-        work = max((self._work(p) * self.cpu_batch(p) for p in self.modules.values()), default=0)
+        work = max((self._work(p) * (batch or self.cpu_batch(p)) for p in self.modules.values()), default=0)
         kept = sum(self._kept(p) for p in self.modules.values())
         return IMPORT_BYTES + (threads or default_threads()) * work + kept
+
+    def threads_within(self, most: int, threads: int | None = None, batch: int | None = None) -> int:
+        """How many threads, at most ``threads``, the merge can have in ``most`` bytes of memory; no byte of it changes.
+
+        Raises:
+            ConfigError: it does not fit with one.
+        """
+        fitting = [n for n in range(1, (threads or default_threads()) + 1) if self.peak_bytes(n, batch) <= most]
+        if not fitting:
+            raise ConfigError(
+                f"too little: with one thread it needs up to {self.peak_bytes(1, batch) / 1e9:.2f} GB",
+                key="max_memory", value=f"{most / 1e9:.2f} GB", remedy="Give more, or a lower --batch or --rank",
+            )  # fmt: skip
+        return fitting[-1]
 
     def cpu_batch(self, planned: PlannedModule) -> int:
         """How many modules like ``planned`` go together on a CPU: few long calls, as threads wait at each."""

@@ -511,3 +511,33 @@ def test_an_interrupt_leaves_nothing(run, monkeypatch):
     before = listing()
     assert run("merge", "A", "B", "-o", "deep/OUT").exit_code == 130
     assert listing() == before
+
+
+def test_an_amount_of_memory(run):
+    assert run("merge", "A", "B", "-o", "OUT", "--max-memory", "8GB").exit_code == 0
+    assert run("merge", "A", "B", "-o", "OTHER").exit_code == 0
+    assert Path("OUT/adapter_model.safetensors").read_bytes() == Path("OTHER/adapter_model.safetensors").read_bytes()
+    for more in ([], ["--dry-run"]):
+        refused(
+            run("merge", "A", "B", "-o", "NO", "--max-memory", "1.5 MiB", *more), "max_memory", "too little", out="NO"
+        )
+    result = run("merge", "A", "B", "-o", "NO", "--max-memory", "much")
+    assert result.exit_code == 2 and "no amount of memory" in result.stderr
+
+
+def test_it_goes_on_after_a_stop(run, monkeypatch):
+    from coremerge.formats import writer
+
+    def fail(*_):
+        raise coremerge.CoremergeError("no")
+
+    assert run("merge", "A", "B", "-o", "WHOLE").exit_code == 0
+    before = listing()
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_write_module", fail)
+        result = run("merge", "A", "B", "-o", "OUT", "--resume")
+    assert result.exit_code == 1 and "the same command goes on from there" in result.stderr
+    assert listing() == sorted([*before, ".OUT.resume"])
+    assert run("merge", "A", "B", "-o", "OUT", "--resume").exit_code == 0
+    assert listing() == sorted([*before, "OUT"])
+    assert Path("OUT/adapter_model.safetensors").read_bytes() == Path("WHOLE/adapter_model.safetensors").read_bytes()

@@ -131,7 +131,7 @@ def plan_text(prepared: Prepared, out: Path | None, threads: int | None) -> str:
 def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> Iterator[tuple[str, object]]:
     plan, recipe = prepared.plan, prepared.plan.recipe
     yield "method", recipe_line(recipe)
-    yield "scale", "auto: set from spectral norms once the cores are merged" if recipe.scale == "auto" else recipe.scale
+    yield "scale", "auto: set from norms once the cores are merged" if recipe.scale == "auto" else recipe.scale
     if prepared.into_plan:
         yield "into", prepared.into
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,21 @@ def whole_or(text: str | None, word: str, option: str) -> int | str | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is neither a whole number from 1 on nor {word!r}", param_hint=option)
     return int(text)
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def memory(text: str | None, option: str) -> int | None:
+    """A number of bytes: ``8GB``, ``500M``, ``1.5 GiB``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text.strip())
+    if not found or not float(found[1]):
+        raise typer.BadParameter(f"{text!r} is no amount of memory such as 8GB or 500M", param_hint=option)
+    unit = found[2].upper()
+    power = list(UNITS).index(unit)
+    return int(float(found[1]) * (1024**power if found[3] else UNITS[unit]))
 
 
 def weights(text: str | None) -> Any:

@@ -131,6 +131,12 @@ def merge(
         typer.Option(min=1, help="Modules of one shape that go together. Default: 1 to 4 on the CPU, else 32."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules side by side. Default: all processors.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the merge may take, such as 8GB: fewer threads, or a refusal up front.", metavar="SIZE"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -144,6 +150,7 @@ def merge(
         from coremerge.inputs import by_label
         from coremerge.pipeline import prepare
 
+        most = _options.memory(max_memory, "--max-memory")
         file = _options.recipe_file(recipe)
         sources = adapters or list(file.models)
         if not sources:
@@ -194,12 +201,14 @@ def merge(
             if not dry_run:
                 assert out is not None
                 command = ["coremerge", *sys.argv[1:]]
-                how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch, "resume": resume}
+                how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch, "max_memory": most}
                 with _said_if_unfinished(out) if resume else nullcontext():
-                    merged = prepared.run(out, command=command, hashes=hashes, progress=progress, **how)
+                    merged = prepared.run(out, command=command, hashes=hashes, progress=progress, resume=resume, **how)
                 if report:
                     draw(out, weights, threads, progress)
         if dry_run:
+            if most is not None:
+                threads = prepared.plan.threads_within(most, threads, batch)
             _show_plan(prepared, out, threads, as_json, quiet)
         else:
             _show_result(merged, as_json, quiet)
