@@ -107,3 +107,41 @@ def test_the_base_comes_from_its_package_where_that_is_installed() -> None:
         "coremerge",
         "cli",
     )
+
+
+@pytest.mark.parametrize("name", ["no\0name", "\ud83d", "a" * 5000])
+def test_names_that_no_file_has(own_folder: Path, name: str) -> None:
+    text = (own_folder / "tasks.yaml").read_text(encoding="utf-8")
+    data = yaml.safe_load(text)
+    data["tasks"]["colour"]["test"] = name
+    (own_folder / "tasks.yaml").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(SourceError):
+        read_taskset(own_folder).rows("colour", "test")
+
+
+def test_rows_that_are_no_text(own_folder: Path) -> None:
+    path = own_folder / read_taskset(own_folder).tasks["colour"].test
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SourceError, match="cannot be read"):
+        read_taskset(own_folder).rows("colour", "test")
+
+
+def test_keys_that_are_no_names(own_folder: Path) -> None:
+    with (own_folder / "tasks.yaml").open("a", encoding="utf-8") as file:
+        file.write("\n1: 2\n")
+    with pytest.raises(ConfigError):
+        read_taskset(own_folder)
+
+
+@pytest.mark.parametrize("changes", [{"base": {"\ud83d": 1}}, {"\ud83d": 1}, {"dtype": "\ud83d"}])
+def test_half_a_character(own_folder: Path, changes: dict[str, Any]) -> None:
+    data = yaml.safe_load((own_folder / "tasks.yaml").read_text(encoding="utf-8")) | changes
+    (own_folder / "tasks.yaml").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ConfigError):
+        read_taskset(own_folder)
+
+
+def test_a_file_that_is_nested_too_deeply(own_folder: Path) -> None:
+    (own_folder / "tasks.yaml").write_text("[" * 5000, encoding="utf-8")
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_taskset(own_folder)

@@ -72,7 +72,9 @@ def test_another_mark(tmp_path):
     assert parts(tmp_path / "journal") == [0]
 
 
-@pytest.mark.parametrize("content", [b"text", b"[1]\n", b"{}\n", b"{\n", json.dumps({"format": 1}).encode(), bytes(99)])
+@pytest.mark.parametrize(
+    "content", [b"text", b"[1]\n", b"{}\n", b"{\n", json.dumps({"format": 1}).encode(), bytes(99), b"[" * 9999]
+)
 def test_other_files_are_left_alone(tmp_path, content):
     path = tmp_path / "file"
     path.write_bytes(content)

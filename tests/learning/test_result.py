@@ -46,7 +46,8 @@ def test_a_file_is_not_overwritten_unless_asked(tmp_path):
         ({"format": "other"}, [1.0], "not written by"),
         ({"format": "coremerge.weights.1"}, [1.0], "layout"),
         ({"format": "coremerge.weights.1", "layout": "{", "settings": "{}"}, [1.0], "no file of merge weights"),
-        ({"layout": '{"a": {"m": 0}}'}, [1.0, 2.0], "more weights than modules"),
+        ({"layout": '{"a": {"m": 0}}'}, [1.0, 2.0], "not as many weights as modules have"),
+        ({"layout": '{"a": {"m": 0, "n": 3}}'}, [1.0, 2.0], "not as many weights as modules have"),
         ({"layout": '{"a": {"m": 0}}'}, [float("nan")], "not finite"),
     ],
 )

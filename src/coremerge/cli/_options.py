@@ -48,7 +48,7 @@ def _scalar(text: str) -> Any:
 
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
     return value if isinstance(value, (bool, int, float, type(None))) else text
 
@@ -125,7 +125,7 @@ def _weights_in(path: Path) -> Any:
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"cannot be read: {error}".replace("\n", " "), file=path) from None
     if not isinstance(found, (list, dict)):
         raise ConfigError("weights are a list, or a mapping of adapters", file=path, value=found)

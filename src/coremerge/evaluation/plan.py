@@ -90,7 +90,7 @@ def read_plan(path: str | Path) -> Plan:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}", file=path) from None
     if not isinstance(data, dict) or not isinstance(data.get("merges"), list):
         raise ConfigError("a list of merges is needed", file=path, key="merges", remedy="See coremerge search --help")

@@ -186,6 +186,8 @@ class TaskSet(_Part):
             lines = path.read_text(encoding="utf-8").splitlines()[:limit]
         except OSError as error:
             raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+        except ValueError as error:  # no text, or no name that a file can have
+            raise SourceError(f"cannot be read: {error}", file=path) from None
         if not lines:
             raise SourceError("holds no rows", file=path)
         return [_row(line, self.tasks[task], path, number) for number, line in enumerate(lines, 1)]
@@ -208,14 +210,16 @@ def read_taskset(source: str | Path) -> TaskSet:
         raise SourceError(
             f"cannot be read: {error.strerror}", file=path, remedy=f"Give a folder with a {FILE}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}", file=path) from None
     if not isinstance(data, Mapping):
         raise ConfigError("a mapping of keys to values is needed", file=path, value=data)
     try:
-        return TaskSet(**{**data, "folder": path.parent})
+        return TaskSet.model_validate({**data, "folder": path.parent})
     except ValidationError as error:
         raise refusal(error, path) from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"half a character: {error}", file=path) from None
 
 
 def refusal(error: ValidationError, path: Path) -> ConfigError:
@@ -237,7 +241,7 @@ def _row(line: str, task: Task, path: Path, number: int) -> Row:
     try:
         data = json.loads(line)
         example, label = parse_row(data, place, path.parent), _label(data["label"], task)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         example = None
     if example is None:
         expected = f"one of {', '.join(task.classes)}" if task.classes else "a number"

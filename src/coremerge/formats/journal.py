@@ -95,7 +95,7 @@ class Journal:
         line, _, _ = found.partition(b"\n")
         try:
             said = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict) or said.get("format") != FORMAT:
             raise SourceError("is no journal of finished parts", file=self.path, remedy="Name another file")

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def read_weights(path: str | Path) -> Weights:
         )
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"is no file of merge weights: {error}", file=path) from None
 
 
@@ -154,11 +155,10 @@ def _table(
 ) -> dict[str, dict[str, float | tuple[float, ...]]]:
     if not all(map(math.isfinite, values)):
         raise ValueError("weights that are not finite")
+    if sum(max(n, 1) for row in layout.values() for n in row.values()) != len(values):
+        raise ValueError("not as many weights as modules have")
     left = iter(values)
-    table = {
-        name: {module: tuple(next(left) for _ in range(n)) if n else next(left) for module, n in row.items()}
+    return {
+        name: {module: tuple(islice(left, n)) if n else next(left) for module, n in row.items()}
         for name, row in layout.items()
     }
-    if next(left, None) is not None:
-        raise ValueError("more weights than modules")
-    return table

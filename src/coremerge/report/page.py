@@ -323,7 +323,7 @@ def _scores(path: str | Path) -> dict[str, Any]:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict) or not {"name", "split", "tasks", "rows"} <= set(data):
         raise SourceError("not scores", file=path, remedy="Give what `coremerge evaluate --json` printed")

@@ -75,7 +75,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise SourceError(
             f"cannot be read: {error.strerror or error}", file=path, remedy="Give a folder that coremerge merge wrote"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise SourceError("not a record of a merge", file=path, remedy="Give a folder that coremerge merge wrote")
