@@ -1,11 +1,12 @@
-"""Compress, then merge: a space of fixed rank, registered as a plugin would; only for comparison, as it loses much.
+"""Compress, then merge: a space of fixed rank, as a plugin would register it; only for comparison, as it loses much.
 
 Source: CtM, arXiv 2606.03723: Tucker-2 of the stacked cores, by higher-order orthogonal iteration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +18,16 @@ from coremerge.spaces import SPACES, Coordinates, Lift, Space
 STEPS, EXACT = 1000, 1e-6
 
 
-@SPACES.register("ctm", source="CtM, arXiv 2606.03723")
+@contextmanager
+def registered() -> Iterator[None]:
+    """As the space ``ctm``, for a while: other spaces lose nothing, which some rely on."""
+    SPACES.register("ctm", source="CtM, arXiv 2606.03723")(ctm)
+    try:
+        yield
+    finally:
+        del SPACES.entries["ctm"]
+
+
 def ctm(rank: int = 16, share: float = 0.25) -> Space:
     """The ``rank`` directions on each side that hold most of all updates, and the updates between them.
 

@@ -21,8 +21,8 @@ from unittest.mock import patch
 
 import torch
 
-import benchmarks.accuracy.ctm  # noqa: F401  (registers itself)
 from benchmarks import results
+from benchmarks.accuracy import ctm
 from benchmarks.accuracy.distill import STEPS, distilled
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench, spread, worst
 from coremerge import Recipe, merge
@@ -167,7 +167,12 @@ def distillation(bench: Bench) -> Callable[[Data], MergeResult]:
 
 def without_data(bench: Bench, **recipe: Any) -> Callable[[Data], MergeResult]:
     """A merge of the adapters alone."""
-    return lambda data: merge(bench.adapters, Recipe(**recipe))
+
+    def make(data: Data) -> MergeResult:
+        with ctm.registered():
+            return merge(bench.adapters, Recipe(**recipe))
+
+    return make
 
 
 def gradient_ways(bench: Bench) -> list[Way]:
@@ -192,7 +197,7 @@ def ways(bench: Bench) -> list[Way]:
     listed = [
         Way(f"{name}, no inputs", without_data(bench, **recipe), drawn=False) for name, recipe in data_free.items()
     ]
-    ctm = {"space": f"ctm:rank={RANK}"}
+    small = {"space": f"ctm:rank={RANK}"}
     return [
         *listed,
         Way("RegMean in core space", fitted(bench, prior="regmean", ridge=ALONE)),
@@ -203,8 +208,8 @@ def ways(bench: Bench) -> list[Way]:
         Way(f"fit, {BATCH} inputs a task", lambda data: fitted(bench)(first_batch(data))),
         Way(f"task arithmetic, cut to {RANK}, no inputs", without_data(bench, method="sum", rank=RANK), drawn=False),
         Way(f"coremerge's default, cut to {RANK}, no inputs", without_data(bench, rank=RANK), drawn=False),
-        Way(f"CtM with TIES, rank {RANK}, no inputs", without_data(bench, method="ties", **ctm), drawn=False),
-        Way(f"CtM with TSV and isotropize, rank {RANK}, no inputs", without_data(bench, **ctm), drawn=False),
+        Way(f"CtM with TIES, rank {RANK}, no inputs", without_data(bench, method="ties", **small), drawn=False),
+        Way(f"CtM with TSV and isotropize, rank {RANK}, no inputs", without_data(bench, **small), drawn=False),
         Way(f"router, cut to {RANK}", fitted(bench, prior="router", ridge=ALONE, rank=RANK)),
         Way(f"fit, then cut to {RANK}", lambda data: _cut(fitted(bench)(data))),
         Way(f"fit, rank {RANK}", fitted(bench, rank=RANK)),

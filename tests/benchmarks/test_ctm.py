@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from benchmarks.accuracy.ctm import shared_directions
+from benchmarks.accuracy.ctm import registered, shared_directions
 
 from coremerge import Adapter, LowRank, Recipe, merge
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    with registered():
+        yield
 
 
 @pytest.fixture
