@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from families import FAMILIES, make_model
 
 from coremerge.learning.backbone import blocks, token_mask
+from families import FAMILIES, make_model
 
 
 def test_blocks_are_counted_in_every_stack():

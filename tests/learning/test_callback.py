@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from families import batches, make_model
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -16,6 +15,7 @@ from coremerge import Adapter, LowRank
 from coremerge.errors import MismatchError, MissingExtraError
 from coremerge.learning import NullSpaceCallback, measure_null_space, null_space_ratio
 from coremerge.learning.callback import null_space_of_training
+from families import batches, make_model
 
 TARGETS = ["query", "value"]
 

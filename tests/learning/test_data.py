@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import IMAGE, make_adapter, make_model
-from made import OF_PARTS, TEMPLATE, VOCABULARY, clip_pictures, jsonl, make_llava, make_tokenizer
 from PIL import Image
 from transformers import CLIPProcessor, PreTrainedTokenizerFast, ViTImageProcessor
 
@@ -18,6 +16,8 @@ from coremerge.learning.data import make_batches
 from coremerge.learning.examples import read_examples
 from coremerge.learning.processor import load_processor
 from coremerge.learning.rows import Example, Message
+from families import IMAGE, make_adapter, make_model
+from made import OF_PARTS, TEMPLATE, VOCABULARY, clip_pictures, jsonl, make_llava, make_tokenizer
 
 CHAT = (Message("user", "w1 w2"), Message("assistant", "w3"))
 

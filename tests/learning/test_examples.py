@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made import jsonl, picture
 
 from coremerge.errors import ConfigError, SourceError
 from coremerge.learning.examples import read_examples
 from coremerge.learning.rows import Example, Message
+from made import jsonl, picture
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there", "weight": 1}]
 

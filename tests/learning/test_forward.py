@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import warnings
 
-import families
 import pytest
 import torch
-from families import FAMILIES, batches, make_adapter, make_model
 from peft import PeftModel
 from transformers import CLIPConfig, CLIPModel
 
+import families
 from coremerge import Adapter, LowRank, Recipe, merge
 from coremerge.adapter import Module
 from coremerge.errors import InputError, MismatchError, UnsupportedError
 from coremerge.learning.backbone import frozen
 from coremerge.learning.forward import MergedModel, find_modules
 from coremerge.learning.objectives import alone
+from families import FAMILIES, batches, make_adapter, make_model
 
 
 def weighted(weights):

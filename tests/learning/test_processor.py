@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
-from families import make_model
-from made import clip_pictures, make_llava, make_tokenizer
 
 from coremerge.errors import MissingExtraError, SourceError
 from coremerge.learning.processor import load_processor
+from families import make_model
+from made import clip_pictures, make_llava, make_tokenizer
 
 
 @pytest.mark.parametrize(

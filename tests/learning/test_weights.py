@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import batches, make_adapter, make_model
 
 from coremerge import Recipe, load, merge
 from coremerge.adapter import Adapter
@@ -14,6 +13,7 @@ from coremerge.learning.blocks import choose_modules
 from coremerge.learning.forward import MergedModel
 from coremerge.learning.objectives import Entropy, Match, NullSpace, alone
 from coremerge.lowrank import LowRank
+from families import batches, make_adapter, make_model
 
 
 @pytest.fixture(scope="module")
