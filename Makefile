@@ -15,7 +15,7 @@ help:
 	@echo "make check       formatter, linter, strict types, tests with coverage"
 	@echo "make format      let the formatter and the linter rewrite what they can"
 	@echo "make bench       measure speed and accuracy, short form (minutes); bench-full: everything, hours"
-	@echo "make campaign    kill runs at random moments and read broken files, at length (hours)"
+	@echo "make campaign    kill runs at random moments, break what they stand on, read broken files (hours)"
 	@echo "make clean       remove what the tools leave behind (.venv stays)"
 
 setup: $(STAMP)
@@ -65,6 +65,7 @@ bench-full: setup
 
 campaign: setup
 	$(BIN)/python -m benchmarks.reliability.kill
+	$(BIN)/python -m benchmarks.reliability.faults
 	$(BIN)/python -m benchmarks.reliability.fuzz
 
 clean:

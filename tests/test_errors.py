@@ -40,3 +40,23 @@ def test_values_that_json_does_not_know_are_shown() -> None:
 def test_the_docstring_draws_every_error() -> None:
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)]
     assert all(issubclass(c, CoremergeError) and c.__name__ in errors.__doc__ for c in classes)
+
+
+def test_what_is_quoted_from_a_file_is_one_line_that_commands_no_terminal() -> None:
+    nasty = "\x1b[31mred\x9b2J\r\n\u202e\ud83d"
+    message = str(CoremergeError(f"wrong {nasty}", file=nasty, key=nasty, value={nasty: nasty}, remedy=nasty))
+    assert message.isprintable()
+    assert r"wrong \x1b[31mred\x9b2J  \u202e\ud83d" in message
+
+
+def test_secrets_are_not_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "our-own-secret")
+    message = str(CoremergeError("no our-own-secret", file=f"https://x:hf_{'a' * 34}@host", value="hf_" + "b" * 34))
+    assert message == 'https://***@host: "***": no ***'
+
+
+@pytest.mark.parametrize("value", [{(1, 2): 3}, {b"a": 1}, [1, [2]]])
+def test_any_value_is_shown(value: object) -> None:
+    if isinstance(value, list):
+        value.append(value)
+    assert str(CoremergeError("wrong", value=value)).endswith(": wrong")

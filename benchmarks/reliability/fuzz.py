@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from safetensors.torch import save
 
 from benchmarks import results
 from coremerge import Adapter, CoremergeError, LowRank, load
+from coremerge.batch import jobs_of
 from coremerge.evaluation import read_taskset
 from coremerge.formats.base_weights import open_base
-from coremerge.formats.journal import Journal
+from coremerge.formats.journal import RECORD, Journal
+from coremerge.held import Held
 from coremerge.learning.result import Weights, read_weights
 from coremerge.pipeline import prepare
 from coremerge.recipe import read_recipe
@@ -44,6 +47,13 @@ VALUES: list[Any] = [
     [], {}, [[]], [None], {"": ""}, ["q_proj"] * 50, {"a": {"a": {"a": {}}}},
 ]  # fmt: skip
 """What takes the place of a part of a JSON file."""
+
+FACTS = {
+    "module": "a", "amplification": 1.0, "of": [True, True],
+    "report": {"shape": [4, 4], "ranks": {"A": 2}, "merged_rank": 2, "rank": 2, "energy": 1.0, "lost": 0.0,
+               "input_norm": 1.0, "input_frobenius": 1.0, "norm": 1.0},
+}  # fmt: skip
+"""Of a merged module that an earlier run kept."""
 
 PIECES = [
     b"\0",
@@ -64,6 +74,11 @@ PIECES = [
     b"&a [*a]",
     b"!!python/x",
     b"<<:",
+    b"!!bool x",
+    b"!!int x",
+    b"2001-99-99",
+    b"1:" * 500,
+    b"\\ud83d",
 ]
 """What is put between a file's bytes."""
 
@@ -110,6 +125,9 @@ def targets(folder: Path) -> dict[str, Target]:
         "parameters": {"density": 0.2, "drop_rate": 0.5}, "steps": ["isotropize"], "scale": "auto", "rank": 4,
         "dtype": "bfloat16", "space": "knots:scaled=false", "base_model": "base",
     }  # fmt: skip
+    sets = {"one": ["adapter"], "two": {"models": ["adapter"], "initial": {"adapter": "x"}, "into": "base"}}
+    inline = {key: value for key, value in recipe.items() if key != "models"}
+    manifest = {"sets": sets, "recipes": {"x": inline, "y": {}}, "jobs": [{"set": "one", "recipe": "x", "name": "z"}]}
     task = {
         "kind": "classification",
         "metric": "accuracy",
@@ -146,6 +164,20 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_journal(path: Path) -> None:
         Journal(path / "journal", "mark").close()
 
+    def read_kept(path: Path) -> None:
+        facts = (path / "facts.json").read_bytes()
+        body = facts + save({"left": torch.ones(3, 2), "right": torch.ones(2, 3)})
+        (path / "journal").unlink(missing_ok=True)
+        Journal(path / "journal", "mark").close()
+        with (path / "journal").open("ab") as file:
+            file.write(RECORD.pack(len(body), len(facts), zlib.crc32(body)) + body)
+        with Journal(path / "journal", "mark") as kept:
+            held = Held(kept)
+            for part in kept.parts:
+                held.take(part)
+            for name in held:
+                held[name].combination.scaled(2.0)
+
     return {
         "adapter_config.json": Target("adapter_config.json", json.dumps(config).encode(), read_all),
         "adapter_model.safetensors": Target(
@@ -153,11 +185,15 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "a base model's index": Target("model.safetensors.index.json", json.dumps(index).encode(), open_base),
         "a recipe": Target("recipe.yaml", json.dumps(recipe).encode(), lambda path: read_recipe(path / "recipe.yaml")),
+        "a manifest": Target(
+            "m.yaml", json.dumps(manifest).encode(), lambda path: jobs_of(path / "m.yaml", path / "o")
+        ),
         "a task set": Target("tasks.yaml", json.dumps(tasks).encode(), read_tasks),
         "merge weights": Target(
             "w.safetensors", weights.read_bytes(), lambda path: read_weights(path / "w.safetensors"), is_json=False
         ),
         "a journal": Target("journal", (journal / "journal").read_bytes(), read_journal, is_json=False),
+        "a merged module": Target("facts.json", json.dumps(FACTS).encode(), read_kept),
     }
 
 

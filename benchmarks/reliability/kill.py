@@ -1,7 +1,7 @@
 """Kill -9 at random moments: ``python -m benchmarks.reliability.kill``. The output is whole or absent, every time.
 
-Merges, and merges into a sharded base, run in a child process; with ``resume`` they are run again, and killed again,
-until one ends, and the result is that of a run that nobody disturbed.
+Merges, merges into a sharded base, and fits run in a child process; with ``resume`` they are run again, and killed
+again, until one ends, and the result is that of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -66,18 +66,65 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
+def make_fit(folder: Path) -> list[str]:
+    """A tiny BERT, two adapters of it and inputs for both; the words that fit them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 2}
+    torch.manual_seed(2)
+    model = BertModel(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes))
+    model.save_pretrained(folder / "bert")
+    inner = Tokenizer(models.WordLevel({"[PAD]": 0} | {f"w{i}": i for i in range(1, 50)}, unk_token="[PAD]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[PAD]")
+    words.save_pretrained(folder / "bert")
+    texts = "\n".join(" ".join(f"w{(i * j) % 49 + 1}" for j in range(3, 9)) for i in range(1, 9))
+    (folder / "texts.txt").write_text(texts)
+    adapted = [name for name, _ in model.named_modules() if name.endswith((".query", ".value"))]
+    draw = torch.Generator().manual_seed(3)
+    for name in ("fit0", "fit1"):
+        factors = {n: [torch.randn(64, 4, generator=draw) / 8 for _ in "BA"] for n in adapted}
+        Adapter.from_updates({n: LowRank(b, a.mT) for n, (b, a) in factors.items()}).save(folder / name)
+    data = [f"{name}={folder / 'texts.txt'}" for name in ("fit0", "fit1")]
+    sources = [str(folder / name) for name in ("fit0", "fit1")]
+    return ["fit", *sources, "--base", str(folder / "bert"), "--data", data[0], "--data", data[1], "--quiet"]
+
+
 def jobs(folder: Path) -> dict[str, Job]:
     """All that is killed."""
-    sources, base = make_inputs(folder), make_base(folder / "base")
+    sources, base, fit = make_inputs(folder), make_base(folder / "base"), make_fit(folder)
     return {
         "merge": lambda out, resume: merge_files(sources, out, threads=1, resume=resume),
         "merge --into": lambda out, resume: merge_files(sources, out, into=base, threads=1, resume=resume),
+        "fit": lambda out, resume: command([*fit, "-o", str(out), *(["--resume", str(kept(out))] if resume else [])]),
     }
+
+
+def kept(out: Path) -> Path:
+    """Where a fit keeps what is done; it is the person's own, and stays."""
+    return out.with_name("kept")
+
+
+def command(words: list[str]) -> None:
+    """The command ``coremerge`` itself.
+
+    Raises:
+        RuntimeError: it ended with another exit status than 0.
+    """
+    from coremerge.cli._app import app
+
+    status = app(words, standalone_mode=False)
+    if status:
+        raise RuntimeError(f"exit status {status} of coremerge {' '.join(words)}")
 
 
 def weights(out: Path) -> dict[str, bytes] | None:
     """The bytes of what was written; None where nothing was."""
-    return {file.name: file.read_bytes() for file in sorted(out.glob("*.safetensors"))} if out.exists() else None
+    if not out.exists():
+        return None
+    files = sorted(file for file in out.rglob("*") if file.is_file())
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
 def run(job: Job, out: Path, resume: bool, after: float | None = None) -> None:
@@ -106,6 +153,7 @@ def clean(out: Path) -> None:
     """Remove the result and what a killed run left beside it."""
     for path in (out, *out.parent.glob(f".{out.name}.*")):
         shutil.rmtree(path, ignore_errors=True)
+    kept(out).unlink(missing_ok=True)
 
 
 def campaign(job: Job, folder: Path, resume: bool, moments: int, seed: int = 0) -> Counter[str]:
@@ -131,7 +179,7 @@ def campaign(job: Job, folder: Path, resume: bool, moments: int, seed: int = 0) 
         if resume and not out.exists():
             run(job, out, resume)
             assert weights(out) == expected, "resumed to something else"
-            assert not list(folder.glob(".OUT.*")), "something is left behind"
+            assert kept(out).exists() or not list(folder.glob(".OUT.*")), "something is left behind"
             found["resumed to the same bytes"] += 1
         clean(out)
     return found

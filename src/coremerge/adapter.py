@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from coremerge.hashing import Stamp
 from coremerge.lowrank import LowRank
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Info:
         token_indices: module name → trained token ids, for extras that are token rows.
         targets: ends of module names: the base model has no such modules but the adapter's.
         files: the files that were read.
+        stamps: theirs, from before they were read.
         notes: what was normalised or left unread, in plain words.
     """
 
@@ -92,6 +94,7 @@ class Info:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -18,11 +18,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from coremerge.text import redacted, visible
+
 _UNSET: Any = object()
 
 
 class CoremergeError(Exception):
     """A refusal that names the file, the key, the value and the remedy.
+
+    Its message is one line that can be printed: what a terminal would obey is spelt out, and secrets are left out.
 
     Args:
         what: what is wrong, as a sentence without its full stop.
@@ -48,13 +52,25 @@ class CoremergeError(Exception):
         self.remedy = remedy
         where = [part for part in (self.file, _key_value(key, value)) if part]
         message = ": ".join([*where, what])
-        super().__init__(f"{message}. {remedy}" if remedy else message)
+        super().__init__(visible(redacted(f"{message}. {remedy}" if remedy else message)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process raised is raised here as it was."""
+        told = {"file": self.file, "key": self.key, "remedy": self.remedy}
+        return _again, (type(self), self.what, told | ({} if self.value is None else {"value": self.value}))
+
+
+def _again(kind: type[CoremergeError], what: str, told: dict[str, Any]) -> CoremergeError:
+    return kind(what, **told)
 
 
 def _key_value(key: str | None, value: object) -> str | None:
     if value is _UNSET:
         return key
-    shown = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # keys that JSON does not know; a list that holds itself
+        shown = repr(value)
     if len(shown) > 120:
         shown = shown[:117] + "..."
     return f"{key} = {shown}" if key else shown

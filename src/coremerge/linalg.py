@@ -185,6 +185,12 @@ def column_basis(stack: Tensor, rtol: float = RTOL, *, singular: bool = True) ->
     return _basis(sigma[..., :rank], vh[..., :rank, :].mT * something)
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower triangle L with L Lᵀ = ``matrix``, which is positive definite."""
+    factor: Tensor = torch.linalg.cholesky(matrix)
+    return factor
+
+
 def _triangular_basis(gram: Tensor) -> Basis | None:
     """From X = Q R, R by Cholesky: C = R⁻¹ and Qᵀ X = R; None where X may be ill-conditioned."""
     factor, failed = torch.linalg.cholesky_ex(gram)

@@ -9,17 +9,29 @@ from pathlib import Path
 
 
 def test_runs_that_are_killed_leave_all_or_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.reliability.kill", "--moments", "4", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.reliability.kill", "--moments", "1", "--results", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)  # by itself: it forks
     rows = json.loads((tmp_path / "results.json").read_text())["Reliability: killed"]["numbers"]
-    assert [row[0] for row in rows] == ["merge", "merge --resume", "merge --into", "merge --into --resume"]
-    assert all(row[1] + row[2] >= 4 for row in rows) and rows[3][3] + rows[3][2] == 4
+    labels = [f"{name}{resume}" for name in ("merge", "merge --into", "fit") for resume in ("", " --resume")]
+    assert [row[0] for row in rows] == labels
+    assert all(row[1] + row[2] >= 1 for row in rows) and rows[5][3] + rows[5][2] == 1
 
 
 def test_broken_files_are_read_or_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.reliability.fuzz", "--count", "150", "--results", str(tmp_path)]
     subprocess.run([*command, "--findings", str(tmp_path / "found")], check=True, capture_output=True)  # limits memory
     rows = json.loads((tmp_path / "results.json").read_text())["Reliability: broken files"]["numbers"]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for _, changed, read, refused, findings, _ in rows:
         assert read + refused == changed == 150 and not findings and read and refused
+
+
+def test_faults_are_one_message_and_lose_nothing(tmp_path: Path) -> None:
+    faults = ["disk full at the tensors", "files may not be large", "weights written over after", "two processes"]
+    chosen = [word for fault in faults for word in ("--only", fault)]
+    chosen += ["--command", "merge --overwrite", "--command", "merge --resume", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.reliability.faults", *chosen]
+    subprocess.run(command, check=True, capture_output=True)  # by itself: it forks
+    rows = json.loads((tmp_path / "results.json").read_text())["Reliability: faults"]["numbers"]
+    assert len(rows) == 2 * len(faults)
+    assert all(row[2] == 1 and row[3] for row in rows[:-2] if not row[3].startswith("skipped"))

@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 import coremerge
+from coremerge.cli import demo
+from coremerge.cli.evaluate import render
+from coremerge.demo import DemoResult, Row
+from coremerge.evaluation.evaluate import Evaluated, Evaluation
+from coremerge.evaluation.scoring import Scores
+from coremerge.evaluation.taskset import Task
+
+NASTY = "\x1b[31m[/][bold]x"
 
 
 @pytest.fixture
@@ -83,3 +92,18 @@ def test_search_prints_all_that_was_tried_as_json(run, taskset, tmp_path):
     data = json.loads(run("search", "--tasks", taskset, "--plan", plan, "-o", tmp_path / "r.yaml", "--json").stdout)
     assert [one["scale"] for one in data["rows"][0]["tried"]] == [0.5, 1.0]
     assert data["winner"] == "core sum"
+
+
+def test_names_of_tasks_cannot_command_the_terminal():
+    scores = Scores({NASTY: 0.5}, {NASTY: 0.5}, {NASTY: 0.5}, {NASTY: (0.4, 0.6)})
+    task = Task(kind="lm-eval", metric=NASTY, harness=NASTY)
+    result = Evaluation(NASTY, "test", NASTY, {NASTY: task}, {NASTY: None}, (Evaluated(NASTY, scores),))
+    assert all(line == "" or line.isprintable() for line in render(result).split("\n"))
+
+
+def test_names_of_tasks_are_only_text_to_the_demo(capsys):
+    rows = tuple(Row(label, Scores({NASTY: 0.5}, {NASTY: 0.5})) for label in ("own adapter", "no adapter"))
+    for part in demo.render(DemoResult(NASTY, rows, 1.0, True)):
+        Console(width=400).print(part)
+    said = capsys.readouterr().out
+    assert NASTY.replace("\x1b", r"\x1b") in said and "\x1b" not in said

@@ -87,3 +87,13 @@ def test_an_unreadable_adapter_is_refused(run):
 
 def test_nothing_to_inspect(run):
     assert run("inspect").exit_code == 2
+
+
+def test_names_of_modules_cannot_command_the_terminal(run):
+    make_adapter(Path("A"), parts=("\x1b[2Jq\u202e",), base_model_name_or_path="\x9b2J[/]")
+    make_adapter(Path("B\r\x1b[A"), parts=("\x1b]0;x\x07v",))
+    for words in (("A",), ("A", "B\r\x1b[A"), ("A", "B\r\x1b[A", "--json")):
+        result = run("inspect", *words)
+        assert result.exit_code == 0
+        assert all(line == "" or line.isprintable() for line in (result.stdout + result.stderr).split("\n"))
+    assert r"\x1b[2Jq\u202e" in run("inspect", "A").stdout

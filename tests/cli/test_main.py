@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coremerge import __version__, cli
+from coremerge import __version__, cli, load
 from tiny import make_adapter
 
 HEAVY = ("torch", "numpy", "pydantic", "rich", "yaml", "safetensors", "huggingface_hub")
@@ -61,6 +62,17 @@ def test_the_script_ends_at_once_with_all_said(tmp_path, words, status):
     shown, told = process.communicate()
     assert process.returncode == status
     assert shown + told and "late" not in shown
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_stream_is_no_place_for_files(tmp_path, closed):
+    for name in "AB":
+        make_adapter(tmp_path / name)
+    code = "from coremerge.cli import script\nscript()"
+    process = python(code, "merge", "A", "B", "-o", "OUT", cwd=tmp_path, preexec_fn=lambda: os.close(closed))
+    _, told = process.communicate()
+    assert process.returncode == 0 and not told
+    assert len(load(tmp_path / "OUT")) == 4
 
 
 SLOW = """

@@ -454,7 +454,15 @@ class TestRefusals:
             raise OSError(28, "No space left on device", "OUT")
 
         monkeypatch.setattr("coremerge.pipeline.save", full)
-        refused(run("merge", "A", "B", "-o", "OUT"), "OUT: No space left on device")
+        refused(run("merge", "A", "B", "-o", "OUT"), "OUT: No space left on device. Check that")
+
+    def test_a_stream_that_takes_nothing(self, run, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("coremerge.cli.merge._show_result", full)
+        refused(run("merge", "A", "B", "-o", "OUT"), "cannot print: No space left on device. Print elsewhere", out="-")
+        assert Path("OUT/adapter_model.safetensors").exists()
 
     def test_too_little_memory(self, run, monkeypatch):
         def full(*_, **__):
@@ -472,6 +480,37 @@ class TestRefusals:
     def test_names_cannot_command_the_terminal(self, run):
         refused(run("merge", "A", "\x1b[31mred\x07", "-o", "OUT"), "[31mred")
         assert "\x1b" not in run("merge", "A", "\x1b[31mred", "-o", "OUT").stderr
+        make_adapter(Path("odd \x1b[2J\u202e[/]"), base_model_name_or_path="\x9b2J\x1b]0;x\x07", task_type="\x1b[5m")
+        for words in (("-o", "OUT"), ("--dry-run",), ("--dry-run", "--json")):
+            result = run("merge", "odd \x1b[2J\u202e[/]", "B", *words)
+            assert result.exit_code == 0
+            assert all(line == "" or line.isprintable() for line in (result.stdout + result.stderr).split("\n"))
+        kept = Path("OUT/README.md").read_text()
+        assert all(line == "" or line.isprintable() for line in kept.split("\n"))
+
+    def test_secrets_are_neither_said_nor_kept(self, run, monkeypatch):
+        token, word = "hf_" + "a" * 34, "of-our-own-hub"
+        monkeypatch.setenv("HF_TOKEN", word)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        said = []
+        for source in (f"https://me:{token}@host/a", f"https://host/a?token={token}", word, f"org/{token}"):
+            result = run("merge", "A", source, "-o", "OUT")
+            assert result.exit_code == 1
+            said.append(result.stderr)
+        Path(word).mkdir()
+        result = run(
+            "merge", "A", "B", "-o", f"{word}/OUT", "--resume", "--report", "--json", "--recipe", recipe(token)
+        )
+        assert result.exit_code == 0, result.stderr
+        files = [file for file in Path(word).rglob("*") if file.is_file()]
+        assert {file.name for file in files} > {"README.md", "coremerge.json", "report.html"}
+        said += [result.stdout, result.stderr, *(file.read_bytes().decode(errors="replace") for file in files)]
+        assert not any(secret in text for text in said for secret in (token, word))
+
+
+def recipe(token):
+    Path(f"{token}.yaml").write_text("merge_method: sum")
+    return f"{token}.yaml"
 
 
 class TestUsage:
@@ -519,7 +558,7 @@ def test_an_amount_of_memory(run):
     assert Path("OUT/adapter_model.safetensors").read_bytes() == Path("OTHER/adapter_model.safetensors").read_bytes()
     for more in ([], ["--dry-run"]):
         refused(
-            run("merge", "A", "B", "-o", "NO", "--max-memory", "1.5 MiB", *more), "max_memory", "too little", out="NO"
+            run("merge", "A", "B", "-o", "NO", "--max-memory", "1.5 mib", *more), "max_memory", "too little", out="NO"
         )
     result = run("merge", "A", "B", "-o", "NO", "--max-memory", "much")
     assert result.exit_code == 2 and "no amount of memory" in result.stderr
@@ -528,7 +567,7 @@ def test_an_amount_of_memory(run):
 def test_it_goes_on_after_a_stop(run, monkeypatch):
     from coremerge.formats import writer
 
-    def fail(*_):
+    def fail(*_, **__):
         raise coremerge.CoremergeError("no")
 
     assert run("merge", "A", "B", "-o", "WHOLE").exit_code == 0

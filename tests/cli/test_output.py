@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+import json
+import sys
 
-from coremerge.cli._output import duration, number, size, table
+import pytest
+import rich.markup
+
+from coremerge.cli._output import (
+    duration,
+    facts,
+    number,
+    print_json,
+    progress_bar,
+    remark,
+    say,
+    size,
+    table,
+    unmarked,
+)
 from coremerge.cli._patterns import group
 
 
@@ -38,3 +54,35 @@ def test_groups_are_of_modules_that_are_alike():
         ("h.1.mlp.0.fc", 1, 2),
         ("head2", 1, 1),
     ]
+
+
+NASTY = "\x1b[31m\u202e[/][bold]hf_" + "a" * 34
+
+
+def test_nothing_on_stdout_commands_the_terminal(capsys):
+    say(table([NASTY, "n"], [[NASTY, 1]]) + "\n" + facts([(NASTY, NASTY)]) + "\n" + NASTY)
+    print_json({NASTY: [NASTY]})
+    remark("note", NASTY)
+    said = capsys.readouterr()
+    lines = (said.out + said.err).splitlines()
+    assert len(lines) == 11 and all(line.isprintable() and "hf_" not in line for line in lines)
+    assert lines[2].startswith(r"\x1b[31m\u202e[/][bold]***")
+
+
+def test_json_keeps_its_meaning(capsys):
+    print_json({"é\x9b": "\ud83d"})
+    said = capsys.readouterr().out
+    assert "é" in said and json.loads(said) == {"é\x9b": "\ud83d"}
+
+
+def test_a_label_is_only_text_to_the_bar(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with progress_bar() as tell:
+        tell("of [/] and [link=http://x]\x1b[2J", 1, 2)
+    assert "\x1b[2J" not in sys.stderr.getvalue()
+    assert rich.markup.render(unmarked("a[/]b[red]\x1b")).plain == r"a[/]b[red]\x1b"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True

@@ -109,6 +109,28 @@ def test_the_base_comes_from_its_package_where_that_is_installed() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("package", "taken.apart", "plain name of a package"),
+        ("package", ".taken", "plain name of a package"),
+        ("package", "", "plain name of a package"),
+        ("subfolder", "../../secret", "a folder within the package"),
+        ("subfolder", "/etc", "a folder within the package"),
+    ],
+)
+def test_the_bases_package_is_a_place_and_no_code(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str, message: str
+) -> None:
+    (own_folder / "taken").mkdir()
+    (own_folder / "taken/__init__.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.syspath_prepend(str(own_folder))
+    edit(own_folder, "base", value={"hub_id": "org/base", "package": "taken", key: value})
+    with pytest.raises(ConfigError, match=message):
+        read_taskset(own_folder)
+    assert Base(hub_id="org/base", package="taken").locate() == str(own_folder / "taken")
+
+
 @pytest.mark.parametrize("name", ["no\0name", "\ud83d", "a" * 5000])
 def test_names_that_no_file_has(own_folder: Path, name: str) -> None:
     text = (own_folder / "tasks.yaml").read_text(encoding="utf-8")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from coremerge.errors import ConfigError, OutputError, SourceError
-from coremerge.formats.journal import Journal
+from coremerge.formats import journal
+from coremerge.formats.journal import RECORD, Journal
 
 
 def write(path, count, mark="mark"):
@@ -23,8 +24,9 @@ def write(path, count, mark="mark"):
 def parts(path, mark="mark"):
     with Journal(path, mark) as journal:
         for i, part in enumerate(journal.parts):
-            assert torch.equal(part.tensors["x"], torch.full((i + 1,), float(i)))
-            assert part.tensors["empty"].shape == (0, 2)
+            tensors = journal.tensors(part)
+            assert torch.equal(tensors["x"], torch.full((i + 1,), float(i)))
+            assert tensors["empty"].shape == (0, 2)
         return [part.facts["part"] for part in journal.parts]
 
 
@@ -65,6 +67,20 @@ def test_a_flipped_bit_ends_it(tmp_path):
         assert parts(path) in ([0], [0, 1])
 
 
+def test_lengths_that_are_wrong_end_it(tmp_path):
+    path = tmp_path / "journal"
+    write(path, 1)
+    first = path.stat().st_size
+    write(path, 3)
+    whole = path.read_bytes()
+    for of_facts in range(RECORD.unpack_from(whole, first)[1]):
+        length, _, check = RECORD.unpack_from(whole, first)
+        broken = bytearray(whole)
+        RECORD.pack_into(broken, first, length, of_facts, check)
+        path.write_bytes(broken)
+        assert parts(path) == [0]
+
+
 def test_another_mark(tmp_path):
     write(tmp_path / "journal", 1)
     with pytest.raises(ConfigError, match="other adapters, inputs or settings"):
@@ -98,3 +114,11 @@ def test_two_processes_do_not_share_it(tmp_path):
         held = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
     assert "another process is at work on it" in held.stderr
     assert "open" in subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ).stdout
+
+
+def test_one_that_its_holder_removed_meanwhile_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "journal"
+    lock = journal._lock
+    monkeypatch.setattr(journal, "_lock", lambda *given: (path.unlink(), lock(*given)))
+    with pytest.raises(OutputError, match="another process is at work on it"):
+        Journal(path, "mark")

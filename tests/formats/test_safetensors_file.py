@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from coremerge import load
 from coremerge.errors import CoremergeError, SourceError, TensorError
+from coremerge.formats import safetensors_file
 from coremerge.formats.safetensors_file import PickledFile, SafetensorsFile, read_factor, read_whole
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -125,7 +127,7 @@ def test_a_file_cut_short_after_it_was_opened(tmp_path: Path) -> None:
     file = SafetensorsFile(path)
     assert file.entries
     os.truncate(path, 200)
-    with pytest.raises(TensorError, match=r"x.safetensors: a: the file ends before the tensor"):
+    with pytest.raises(SourceError, match=r"x.safetensors: changed while it was in use"):
         file.read("a")
     path.unlink()
     with pytest.raises(SourceError, match=r"x.safetensors: cannot be read: No such file"):
@@ -223,3 +225,92 @@ class TestPickles:
         file = PickledFile(tmp_path / "x.bin")
         with pytest.raises(TensorError, match=r"x.bin: x: stored as torch.complex64"):
             read_factor(file, "x")
+
+
+def crafted(path: Path, header: dict | bytes, data: bytes = b"", length: int | None = None) -> Path:
+    """A file with just this header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(shape: list[int], *offsets: int) -> dict:
+    return {"dtype": "F32", "shape": shape, "data_offsets": list(offsets)}
+
+
+TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+HOSTILE = {
+    "a header of exabytes": ({}, 2**63, "a header of 9223372036854775808 bytes is absurd"),
+    "a header longer than the file": ({}, 1000, "cut short"),
+    "a product that overflows to nothing": ({"a": entry([2**32, 2**32], 0, 8)}, None, "overflow"),
+    "a product that overflows to its size": ({"a": entry([2**62 + 1, 4], 0, 8)}, None, "overflow"),
+    "overlapping": ({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, None, "damaged"),
+    "a hole": ({"a": entry([1], 4, 8)}, None, "damaged"),
+    "beyond the end": ({"a": entry([4], 0, 16)}, None, "damaged"),
+    "backwards": ({"a": entry([2], 8, 0)}, None, "damaged"),
+    "another shape than bytes": ({"a": entry([1], 0, 8)}, None, "damaged"),
+    "a name twice": (TWICE, None, "a: is in the header twice"),
+    "metadata twice": (b'{"__metadata__":{"a":"b","a":"c"},' + TWICE[59:], None, "twice|damaged"),
+    "a long name": ({"a" * 1001: entry([2], 0, 8)}, None, r"a\.\.\.: a name of 1,001 characters"),
+    "empty and endless": ({"a": entry([0, 2**62, 2**62], 0, 0), "b": entry([2], 0, 8)}, None, "an absurd shape"),
+    "a side that torch cannot hold": ({"a": entry([0, 2**64 - 1], 0, 0), "b": entry([2], 0, 8)}, None, "an absurd"),
+    "a thousand dimensions": ({"a": entry([2] + [1] * 999, 0, 8)}, None, "an absurd shape of 1000 dimensions"),
+    "half a character": (b'{"\\ud83d":' + TWICE[5:53] + b"}", None, "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_refused_before_anything_is_allocated(tmp_path: Path, name: str) -> None:
+    header, length, message = HOSTILE[name]
+    path = crafted(tmp_path / "x.safetensors", header, bytes(8), length)
+    with pytest.raises(TensorError, match=rf"x\.safetensors: .*(?:{message})") as refused:
+        _ = SafetensorsFile(path).entries
+    assert refused.value.remedy and len(str(refused.value)) < 500
+
+
+def test_more_tensors_than_any_adapter_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "MOST_TENSORS", 3)
+    path = crafted(tmp_path / "x.safetensors", {str(i): entry([0], 0, 0) for i in range(4)})
+    with pytest.raises(TensorError, match=r"x\.safetensors: 4 tensors are absurd"):
+        _ = SafetensorsFile(path).entries
+
+
+class TestHostilePickles:
+    @staticmethod
+    def folder(path: Path, a: object, b: object = None) -> Path:
+        path.mkdir()
+        (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+        held = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": torch.ones(3, 2)}
+        torch.save(held, path / "adapter_model.bin")
+        return path
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: torch.ones(1).expand(2, 10**12),
+            lambda: torch.ones(2, 10**12, device="meta"),
+            lambda: torch.sparse_coo_tensor([[0], [0]], [1.0], (2, 10**12), check_invariants=True),
+        ],
+        ids=["one number said to be many", "no numbers at all", "sparse"],
+    )
+    def test_a_tensor_larger_than_its_file(self, tmp_path: Path, make: Callable[[], torch.Tensor]) -> None:
+        folder = self.folder(tmp_path / "a", make())
+        with pytest.raises((TensorError, SourceError), match=r"adapter_model\.bin"):
+            load(folder, allow_pickle=True)
+
+    @pytest.mark.parametrize("allow", [False, True])
+    def test_code_in_it_is_not_run(self, tmp_path: Path, allow: bool) -> None:
+        folder = self.folder(tmp_path / "a", Runs(tmp_path / "ran"))
+        with pytest.raises(SourceError, match="unpickled safely" if allow else "can run code"):
+            load(folder, allow_pickle=allow)
+        assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)

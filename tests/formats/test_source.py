@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import zoo
+from benchmarks.reliability import hub
 from huggingface_hub import errors
 
 from coremerge import load
@@ -204,6 +207,9 @@ def answer(kind: type[Exception]) -> Exception:
         (lambda: answer(errors.RevisionNotFoundError), r'revision = "v1": the repository has no such revision'),
         (lambda: answer(errors.HfHubHTTPError), "the hub did not answer as expected: refused. Try again"),
         (lambda: OSError("disk full"), "the hub did not answer as expected: disk full"),
+        (lambda: OSError(28, "No space left"), "cannot be kept in the hub's cache: .*No space left. Free some space"),
+        (lambda: ValueError("not JSON"), "something other than the hub answers: not JSON. Check HF_ENDPOINT"),
+        (RuntimeError, "the hub did not answer as expected: RuntimeError. Try again"),
         (lambda: errors.HFValidationError("bad"), "not a hub id: bad"),
         (errors.OfflineModeIsEnabled, ".*switched off"),
     ],
@@ -221,3 +227,40 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, made: Callable[[]
     assert asked["repo"] == "org/name"
     assert (asked["revision"], asked["token"], asked["cache_dir"]) == ("v1", "secret", "there")
     assert asked["allow_patterns"] == [f"sub/{CONFIG}", f"sub/{WEIGHTS}", f"sub/*/{CONFIG}"]
+
+
+class TestServer:
+    """The hub's real client and a hub on this machine."""
+
+    @pytest.fixture
+    def served(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub.Hub]:
+        folder = zoo.simple(tmp_path / "made")
+        with hub.Hub(folder) as served:
+            place = served.environment["HF_ENDPOINT"]
+            url = place + "/{repo_id}/resolve/{revision}/{filename}"
+            given = {"ENDPOINT": place, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_OFFLINE": False}
+            patience = {"HF_HUB_ETAG_TIMEOUT": 0.3, "HF_HUB_DOWNLOAD_TIMEOUT": 0.3, "HF_HUB_DISABLE_XET": True}
+            for name, value in {**given, **patience}.items():
+                monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+            monkeypatch.setenv("NO_PROXY", "*")
+            huggingface_hub.close_session()
+            yield served
+            huggingface_hub.close_session()
+
+    def test_files_that_are_whole(self, served: hub.Hub, tmp_path: Path) -> None:
+        for _ in range(2):
+            adapter = load(hub.REPO, cache_dir=tmp_path / "cache")
+        assert adapter.info.revision == hub.COMMIT and len(adapter) == 2
+        assert sum("GET" in line and "/resolve/" in line for line in served.asked) == 2
+
+    @pytest.mark.parametrize(
+        "name", ["401", "403", "404, of the revision", "500", "another body of that size", "no answer", "a login page"]
+    )
+    def test_a_refusal_and_then_the_right_files(self, served: hub.Hub, tmp_path: Path, name: str) -> None:
+        served.fault, said = hub.FAULTS[name]
+        start = time.monotonic()
+        with pytest.raises(SourceError, match=r"org.{1,2}faulty.*: ") as refused:
+            load(hub.REPO, cache_dir=tmp_path / "cache")
+        assert said in str(refused.value) and refused.value.remedy and time.monotonic() - start < 5
+        served.fault = None
+        assert len(load(hub.REPO, cache_dir=tmp_path / "cache")) == 2

@@ -234,3 +234,15 @@ class TestWrongBase:
         folder = base(tmp_path / "base", nn.ModuleDict({"x": nn.Linear(6, 5)}))
         with pytest.raises(ConfigError, match=r"x has 6 inputs in the base model, and the shared A only 4"):
             load(by_hand(tmp_path / "a"), base=folder)
+
+
+@pytest.mark.parametrize("width", [10**9, 10**30])
+def test_projections_too_large_to_be_made_anew(tmp_path: Path, width: int) -> None:
+    stem = "base_model.model.layers.0.q_proj.vera_lambda_"
+    folder = zoo.by_hand(tmp_path / "a", {f"{stem}b": torch.ones(8), f"{stem}d": torch.ones(256)}, peft_type="VERA",
+                         r=256, projection_prng_key=0, save_projection=False)  # fmt: skip
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps({"hidden_size": width}))
+    for said in ({"base": tmp_path / "base"}, {"vera_width": width}):
+        with pytest.raises(ConfigError, match=rf"save_projection: .*at rank 256 for {width} inputs they are too large"):
+            load(folder, **said)

@@ -7,12 +7,12 @@ import logging
 
 import datasets
 import pytest
-from made import jsonl, picture
 from PIL import Image
 
 from coremerge.errors import ConfigError, SourceError
 from coremerge.learning.examples import read_examples
 from coremerge.learning.rows import Example, Message
+from made import jsonl, picture
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there", "weight": 1}]
 
@@ -129,11 +129,22 @@ class TestHub:
         with pytest.raises(SourceError, match="the hub gives no such data set: Unknown split"):
             read_examples("org/name:dev")
 
-    def test_a_path_means_nothing_there(self, monkeypatch):
-        data = datasets.Dataset.from_dict({"image": ["a.png"]})
+    @pytest.mark.parametrize("path", ["a.png", "/etc/passwd", "~/a.png"])
+    @pytest.mark.parametrize("images", [False, True])
+    def test_a_path_means_nothing_there(self, monkeypatch, path, images):
+        held = {"bytes": None, "path": path} if images else path
+        data = datasets.Dataset.from_dict({"image": [held]})
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
-        with pytest.raises(ConfigError, match=r'org/name:train, row 0: image = "a.png": a path, which a data set of'):
+        with pytest.raises(ConfigError, match=rf'org/name:train, row 0: image = "{path}": a path, which a data set of'):
             read_examples("org/name:train")
+
+    def test_but_for_one_that_was_downloaded_with_it(self, monkeypatch, tmp_path):
+        file = picture(tmp_path / "cache/a.png")
+        data = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(file)}]})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        (found,) = read_examples("org/name:train")
+        assert found.image == file
 
     @pytest.mark.parametrize("error", [OSError("\noffline"), datasets.exceptions.DatasetsError("offline")])
     def test_one_that_does_not_load(self, monkeypatch, error):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -39,20 +41,29 @@ def test_nothing_is_written_without_a_path():
     assert set(kept.cores) == {"layer"}
 
 
-def test_all_that_matters_changes_the_mark():
-    model = nn.Linear(2, 2)
-    one = {"a": Adapter.from_updates({"layer": LowRank(torch.ones(2, 1), torch.ones(1, 2))})}
-    other = {"a": Adapter.from_updates({"layer": LowRank(2 * torch.ones(2, 1), torch.ones(1, 2))})}
-    data = {"a": [{"x": torch.zeros(1)}]}
-    moved = {"a": [{"x": torch.ones(1)}]}
+def adapter(*scales):
+    return {
+        "a": Adapter.from_updates(
+            {f"l{i}": LowRank(s * torch.ones(2, 1), torch.ones(1, 2)) for i, s in enumerate(scales)}
+        )
+    }
+
+
+def test_all_that_matters_changes_the_mark(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    last = copy.deepcopy(model)
+    last[1].bias.data *= 1.5
+    data, moved = ({"a": [{"x": torch.full((1,), value)}]} for value in (0.0, 1.0))
     settings = {"rank": 1}
     marks = {
-        mark_of(model, one, data, settings),
-        mark_of(model, other, data, settings),
-        mark_of(model, one, moved, settings),
-        mark_of(model, one, data, {"rank": 2}),
-        mark_of(nn.Linear(2, 2), one, data, settings),
-        mark_of(model, {"b": one["a"]}, data, settings),
+        mark_of(model, adapter(1, 1), data, settings),
+        mark_of(model, adapter(2, 1), data, settings),
+        mark_of(model, adapter(1, 2), data, settings),
+        mark_of(model, adapter(1, 1), moved, settings),
+        mark_of(model, adapter(1, 1), data, {"rank": 2}),
+        mark_of(last, adapter(1, 1), data, settings),
+        mark_of(model, {"b": adapter(1, 1)["a"]}, data, settings),
     }
-    assert len(marks) == 6
-    assert mark_of(model, one, data, settings) in marks
+    assert mark_of(model, adapter(1, 1), data, settings) in marks
+    monkeypatch.setattr("coremerge.learning.kept.__version__", "0.0.0")
+    assert len(marks | {mark_of(model, adapter(1, 1), data, settings)}) == 8

@@ -97,7 +97,7 @@ def test_demands_weigh_each_task_by_what_it_asks():
     sums["large"].add(randn(20, Q), 10 * randn(20, P, seed=1))
     sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3))
     metrics = {name: metric(randn(P, P, seed=i) @ randn(P, P, seed=i).T) for i, name in enumerate(sums)}
-    asked = demands(sums, metrics)
+    asked = demands(sums, metrics, weights_of(means_of(sums, metrics), {}))
     assert len(asked) == 2 and [d.largest for d in asked] == pytest.approx([1.0, 1.0])
     for demand in asked:
         values = torch.linalg.eigvals(demand.metric @ demand.yy).real

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from coremerge import Adapter
+from coremerge.errors import OutputError
 from coremerge.learning.backbone import backbone_output, frozen
 from coremerge.learning.forward import MergedModel
 from coremerge.learning.states import States
@@ -105,3 +106,9 @@ def test_states_come_back_as_they_were(on_disk, tmp_path):
     states.drop(("key", 3))
     assert ("key", 1) not in states and torch.equal(states["key", 2], torch.ones(2))
     assert len(list(tmp_path.iterdir())) == on_disk
+
+
+def test_a_folder_for_states_that_goes_is_said(tmp_path):
+    states = States(tmp_path / "gone")
+    with pytest.raises(OutputError, match=r"gone: hidden states do not go there: .*No such file.*--spill"):
+        states["a"] = torch.ones(2)

@@ -117,6 +117,23 @@ class TestContents:
         assert "vllm serve '$(rm -rf /); `x`' --enable-lora" in text
         assert "echo '$HOME'" in text
 
+    def test_a_base_whose_name_is_an_option_is_none_of_the_command(self):
+        text = card(base_model="--trust-remote-code", rank=8)
+        assert "vllm serve path/to/the/base/model --enable-lora" in text
+
+    def test_no_secret_is_in_it(self, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "of-our-own-hub")
+        token = "hf_" + "a" * 34
+        text = card(
+            inputs=[CardAdapter("a", f"https://me:{token}@host/a", "of-our-own-hub")],
+            recipe=f"models: [{token}]",
+            command=["coremerge", "merge", "--token", "my-own-word", token],
+            notes=["from https://host/a?token=my-own-word"],
+            base_model="of-our-own-hub",
+        )
+        assert not any(secret in text for secret in (token, "of-our-own-hub", "my-own-word"))
+        assert "coremerge merge --token '***' '***'" in text
+
 
 class TestEscaping:
     def test_nothing_from_a_file_is_markup(self):

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, ParamSpec
@@ -18,6 +17,7 @@ from typing import Any, NoReturn, ParamSpec
 import typer
 
 from coremerge.cli import INTERRUPTED
+from coremerge.text import redacted, visible, visible_json, visible_lines
 
 P = ParamSpec("P")
 Progress = Callable[[str, int, int], None]
@@ -71,13 +71,26 @@ def _system_message(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "out of memory. Use fewer --threads"
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename else reason
+    if error.filename is None:  # files are named, streams are not
+        return f"cannot print: {reason}. Print elsewhere, or pass --quiet; a result that was to be written is there"
+    return f"{error.filename}: {reason}. Check that it is there, that you may use it, and that its disk is well"
 
 
 def printable(text: object) -> str:
-    """``text`` on one line, without what a terminal would obey: names and notes come from other people's files."""
-    shown = (" " if c.isspace() else c for c in str(text) if c.isspace() or unicodedata.category(c)[0] != "C")
-    return "".join(shown).strip()
+    """``text`` on one line, without secrets; what a terminal would obey is spelt out."""
+    return visible(redacted(str(text))).strip()
+
+
+def unmarked(text: object) -> str:
+    """``text`` for rich, which would take ``[/]`` in it for a command of its own."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
+def say(text: str) -> None:
+    """Lines on stdout, whoever wrote the names in them."""
+    typer.echo(visible_lines(redacted(text)))
 
 
 def remark(kind: str, text: str) -> None:
@@ -87,7 +100,7 @@ def remark(kind: str, text: str) -> None:
 
 def print_json(data: Any) -> None:
     """One JSON object on stdout."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    typer.echo(visible_json(redacted(json.dumps(data, indent=2, ensure_ascii=False))))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> str:
@@ -100,15 +113,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], right: Iter
         math     8
         code    16
     """
-    cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    heads, *cells = [[printable(cell) for cell in row] for row in (headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     ends = set(right)
 
     def line(row: Sequence[str]) -> str:
         padded = (c.rjust(w) if i in ends else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         return "  ".join(padded).rstrip()
 
-    return "\n".join(map(line, [list(headings), ["-" * width for width in widths], *cells]))
+    return "\n".join(map(line, [heads, ["-" * width for width in widths], *cells]))
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
@@ -119,7 +132,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
         rank        8
         written to  out
     """
-    listed = [(name, printable(value)) for name, value in pairs]
+    listed = [(printable(name), printable(value)) for name, value in pairs]
     width = max((len(name) for name, _ in listed), default=0)
     return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in listed)
 
@@ -173,7 +186,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+        yield lambda label, done, total: bar.update(task, description=unmarked(label), completed=done, total=total)
 
 
 def _hush_hub(quiet: bool) -> None:

@@ -19,6 +19,7 @@ def settle() -> None:
     quarter as long as importing torch. And memory of freed matrices is kept for the next ones: to hand it back to the
     system, and have each page given and cleared anew, took a tenth of a merge.
     """
+    _open_streams()
     gc.set_threshold(100_000, 20, 100)
     atexit.register(gc.freeze)
     if sys.platform == "linux":
@@ -28,6 +29,13 @@ def settle() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
             libc.mallopt(_TRIM_THRESHOLD, 512 << 20)
+
+
+def _open_streams() -> None:
+    """A stream that is closed (``>&-``) leads nowhere: else the next file that is opened takes its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115, PTH123
 
 
 def leave(status: int) -> NoReturn:

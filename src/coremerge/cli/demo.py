@@ -33,6 +33,7 @@ def demo(
     from rich.console import Console
     from rich.progress import Progress
 
+    from coremerge.cli._output import unmarked
     from coremerge.demo import run_demo
 
     console = Console(stderr=True)
@@ -42,7 +43,9 @@ def demo(
             folder or find_example(),
             full=full,
             threads=threads,
-            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+            progress=lambda label, done, total: bar.update(
+                task, description=unmarked(label), completed=done, total=total
+            ),
         )
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
@@ -66,10 +69,11 @@ def render(result: DemoResult) -> list[RenderableType]:
     """The comparison, and the normalised scores per task."""
     from rich.table import Table
 
+    from coremerge.cli._output import unmarked
     from coremerge.demo import ROWS
 
     summary = Table(
-        title=f"{result.name}: scores on the test rows, averaged over tasks ({result.seconds:.0f} s in all)"
+        title=f"{unmarked(result.name)}: scores on the test rows, averaged over tasks ({result.seconds:.0f} s in all)"
     )
     summary.add_column("merge", no_wrap=True)
     for heading in ("seconds", "scale: auto", "raw", "normalised", "scale: tuned", "raw", "normalised"):
@@ -80,7 +84,7 @@ def render(result: DemoResult) -> list[RenderableType]:
     detail = Table(title="Each task's score at the default scale, as a share of its own adapter's")
     detail.add_column("merge", no_wrap=True)
     for task in tasks:
-        detail.add_column(task.replace("_", " "), justify="right")
+        detail.add_column(unmarked(task.replace("_", " ")), justify="right")
     detail.add_row("own adapter, raw", *(f"{result.rows[0].scores.raw[task]:.3f}" for task in tasks))
     for row in result.rows[1:]:
         detail.add_row(row.label, *(f"{row.scores.normalised[task]:.3f}" for task in tasks))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark
+from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say
 from coremerge.cli._output import size as size_of
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _show_plan(
             ("output", "not written: dry run"),
         ]
         parts = adapters_table(plan.adapters, plan.weights), planned_modules_table(plan), extras_table(plan)
-        typer.echo("\n\n".join(filter(None, (*parts, facts(said)))))
+        say("\n\n".join(filter(None, (*parts, facts(said)))))
     for text in (*prepared.plan.warnings, *prepared.notes):
         remark("note", text)
 
@@ -198,7 +198,7 @@ def _show(merged: Merged, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     if not as_json:
-        typer.echo(facts(_facts(merged)))
+        say(facts(_facts(merged)))
     for text in merged.report.warnings:
         remark("note" if text in merged.plan.warnings else "warning", text)
     for text in merged.notes:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coremerge.cli._output import number, print_json, progress_bar, remark, table
+from coremerge.cli._output import number, print_json, printable, progress_bar, remark, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,7 +67,7 @@ def inspect(
     if as_json:
         print_json(_json(held, alike, kept, plan, refusal))
         return
-    typer.echo("\n\n".join(_texts(held, alike, kept, plan)))
+    say("\n\n".join(_texts(held, alike, kept, plan)))
     if not quiet:
         _remarks(held, plan, refusal)
 
@@ -94,7 +94,7 @@ def _texts(
         yield planned_modules_table(plan)
     else:
         for name, adapter in adapters.items():
-            yield (f"{name}\n" if len(adapters) > 1 else "") + modules_table(adapter)
+            yield (f"{printable(name)}\n" if len(adapters) > 1 else "") + modules_table(adapter)
     if plan and plan.extras:
         yield extras_table(plan)
     if alike:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coremerge.cli._output import facts, number, print_json, progress_bar, remark, table
+from coremerge.cli._output import facts, number, print_json, progress_bar, remark, say, table
 
 if TYPE_CHECKING:
     from coremerge.adapter import Adapter
@@ -177,7 +177,7 @@ def _show(weights: Weights, out: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({**weights.to_dict(), "path": str(out)})
     elif not quiet:
-        typer.echo(_text(weights, out))
+        say(_text(weights, out))
     if not quiet:
         for note in weights.notes:
             remark("note", note)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coremerge.cli._output import print_json
+from coremerge.cli._output import print_json, say
 
 if TYPE_CHECKING:
     from coremerge.catalog import Part
@@ -30,16 +30,16 @@ def methods(
 
     if name is not None:
         part = find(name)
-        print_json(part.to_dict()) if as_json else typer.echo(_in_full(part))
+        print_json(part.to_dict()) if as_json else say(_in_full(part))
         return
     parts = catalog()
     if as_json:
         print_json({f"{kind}s": [part.to_dict() for part in parts if part.kind == kind] for kind in USAGE})
         return
     for kind, usage in USAGE.items():
-        typer.echo(f"{kind}s  ({usage})\n")
-        typer.echo("\n".join(_line(part) for part in parts if part.kind == kind) + "\n")
-    typer.echo("coremerge methods NAME tells more of one.")
+        say(f"{kind}s  ({usage})\n")
+        say("\n".join(_line(part) for part in parts if part.kind == kind) + "\n")
+    say("coremerge methods NAME tells more of one.")
 
 
 def _line(part: Part) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coremerge.cli._output import progress_bar
+from coremerge.cli._output import progress_bar, say
 
 
 def report(
@@ -48,4 +48,4 @@ def report(
         page = report_page(folder, inputs=inputs, weights=weights, scores=scores, threads=threads, progress=bar)
     write_file(target, page, overwrite=overwrite or out is None)
     if not quiet:
-        typer.echo(f"written to {target}")
+        say(f"written to {target}")

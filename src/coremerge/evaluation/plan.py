@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from coremerge.errors import ConfigError, SourceError
+from coremerge.errors import ConfigError
 from coremerge.evaluation.scales import Scales
-from coremerge.evaluation.taskset import refusal
 from coremerge.recipe import Recipe, read_values
 from coremerge.registry import Spec
+from coremerge.yamlfile import read_yaml, refusal
 
 OF_RECIPE = "recipe."
 
@@ -86,12 +85,7 @@ def read_plan(path: str | Path) -> Plan:
         ConfigError: a key or a value that means nothing.
     """
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", file=path) from None
+    data = read_yaml(path)
     if not isinstance(data, dict) or not isinstance(data.get("merges"), list):
         raise ConfigError("a list of merges is needed", file=path, key="merges", remedy="See coremerge search --help")
     try:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coremerge.errors import ConfigError, SourceError, TensorError
+from coremerge.errors import ConfigError, TensorError
 from coremerge.evaluation import harness
 from coremerge.evaluation.encoder import Encoder, Placed
 from coremerge.evaluation.metrics import METRICS, Interval, Metric, Values
 from coremerge.evaluation.taskset import FILE, HARNESS, Row, Split, TaskSet
+from coremerge.formats.safetensors_file import SafetensorsFile
 from coremerge.lowrank import LowRank
 
 Updates = Mapping[str, LowRank]
@@ -271,15 +272,10 @@ class Evaluator:
 
 def _load_head(taskset: TaskSet, name: str) -> tuple[Tensor, Tensor]:
     """Weight (outputs, width) and bias (outputs,) in float32; a head without bias has zeros."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     task = taskset.tasks[name]
     path = taskset.path(str(task.head))
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"cannot be read: {error}", file=path) from None
+    file = SafetensorsFile(path)
+    tensors = {key: file.read(key) for key in file.entries}
     if "weight" not in tensors:
         raise TensorError("a head needs weight, and bias if it has one", file=path, key=next(iter(tensors), None))
     weight = tensors["weight"].float()

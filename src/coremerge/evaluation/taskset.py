@@ -6,14 +6,14 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from coremerge.errors import ConfigError, SourceError
 from coremerge.evaluation.metrics import METRICS
 from coremerge.learning.rows import Example, parse_row
+from coremerge.yamlfile import read_yaml, refusal
 
 FILE = "tasks.yaml"
 HARNESS = "lm-eval"
@@ -37,7 +37,7 @@ class Base(_Part):
 
     Attributes:
         hub_id: its name on the hub, or a folder.
-        package: a Python package that carries the same model, for machines without the hub.
+        package: a Python package that carries the same model, for machines without the hub; it is not imported.
         subfolder: where in that package.
         path: its folder, relative to the file.
     """
@@ -56,6 +56,10 @@ class Base(_Part):
     def _is_somewhere(self) -> Base:
         if (self.hub_id is None) == (self.path is None):
             raise ValueError("either hub_id or path is needed")
+        if self.package is not None and not self.package.isidentifier():  # of a.b, Python would import a
+            raise ValueError("package must be the plain name of a package")
+        if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
+            raise ValueError("subfolder must be a folder within the package")
         return self
 
     def locate(self, folder: Path = Path()) -> str:
@@ -204,14 +208,7 @@ def read_taskset(source: str | Path) -> TaskSet:
         ConfigError: it has a key or a value that means nothing.
     """
     path = Path(source) / FILE if Path(source).is_dir() else Path(source)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(
-            f"cannot be read: {error.strerror}", file=path, remedy=f"Give a folder with a {FILE}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", file=path) from None
+    data = read_yaml(path, remedy=f"Give a folder with a {FILE}")
     if not isinstance(data, Mapping):
         raise ConfigError("a mapping of keys to values is needed", file=path, value=data)
     try:
@@ -220,20 +217,6 @@ def read_taskset(source: str | Path) -> TaskSet:
         raise refusal(error, path) from None
     except UnicodeEncodeError as error:
         raise ConfigError(f"half a character: {error}", file=path) from None
-
-
-def refusal(error: ValidationError, path: Path) -> ConfigError:
-    """What pydantic found wrong, as a refusal that names the file and the key."""
-    detail = error.errors()[0]
-    missing = detail["type"] == "missing"
-    found: dict[str, Any] = {} if missing else {"value": detail["input"]}
-    return ConfigError(
-        detail["msg"].removeprefix("Value error, "),
-        file=path,
-        key=".".join(map(str, detail["loc"])),
-        remedy="Add the key" if missing else "Remove or correct it",
-        **found,
-    )
 
 
 def _row(line: str, task: Task, path: Path, number: int) -> Row:

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 from coremerge.adapter import Adapter
+from coremerge.errors import TensorError
 from coremerge.formats import adalora, peft, vera
 from coremerge.formats.checkpoint import Checkpoint, Options
 from coremerge.formats.config import changes_base, read_config, refuse_changed_base, unknown_type
 from coremerge.formats.safetensors_file import PickledFile, SafetensorsFile
 from coremerge.formats.source import Location, locate
+from coremerge.hashing import check_download, file_sha256, stamps
 
 DIALECTS = (peft, adalora, vera)
 """The readers, asked in turn."""
@@ -86,9 +88,15 @@ def detect(checkpoint: Checkpoint) -> ModuleType:
 
 
 def _open(location: Location, options: Options) -> Checkpoint:
+    before = stamps((location.config, location.weights))
     config = read_config(location.config)
     opener = SafetensorsFile if location.weights.suffix == ".safetensors" else PickledFile
-    return Checkpoint(location, config, opener(location.weights), options)
+    try:
+        tensors = opener(location.weights)
+    except TensorError:
+        check_download(location.weights, file_sha256(location.weights))
+        raise
+    return Checkpoint(location, config, tensors, before, options)
 
 
 def _read(checkpoint: Checkpoint) -> Adapter:

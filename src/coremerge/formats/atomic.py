@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from errno import EEXIST, ENOENT, ENOTEMPTY
 from pathlib import Path
 from typing import Protocol
 
@@ -65,10 +66,11 @@ def atomic_directory(
             yield partial
         except OutputError as error:
             raise _as_wanted(error, partial, Path(path)) from None
-        check_output(path, overwrite=overwrite, inputs=inputs)
         with writing(out):
             _sync(partial)
-            _swap(partial, out)
+        check_output(path, overwrite=overwrite, inputs=inputs)
+        with writing(out):
+            _swap(partial, out, overwrite)
     except BaseException:
         if resume is None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -79,8 +81,9 @@ def atomic_directory(
 
 
 def _held(folder: Path) -> int:
-    """Bytes of the files in it."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes on the disk of the files in it: they are made at full length, and have holes until they are filled."""
+    found = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum(min(one.st_size, 512 * getattr(one, "st_blocks", one.st_size)) for one in found)
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Path:
@@ -95,6 +98,8 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
         if out in (real, *real.parents, *Path(held).absolute().parents):
             raise OutputError("holds an input", file=path, key=str(held), remedy="Choose another output folder")
     try:
+        if out.is_symlink():
+            raise OutputError("a link that leads to itself", file=path, remedy="Remove it, or choose another folder")
         if out.exists() and not out.is_dir():
             raise OutputError("is a file", file=path, remedy="Choose another output folder")
         entries = list(out.iterdir()) if out.exists() else []
@@ -193,6 +198,11 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def standing(out: str | Path) -> Path:
+    """The innermost folder above ``out`` that is there."""
+    return next(parent for parent in _real(out).parents if parent.is_dir())
+
+
 def _make_parents(out: Path) -> list[Path]:
     """Make the directories above ``out``; those that were missing, innermost first."""
     missing = [parent for parent in out.parents if not parent.exists()]
@@ -205,9 +215,13 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise OutputError(
-            f"needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left", file=out,
+            f"needs {_size(needed)}, and the disk has {_size(free)} left", file=out,
             remedy="Free some space, or write elsewhere",
         )  # fmt: skip
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count > 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _sync(folder: Path) -> None:
@@ -227,16 +241,25 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _swap(partial: Path, out: Path) -> None:
-    """Rename ``partial`` to ``out``; an old ``out`` goes only when the new one is in its place."""
-    old = partial.with_suffix(".old")
+def _swap(partial: Path, out: Path, overwrite: bool) -> None:
+    """Rename ``partial`` to ``out``; an old ``out`` goes only when the new one is in its place.
+
+    An empty folder is replaced by the renaming itself. So without ``overwrite`` nothing that another process puts there
+    at the last moment is moved away.
+    """
+    old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
     try:
-        if out.exists():
+        if overwrite and out.exists():
             out.rename(old)
         partial.rename(out)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not out.exists():
             old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)  # out is there, and another process's
+        if isinstance(error, OSError) and error.errno in (EEXIST, ENOTEMPTY, ENOENT) and out.exists():
+            raise OutputError(
+                "another process wrote it just now", file=out, remedy="Let one finish before the other begins"
+            ) from None
         raise
     with suppress(OSError):
         _sync_one(out.parent)

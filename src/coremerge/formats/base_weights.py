@@ -15,6 +15,7 @@ from coremerge.errors import SourceError, UnsupportedError
 from coremerge.formats.config import read_json
 from coremerge.formats.safetensors_file import Entry, SafetensorsFile
 from coremerge.formats.source import download, local_path, parse_hub_id
+from coremerge.hashing import Stamp, changed, stamp_of, unreadable
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -44,7 +45,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
+        raise unreadable(path, error) from None
 
 
 class Shard:
@@ -74,7 +75,7 @@ class Shard:
         """``size`` bytes of the tensor ``key``, from ``offset`` on.
 
         Raises:
-            SourceError: the file has become shorter, or cannot be read.
+            SourceError: the file has changed, or cannot be read.
         """
         buffer = bytearray(size)
         view, done, at = memoryview(buffer), 0, self._start + self.entries[key].start + offset
@@ -82,8 +83,12 @@ class Shard:
             with reading(self.file.path):
                 count = os.preadv(self._descriptor, [view[done:]], at + done)
             if not count:
-                raise SourceError("the file ends before the tensor does", file=self.file.path, key=key)
+                break
             done += count
+        with reading(self.file.path):
+            same = stamp_of(self._descriptor) == self.file.stamp
+        if not same or done < size:
+            raise changed(self.file.path)
         return buffer
 
     def blocks(self, key: str) -> Iterator[tuple[int, bytearray]]:
@@ -121,6 +126,11 @@ class BaseModel:
     def files(self) -> list[Path]:
         """All that the model is made up of."""
         return [*(self.folder / name for name in self.shards), *(self.folder / other for other in self.others)]
+
+    @property
+    def stamps(self) -> Mapping[Path, Stamp]:
+        """Shard → its stamp when it was opened."""
+        return {shard.file.path: shard.file.stamp for shard in self.shards.values()}
 
     @property
     def home(self) -> Mapping[str, str]:
@@ -209,7 +219,8 @@ def _check_duplicates(shards: Mapping[str, Shard], folder: Path) -> None:
     for name, shard in shards.items():
         for key in shard.entries:
             if key in seen:
-                raise SourceError(f"in both {seen[key]} and {name}", file=folder, key=key)
+                remedy = "Download the model again"
+                raise SourceError(f"in both {seen[key]} and {name}", file=folder, key=key, remedy=remedy)
             seen[key] = name
 
 
@@ -225,6 +236,8 @@ def _root(folder: Path) -> Path:
 def _inside(path: Path, root: Path) -> Path:
     if not path.resolve().is_relative_to(root):
         raise _leads_out(path)
+    if path.exists() and not path.is_file():
+        raise SourceError("is no plain file", file=path, remedy="Remove it from the model's folder")
     return path
 
 

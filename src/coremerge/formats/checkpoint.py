@@ -14,6 +14,7 @@ from coremerge.errors import TensorError, UnsupportedError
 from coremerge.formats.config import Config
 from coremerge.formats.safetensors_file import Tensors, read_whole
 from coremerge.formats.source import Location
+from coremerge.hashing import Stamp
 
 PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT saves whole when the vocabulary was resized
@@ -39,6 +40,7 @@ class Checkpoint:
     location: Location
     config: Config
     tensors: Tensors
+    stamps: Mapping[Path, Stamp]
     options: Options = Options()
 
 
@@ -250,6 +252,7 @@ def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = ()) -> Info:
         token_indices=dict(keys.token_indices),
         targets=_targets(config),
         files=(config.path, checkpoint.tensors.path),
+        stamps=checkpoint.stamps,
         notes=(*keys.notes, *notes),
     )
 

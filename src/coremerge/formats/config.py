@@ -15,7 +15,7 @@ from coremerge.errors import ConfigError, SourceError, UnsupportedError
 CONFIG_NAME = "adapter_config.json"
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 LFS_REMEDY = "Fetch the real file: git lfs pull, or download it again through the hub"
-_LIMIT = 64 * 2**20
+_LIMIT = 64 * 2**20  # bytes: the index of the largest models has some 10 MB
 _PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PLAIN_INIT = ("true", "false", "gaussian", "eva", "orthogonal", "mica")

@@ -1,5 +1,7 @@
 """A file of finished parts that outlives a crash: parts are appended, each is whole or absent, and they are read again.
 
+Facts are in memory, tensors are read when they are asked for.
+
 After the head (a line of JSON) come records: length and CRC-32 of what follows, then a JSON object and tensors as a
 safetensors file. What a crash left half written at the end is cut off.
 """
@@ -9,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -28,10 +32,11 @@ LONGEST_HEAD = 1 << 16
 
 
 class Part(NamedTuple):
-    """What was finished: plain facts, and tensors."""
+    """What was finished: plain facts, and where its tensors are: see :meth:`Journal.tensors`."""
 
-    facts: dict[str, Any]
-    tensors: dict[str, Tensor]
+    facts: Mapping[str, Any]
+    at: int
+    length: int
 
 
 class Journal:
@@ -55,13 +60,28 @@ class Journal:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._end = 0
         try:
             _lock(self._file, self.path)
+            _check_still_there(self._file, self.path)
             held = self._head(mark)
             self.parts = list(self._read(held))
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def temporary(cls, folder: Path) -> Journal:
+        """One without a name, on the disk of ``folder``, that is gone when it is closed.
+
+        Raises:
+            OutputError: it cannot be written there.
+        """
+        made = cls.__new__(cls)
+        made.path, made.parts, made._end = folder, [], 0
+        with writing(folder), tempfile.TemporaryFile(dir=folder, prefix=".coremerge-") as file:
+            made._file = os.dup(file.fileno())
+        return made
 
     def __enter__(self) -> Journal:
         return self
@@ -69,13 +89,26 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def add(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """One more part; on the disk when this returns."""
+    def add(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], *, sync: bool = True) -> Part:
+        """One more part; on the disk when this returns, unless ``sync`` is left to a later one."""
         said = json.dumps(facts).encode()
         body = said + save({key: value.contiguous() for key, value in tensors.items()})
         with writing(self.path):
-            _write_all(self._file, RECORD.pack(len(body), len(said), zlib.crc32(body)) + body)
-            os.fsync(self._file)
+            self._append(RECORD.pack(len(body), len(said), zlib.crc32(body)) + body)
+            if sync:
+                os.fsync(self._file)
+        return Part(facts, self._end - len(body) + len(said), len(body) - len(said))
+
+    def tensors(self, part: Part) -> dict[str, Tensor]:
+        """Those of a part of this journal, by name.
+
+        Raises:
+            SourceError: the file is no longer as it was.
+        """
+        body = self._bytes(part.at, part.length)
+        if len(body) != part.length:
+            raise SourceError("was cut while it was in use", file=self.path)
+        return load(body)
 
     def close(self) -> None:
         """Let go of the file, and of the lock on it."""
@@ -89,7 +122,7 @@ class Journal:
         found = os.pread(self._file, LONGEST_HEAD, 0)
         if head.startswith(found) and head != found:  # new, or stopped in its first moment
             with writing(self.path):
-                _write_all(self._file, head)
+                self._append(head)
                 os.fsync(self._file)
             return len(head)
         line, _, _ = found.partition(b"\n")
@@ -115,20 +148,38 @@ class Journal:
             end = at + RECORD.size + length
             if not of_facts <= length <= size or end > size or not length:
                 break
-            body = os.pread(self._file, length, at + RECORD.size)
-            if zlib.crc32(body) != check:
+            body = self._bytes(at + RECORD.size, length)
+            facts = _facts(body, of_facts) if zlib.crc32(body) == check else None
+            if facts is None:
                 break
-            yield Part(json.loads(body[:of_facts]), load(body[of_facts:]))
+            yield Part(facts, end - length + of_facts, length - of_facts)
             at = end
         with writing(self.path):
             os.ftruncate(self._file, at)
-        os.lseek(self._file, at, os.SEEK_SET)
+        self._end = at
+
+    def _bytes(self, at: int, length: int) -> bytes:
+        """As many as there are: the system gives no more than 2 GB at once."""
+        pieces: list[bytes] = []
+        while length and (piece := os.pread(self._file, length, at)):
+            pieces.append(piece)
+            at, length = at + len(piece), length - len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _append(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._file, view, self._end)
+            view, self._end = view[count:], self._end + count
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+def _facts(body: bytes, length: int) -> dict[str, Any] | None:
+    """The facts of a record; None where ``length``, which the checksum does not cover, is not where they end."""
+    try:
+        facts, _ = json.loads(body[:length]), load(body[length:])
+    except (ValueError, RecursionError, SafetensorError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -139,6 +190,17 @@ def _lock(descriptor: int, path: Path) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError("another process is at work on it", file=path, remedy="Wait for it, or stop it") from None
+            raise _in_use(path) from None
         except OSError:  # a file system without locks
             return
+
+
+def _check_still_there(descriptor: int, path: Path) -> None:
+    """Refuse a file that the process which held the lock has removed meanwhile: what is added to it would be lost."""
+    with writing(path):
+        if not os.fstat(descriptor).st_nlink:
+            raise _in_use(path)
+
+
+def _in_use(path: Path) -> OutputError:
+    return OutputError("another process is at work on it", file=path, remedy="Wait for it, or stop it")

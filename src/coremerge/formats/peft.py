@@ -217,7 +217,11 @@ def relative_to(adapter: Adapter, initial: Adapter) -> Adapter:
         name=adapter.name,
         biases=adapter.biases,
         extras=adapter.extras,
-        info=replace(with_note(adapter.info, note), files=(*adapter.info.files, *initial.info.files)),
+        info=replace(
+            with_note(adapter.info, note),
+            files=(*adapter.info.files, *initial.info.files),
+            stamps={**adapter.info.stamps, **initial.info.stamps},
+        ),
     )
 
 

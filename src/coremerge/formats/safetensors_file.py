@@ -6,19 +6,31 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from coremerge.errors import SourceError, TensorError
 from coremerge.formats.config import LFS_MARK, LFS_REMEDY
+from coremerge.hashing import changed, stamp_of, unreadable
 
 HEADER_LIMIT = 32 * 2**20
 """Bytes of header: room for some 200,000 tensors."""
+
+MOST_TENSORS = 200_000
+"""Of a file: the largest adapters, of every expert of a large mixture, have some 100,000."""
+
+LONGEST_NAME = 1000
+"""Characters of a tensor's name: those of today's models have a hundred."""
+
+MOST_DIMENSIONS = 8
+"""Of a tensor: a convolution over space and time has five."""
+
+LARGEST_SHAPE = 2**48
+"""Entries of a tensor, empty dimensions counted as one: more than any disk holds, and safe to compute with."""
 
 FACTOR_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -26,8 +38,7 @@ _OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8
 _DTYPES = FACTOR_DTYPES | _OTHER_DTYPES
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file, before it is read: dtype as the format spells it, shape, and where its bytes lie."""
 
     dtype: str
@@ -118,6 +129,10 @@ def _finite(tensor: Tensor) -> bool:
 class SafetensorsFile:
     """A validated ``.safetensors`` file, safe to read from several threads.
 
+    Attributes:
+        path: the file.
+        stamp: of what was validated; nothing is read from what is there later.
+
     Raises:
         SourceError: not there, a Git LFS pointer, or not a safetensors file.
         TensorError: cut short or damaged.
@@ -125,36 +140,46 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data_start = 8 + _header_length(path)
-        _validate(path)
+        try:
+            self.stamp = stamp_of(path)
+            self._data_start = 8 + _header_length(path)
+            _validate(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
 
     @cached_property
+    def _listed(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        """What the header says; its JSON, many times larger, is not kept."""
+        text = self._bytes(None, 8, self._data_start - 8)
+        header: dict[str, dict[str, Any]] = json.loads(text, object_pairs_hook=self._once)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {key: Entry(e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()}
+        return _within_limits(self.path, entries), metadata
+
+    @property
     def entries(self) -> Mapping[str, Entry]:
         """Tensor name → dtype, shape and place."""
-        return {
-            key: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"])
-            for key, value in self._header.items()
-            if key != "__metadata__"
-        }
+        return self._listed[0]
 
-    @cached_property
+    @property
     def metadata(self) -> Mapping[str, str]:
         """The file's own string pairs."""
-        return dict(self._header.get("__metadata__") or {})
+        return self._listed[1]
 
-    @cached_property
-    def _header(self) -> dict[str, dict[str, Any]]:
-        with self.path.open("rb") as file:
-            file.seek(8)
-            parsed: dict[str, dict[str, Any]] = json.loads(file.read(self._data_start - 8))
-        return parsed
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Readers differ in which of two tensors of one name they take."""
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
+            raise TensorError("is in the header twice", file=self.path, key=twice, remedy="Do not trust this file")
+        return found
 
     def read(self, key: str) -> Tensor:
         """The tensor ``key``, in memory of its own.
 
         Raises:
-            TensorError: a dtype torch cannot hold, or a file cut short since it was opened.
-            SourceError: a file that is gone since it was opened.
+            TensorError: a dtype torch cannot hold.
+            SourceError: a file that is gone, or another, since it was opened.
         """
         entry = self.entries[key]
         if entry.dtype not in _DTYPES:
@@ -173,7 +198,7 @@ class SafetensorsFile:
         data = self._bytes(keys[0], self._data_start + first.start, second.end - first.start)
         return torch.frombuffer(data, dtype=FACTOR_DTYPES[first.dtype])
 
-    def _bytes(self, key: str, start: int, length: int) -> bytearray:
+    def _bytes(self, key: str | None, start: int, length: int) -> bytearray:
         buffer = bytearray(length)
         view, done = memoryview(buffer), 0
         try:
@@ -182,23 +207,43 @@ class SafetensorsFile:
                 while done < length:
                     count = file.readinto(view[done:])
                     if not count:
-                        raise TensorError("the file ends before the tensor does", file=self.path, key=key)
+                        break
                     done += count
+                same = stamp_of(file.fileno()) == self.stamp
         except OSError as error:
-            raise _unreadable(self.path, error) from None
+            raise unreadable(self.path, error) from None
+        if not same:
+            raise changed(self.path)
+        if done < length:
+            raise TensorError("the file ends before the tensor does", file=self.path, key=key)
         return buffer
 
 
-def _unreadable(path: Path, error: OSError) -> SourceError:
-    return SourceError(f"cannot be read: {error.strerror or error}", file=path)
+def _within_limits(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """``entries``, once nothing in them is absurd: before anything is allocated."""
+    if len(entries) > MOST_TENSORS:
+        raise TensorError(
+            f"{len(entries):,} tensors are absurd (the most is {MOST_TENSORS:,})", file=path,
+            remedy="Split the file, if it is not broken",
+        )  # fmt: skip
+    for key, entry in entries.items():
+        if len(key) > LONGEST_NAME:
+            raise TensorError(
+                f"a name of {len(key):,} characters is absurd (the most is {LONGEST_NAME:,})", file=path,
+                key=f"{key[:40]}...", remedy="Do not trust this file",
+            )  # fmt: skip
+        sides = [max(1, side) for side in entry.shape[:MOST_DIMENSIONS]]
+        if len(entry.shape) > MOST_DIMENSIONS or math.prod(sides) > LARGEST_SHAPE:
+            raise TensorError(
+                f"an absurd shape of {len(entry.shape)} dimensions", file=path, key=key,
+                value=entry.shape[:MOST_DIMENSIONS], remedy="Do not trust this file",
+            )  # fmt: skip
+    return entries
 
 
 def _header_length(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with path.open("rb") as file:
+        head = file.read(64)
     if head.startswith(LFS_MARK):
         raise SourceError("this is a Git LFS pointer, not the file itself", file=path, remedy=LFS_REMEDY)
     if len(head) < 8:
@@ -244,10 +289,11 @@ class PickledFile:
     def entries(self) -> Mapping[str, Entry]:
         """Tensor name → dtype and shape."""
         names = {dtype: name for name, dtype in _DTYPES.items()}
-        return {
+        listed = {
             key: Entry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
             for key, tensor in self._tensors.items()
         }
+        return _within_limits(self.path, listed)
 
     def read(self, key: str) -> Tensor:
         """The tensor ``key``."""
@@ -272,4 +318,16 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
         raise TensorError("holds something other than named tensors", file=path)
+    for key, tensor in value.items():
+        _check_is_whole(path, key, tensor)
     return {key: tensor.detach() for key, tensor in value.items()}
+
+
+def _check_is_whole(path: Path, key: str, tensor: Tensor) -> None:
+    """Refuse a tensor that becomes larger than its file once it is computed with."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TensorError(
+            "holds fewer numbers than its shape says", file=path, key=key, value=tuple(tensor.shape[:MOST_DIMENSIONS]),
+            remedy="Save the adapter as safetensors where it was trained",
+        )  # fmt: skip

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC, EROFS
+from errno import EDQUOT, EFBIG, ENOENT, ENOSPC, EROFS
 from pathlib import Path
 
 import torch
@@ -230,4 +230,11 @@ def write_error(path: Path, error: OSError) -> OutputError:
         return OutputError("the disk is full", file=path, remedy="Free some space, or write elsewhere")
     if isinstance(error, PermissionError) or error.errno == EROFS:
         return OutputError("may not be written", file=path, remedy="Choose a folder of your own")
-    return OutputError(f"cannot be written: {error.strerror or error}", file=path)
+    if error.errno == EFBIG:
+        return OutputError(
+            "larger than a file may be here", file=path, remedy="Raise the limit (ulimit -f), or write elsewhere"
+        )
+    if error.errno == ENOENT:
+        return OutputError("its folder is gone", file=path, remedy="Check what removed it, and run the command again")
+    remedy = "Check the disk, or write elsewhere"
+    return OutputError(f"cannot be written: {error.strerror or error}", file=path, remedy=remedy)

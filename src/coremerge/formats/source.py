@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
+from typing import Any
 
 from coremerge.errors import SourceError
 from coremerge.formats.config import CONFIG_NAME
@@ -81,6 +83,12 @@ def local_path(source: str | Path) -> Path | None:
         return path if str(source) and (path.is_dir() or path.is_file()) else None
     except (OSError, RuntimeError, ValueError):
         return None  # a name no file system takes, or ~ of a user that does not exist
+
+
+def in_full(source: str | Path) -> str:
+    """``source`` as it can be said in another folder: a path that exists from the root on, anything else as it is."""
+    path = local_path(source)
+    return str(source) if path is None else str(path.absolute())
 
 
 def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
@@ -209,6 +217,7 @@ def download(
     import huggingface_hub
     from huggingface_hub import errors
 
+    _lose_patience()
     try:
         folder = huggingface_hub.snapshot_download(
             hub.repo, revision=hub.revision, allow_patterns=patterns, cache_dir=cache_dir, token=token
@@ -223,9 +232,12 @@ def download(
         ) from None
     except errors.RevisionNotFoundError:
         raise SourceError(
-            "the repository has no such revision", file=source, key="revision", value=hub.revision
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+            "the repository has no such revision", file=source, key="revision", value=hub.revision or "main",
+            remedy="Name one that its page on the hub lists",
+        ) from None  # fmt: skip
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _unexpected(source, error.__cause__) from None
         raise SourceError(
             "no such file or folder here, and the hub cannot be reached (or is switched off) and has not cached it",
             file=source,
@@ -233,7 +245,36 @@ def download(
         ) from None
     except errors.HFValidationError as error:
         raise SourceError(f"not a hub id: {error}", file=source) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"the hub did not answer as expected: {first}", file=source, remedy="Try again") from None
+    except Exception as error:
+        # the client raises whatever its layers met: errors of its own, of httpx or requests, of json
+        raise _unexpected(source, error) from None
     return Path(folder)
+
+
+def _lose_patience() -> None:
+    """Bound every wait of the hub's client for an answer: it has some for ever, and others of six minutes."""
+    from huggingface_hub import constants, get_session
+
+    longest = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+    def bounded(request: Any) -> None:
+        waits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {kind: min(wait or longest, longest) for kind, wait in waits.items()}
+
+    session: Any = get_session()
+    hooks = getattr(session, "event_hooks", {})  # of httpx; the older client, of requests, has none
+    if hooks and not any(hook.__qualname__ == bounded.__qualname__ for hook in hooks["request"]):
+        session.event_hooks = {**hooks, "request": [*hooks["request"], bounded]}
+
+
+def _unexpected(source: str | Path, error: BaseException) -> SourceError:
+    first = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS):
+        remedy = "Free some space, or set HF_HOME to another folder"
+        return SourceError(f"cannot be kept in the hub's cache: {first}", file=source, remedy=remedy)
+    if isinstance(error, ValueError) and not hasattr(error, "response"):
+        remedy = "Check HF_ENDPOINT, and whether a proxy or a login page answers in its place"
+        return SourceError(f"something other than the hub answers: {first}", file=source, remedy=remedy)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    remedy = "Set HF_TOKEN to a token that may read it" if status in (401, 403) else "Try again"
+    return SourceError(f"the hub did not answer as expected: {first}", file=source, remedy=remedy)

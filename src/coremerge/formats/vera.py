@@ -22,6 +22,9 @@ from coremerge.lowrank import LowRank
 
 TYPES = ("VERA", "PVERA")
 
+LARGEST_MADE = 2**30
+"""Entries of an A and a B that are not in the file: 4 GB, ten times those of the widest models at rank 1,024."""
+
 
 def read(checkpoint: Checkpoint) -> Adapter:
     """A VeRA or PVeRA as an adapter of rank r; A and B are read, or made anew from the config's key, once.
@@ -128,9 +131,19 @@ class _Shared:
         else:
             self.width = widths.widest()
             self._key = _seed(checkpoint)
+            self._check_size()
             self.notes.append(
                 f"A and B are not in the file: made anew from projection_prng_key {self._key}, {self.width} wide"
             )
+
+    def _check_size(self) -> None:
+        if self._rows * self.width + self._out * self._rank > LARGEST_MADE:
+            raise ConfigError(
+                f"A and B are not in the file, and at rank {self._rank} for {self.width} inputs they are too large to"
+                " be made anew",
+                file=self._tensors.path, key="save_projection",
+                remedy="Check the base model's config (or vera_width), or save the adapter with save_projection=True",
+            )  # fmt: skip
 
     def _saved_width(self, a: str, b: str) -> int:
         shape_a, shape_b = self._tensors.entries[a].shape, self._tensors.entries[b].shape

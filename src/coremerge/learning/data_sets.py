@@ -11,6 +11,7 @@ from coremerge.errors import ConfigError, SourceError
 from coremerge.formats.source import HubId
 from coremerge.learning.optional import first_line, optional
 from coremerge.learning.rows import KEYS, SOURCES, Example, parse_row
+from coremerge.text import visible
 
 SPLITS = ("validation", "test", "train")
 """Of a data set: the first of these that it has is taken where none is named."""
@@ -80,5 +81,5 @@ def _one_split(data: Any, source: str, separator: str) -> tuple[Any, str]:
             remedy=f"Name one, such as {source}{separator}{taken}",
         )  # fmt: skip
     name = f"{source}{separator}{taken}"
-    logging.getLogger(__name__).warning("%s has the splits %s; taken: %s", source, ", ".join(data), name)
+    logging.getLogger(__name__).warning("%s has the splits %s; taken: %s", source, visible(", ".join(data)), name)
     return data[taken], name

@@ -101,7 +101,9 @@ def read_config(base: str | Path) -> Any:
 
 
 def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, head: bool = False) -> nn.Module:
-    """The backbone of a model of ``transformers``, without remote code; with ``head``, as a causal language model.
+    """The backbone of a model of ``transformers``; with ``head``, as a causal language model.
+
+    Its code is that of ``transformers`` (none comes from the model's folder), its weights are safetensors.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -120,6 +122,7 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
             dtype=dtype,
             device_map=None if device == "cpu" else device,
             trust_remote_code=False,
+            use_safetensors=True,
             **where,
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -193,8 +193,8 @@ def fit_plan(
         def run_with(drawn: Drawn, mark: str, suffix: str = "") -> Fitting:
             folder = None if place is None else Path(undo.enter_context(tempfile.TemporaryDirectory(dir=place or None)))
             kept = Kept(None if resume is None else Path(f"{resume}{suffix}"), mark)
-            run = Fitting(model, plan, batches, drawn, States(folder), kept=kept)
             undo.callback(kept.close)
+            run = Fitting(model, plan, batches, drawn, States(folder), kept=kept)
             run.go(progress)
             return run
 
@@ -203,7 +203,8 @@ def fit_plan(
             drawn = replace(drawn, rank=_allotted(exact, rank_budget))
             mark += f" {rank_budget}"
         run = run_with(drawn, mark)
-    plain = vars(report_of(plan, run.solved, 1.0, time.perf_counter() - start))
+    reports = {name: run.solved[name].report for name in plan.modules}
+    plain = vars(report_of(plan, reports, 1.0, time.perf_counter() - start))
     inputs = sum(rows_of(batch) for listed in batches.values() for batch in listed)
     tasks = f"{len(batches)} task{'s' if len(batches) != 1 else ''}"
     made = f"fitted to {inputs} inputs of {tasks}; prior: {name}, ridge {ridge:g}"
@@ -211,7 +212,7 @@ def fit_plan(
         **plain | {"warnings": (*plain["warnings"], *run.warnings()), "made": made},
         fits=run.fits, prior=name, ridge=ridge, states="memory" if place is None else "disk",
     )  # fmt: skip
-    return MergeResult(lifted(plan, run.parts, run.solved), report, plan)
+    return MergeResult(lifted(plan, run.parts, run.solved, reports), report, plan)
 
 
 def _allotted(exact: Fitting, budget: int) -> dict[str, int]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coremerge import __version__
 from coremerge.adapter import Adapter
 from coremerge.formats.journal import Journal
 from coremerge.learning.backbone import Batch
+
+SAMPLE = 256
+"""Numbers of a parameter by which models are told apart: training changes them all."""
 
 
 class Kept:
@@ -29,9 +34,13 @@ class Kept:
         self._new: list[str] = []
         self.cores: dict[str, Tensor] = {}
         self.said: dict[str, Any] = {}
-        for part in self._journal.parts if self._journal else ():
-            self.cores |= part.tensors
-            self.said |= part.facts
+        if self._journal:
+            with ExitStack() as undo:
+                undo.callback(self._journal.close)
+                for part in self._journal.parts:
+                    self.cores |= self._journal.tensors(part)
+                    self.said |= part.facts
+                undo.pop_all()
 
     def put(self, name: str, core: Tensor, said: Mapping[str, Any]) -> None:
         """One more module."""
@@ -57,17 +66,18 @@ def mark_of(
     batches: Mapping[str, Sequence[Batch]],
     settings: Mapping[str, Any],
 ) -> str:
-    """A hash of inputs and settings, and of what tells models and adapters apart: shapes, and their first numbers."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    """A hash of inputs, adapters and settings, and of what tells models apart: some numbers of every parameter."""
+    versions = [__version__, torch.__version__]
+    digest = hashlib.sha256(json.dumps([versions, settings], sort_keys=True, default=str).encode())
     parameters = [(name, p) for name, p in model.named_parameters() if p.device.type != "meta"]
     digest.update(repr([(name, p.shape, p.dtype) for name, p in parameters]).encode())
-    for _, parameter in parameters[:1]:
-        digest.update(_bytes(parameter.reshape(-1)[:4096]))
+    for _, parameter in parameters:
+        digest.update(_bytes(parameter.reshape(-1)[:SAMPLE]))
     for name, adapter in adapters.items():
         modules = [(key, m.shape, m.rank, m.scale) for key, m in adapter.modules.items()]
         digest.update(repr((name, modules)).encode())
-        for key in list(adapter)[:1]:
-            update = adapter[key]
+        for key in adapter:
+            update = adapter.read(key)
             digest.update(_bytes(update.left))
             digest.update(_bytes(update.right))
     for task, listed in batches.items():

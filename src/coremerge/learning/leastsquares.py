@@ -113,7 +113,7 @@ class Demand:
     @property
     def largest(self) -> float:
         """What it would leave in the one direction in which it leaves most."""
-        root = torch.linalg.cholesky(self.metric)
+        root = linalg.cholesky(self.metric)
         values, _ = linalg.eigh(root.mT @ self.yy @ root)
         return float(values[-1]) if len(values) else 0.0
 
@@ -142,12 +142,9 @@ def weights_of(means: Mapping[str, Demand], preferences: Mapping[str, float]) ->
     return {task: preferences.get(task, 1.0) / (max(size, least) or 1.0) for task, size in sizes.items()}
 
 
-def demands(
-    sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
-) -> list[Demand]:
-    """Of the tasks that have tokens, and a weight above zero; by default :func:`weights_of` these sums."""
+def demands(sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], weights: Mapping[str, float]) -> list[Demand]:
+    """Of the tasks that have tokens, and a weight above zero."""
     means = means_of(sums, metrics)
-    weights = weights_of(means, {}) if weights is None else weights
     return [demand * weights[task] for task, demand in means.items() if weights[task]]
 
 

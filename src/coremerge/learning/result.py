@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coremerge.errors import OutputError, SourceError
+from coremerge.errors import OutputError, SourceError, TensorError
 from coremerge.formats.atomic import check_file, write_file
+from coremerge.formats.safetensors_file import SafetensorsFile
 
 FORMAT = "coremerge.weights.1"
 
@@ -125,13 +126,10 @@ def read_weights(path: str | Path) -> Weights:
     Raises:
         SourceError: not there, or not such a file.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     try:
-        with safe_open(path, "pt") as file:
-            said = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        file = SafetensorsFile(path)
+        said, tensors = file.metadata, {key: file.read(key) for key in file.entries}
         if said.get("format") != FORMAT:
             raise ValueError("it was not written by coremerge learn-weights")
         layout, values = json.loads(said["layout"]), tensors["weights"].tolist()
@@ -144,9 +142,9 @@ def read_weights(path: str | Path) -> Weights:
             {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
             tuple(json.loads(said["notes"])),
         )
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except TensorError as error:
+        raise SourceError(f"is no file of merge weights: {error.what}", file=path) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"is no file of merge weights: {error}", file=path) from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coremerge.errors import ConfigError, InputError
+from coremerge.learning.optional import optional
 
 KINDS = ("text", "text and pair", "messages", "image", "text and image")
 """What an input can consist of; one kind for all inputs of a task."""
@@ -105,14 +106,22 @@ def _messages(value: object, place: str) -> tuple[Message, ...]:
 
 
 def _image(value: object, place: str, folder: Path | None) -> Path | bytes:
-    if isinstance(value, Mapping):  # of a data set, undecoded
+    undecoded = isinstance(value, Mapping)
+    if isinstance(value, Mapping):  # of a data set's column of images
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
     path = Path(_string(value, "image", place)).expanduser()
-    if folder is None and not path.is_absolute():
+    if folder is None and not (undecoded and _is_cached(path)):
         raise ConfigError(
             "a path, which a data set of the hub cannot follow", file=place, key="image", value=str(value),
             remedy="Take a data set that holds the images, or write the inputs to a .jsonl file",
         )  # fmt: skip
     return path if folder is None else folder / path
+
+
+def _is_cached(path: Path) -> bool:
+    """Whether it was downloaded: a data set of the hub could name any other file of this machine, too."""
+    config, hub = optional("datasets").config, optional("huggingface_hub").constants
+    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub.HF_HUB_CACHE)
+    return path.is_absolute() and any(path.resolve().is_relative_to(Path(cache).resolve()) for cache in caches)

@@ -6,8 +6,11 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from coremerge.errors import OutputError
 
 
 class States:
@@ -23,6 +26,11 @@ class States:
         self._files = 0
 
     def __setitem__(self, key: Hashable, tree: Any) -> None:
+        """Keep ``tree``.
+
+        Raises:
+            OutputError: the folder's disk is full, ...
+        """
         tensors: list[Tensor] = []
         shape = _taken_apart(tree, tensors)
         if self.folder is None:
@@ -30,7 +38,11 @@ class States:
             return
         path = self._kept[key][1][0] if key in self._kept else self.folder / f"{self._files}.safetensors"
         self._files += key not in self._kept
-        save_file({str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}, path)
+        try:
+            save_file({str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}, path)
+        except (SafetensorError, OSError) as error:
+            remedy = "Free some space, or name another folder: --spill"
+            raise OutputError(f"hidden states do not go there: {error}", file=self.folder, remedy=remedy) from None
         self._kept[key] = shape, (path, [tensor.device for tensor in tensors])
 
     def __getitem__(self, key: Hashable) -> Any:

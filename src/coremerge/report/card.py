@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from coremerge.plan import VLLM_RANKS
+from coremerge.text import redacted, redacted_words
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -213,7 +214,7 @@ def warm_up() -> None:
 
 
 def model_card(card: CardInput) -> str:
-    """A README.md with the hub's front matter.
+    """A README.md with the hub's front matter; no secret is in it.
 
     Example:
         >>> text = model_card(CardInput([CardAdapter("a", ranks=[8])], base_model="org/base", rank=8))
@@ -222,7 +223,7 @@ def model_card(card: CardInput) -> str:
     """
     command = card.command
     if command is not None and not isinstance(command, str):
-        command = shlex.join(command)
+        command = shlex.join(redacted_words(command))
     text = _template().render(
         card={"inputs": card.inputs, "recipe": card.recipe, "command": command},
         front=Safe(front_matter(card)),
@@ -234,7 +235,7 @@ def model_card(card: CardInput) -> str:
         serving=_serving(card),
         refusal=_refusal(card),
     )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
+    return redacted(re.sub(r"\n{3,}", "\n\n", text)).rstrip("\n") + "\n"
 
 
 def front_matter(card: CardInput) -> str:
@@ -387,7 +388,8 @@ def _serving(card: CardInput) -> str | None:
     allowed = max_lora_rank(card.rank or 1)
     if card.refused_by_vllm or allowed is None:
         return None
-    base = shlex.quote(clean(card.base_model or "path/to/the/base/model"))
+    named = clean(card.base_model or "")
+    base = shlex.quote("path/to/the/base/model" if named.startswith("-") else named or "path/to/the/base/model")
     return f"vllm serve {base} --enable-lora --max-lora-rank {allowed} \\\n  --lora-modules merged=path/to/this/folder"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from coremerge.adapter import Adapter
 from coremerge.diagnostics import Alignment, align, retain_module
 from coremerge.diagnostics.retention import Sums
-from coremerge.errors import CoremergeError
+from coremerge.errors import CoremergeError, SourceError
 from coremerge.executors import local
 from coremerge.formats import load
 from coremerge.hashing import file_sha256
@@ -62,12 +62,18 @@ def gather(
         inputs: where the inputs are now, in the merge's order; by default where they were.
         threads: modules side by side.
         progress: called as modules are done.
+
+    Raises:
+        CoremergeError: the merge cannot be read, or the record is of another one.
     """
     tell = progress or (lambda label, done, count: None)
     adapters, missing = read_inputs(record["inputs"], inputs)
     merged = None if record["into"] else load(folder)
     names = list(record["modules"])
     places = places_of(names)
+    unknown = sorted(set(merged or ()) - set(names))
+    if unknown:
+        raise SourceError("the record beside it does not know this module", file=folder, key=unknown[0])
     if missing:
         adapters = {}
     held = {**adapters, **({} if merged is None else {MERGED: merged})}

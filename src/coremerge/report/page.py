@@ -19,6 +19,7 @@ from coremerge.errors import ConfigError, SourceError
 from coremerge.report import svg
 from coremerge.report.gather import MERGED, Numbers, Place, gather
 from coremerge.report.record import read_record
+from coremerge.text import redacted, visible_lines
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -90,10 +91,11 @@ def report_page(
         *_scored(scored),
     ]
     title = "Merged model" if record["into"] else "Merged adapter"
-    return _template().render(
+    page = _template().render(
         title=title, name=folder.resolve().name, facts=list(_facts(record)), parts=parts, record=record,
         command=shlex.join(record["command"]) if record["command"] else None,
     )  # fmt: skip
+    return visible_lines(redacted(page))
 
 
 def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
