@@ -10,7 +10,7 @@ from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError
 from coremerge.formats import load
 from coremerge.formats.source import locate
-from coremerge.hashing import Hashes
+from coremerge.hashing import Hashes, check_download
 from coremerge.plan import name_adapters
 from coremerge.recipe import Recipe
 
@@ -27,10 +27,12 @@ def read_adapters(
     initial: Mapping[str, str | Path] | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
+    load: Callable[..., Adapter] = load,
 ) -> dict[str, Adapter]:
     """The adapters in ``sources`` under unique labels.
 
-    Arguments and errors are those of :func:`~coremerge.pipeline.merge_files`.
+    Arguments and errors are those of :func:`~coremerge.pipeline.merge_files`; ``load`` in place of
+    :func:`coremerge.load` may know some of them already.
     """
     starts = _initials(sources, initial or {}, allow_pickle)
     adapters = []
@@ -86,11 +88,21 @@ def files_of(adapters: Mapping[str, Adapter]) -> list[Path]:
 
 
 def hashes_of(adapters: Mapping[str, Adapter], hashes: Hashes) -> dict[str, dict[str, str]]:
-    """Adapter name → file name → SHA-256 of all files that were read."""
-    return {
-        name: {label: hashes[file] for label, file in _named(adapter.info.files).items()}
-        for name, adapter in adapters.items()
-    }
+    """Adapter name → file name → SHA-256 of all files that were read.
+
+    Raises:
+        SourceError: one of them has changed since, or is gone.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, adapter in adapters.items():
+        known = adapter.info.stamps
+        files = _named(adapter.info.files)
+        found[name] = {
+            label: hashes.of(file, known[file]) if file in known else hashes[file] for label, file in files.items()
+        }
+        for label, file in files.items():
+            check_download(file, found[name][label])
+    return found
 
 
 def _named(files: Sequence[Path]) -> dict[str, Path]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from coremerge.errors import ConfigError, SourceError
+from coremerge.errors import ConfigError
 from coremerge.registry import Spec
+from coremerge.yamlfile import read_mapping
 
 if TYPE_CHECKING:
     from coremerge.lowrank import LowRank, Matrix
@@ -179,21 +180,20 @@ def read_recipe(path: str | Path) -> RecipeFile:
         ConfigError: not YAML, or a key or value that means nothing here.
     """
     path = Path(path)
+    data = read_mapping(path, "a recipe")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror or error}", file=path) from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"cannot be read as YAML: {error}".replace("\n", " "), file=path) from None
-    if not isinstance(data, dict):
-        raise ConfigError("a recipe is a mapping of keys to values", file=path, value=data)
-    try:
-        return _from_mapping({str(key): value for key, value in data.items()})
+        return recipe_from(data)
     except ConfigError as error:
         raise ConfigError(str(error), file=path) from None
 
 
-def _from_mapping(data: dict[str, Any]) -> RecipeFile:
+def recipe_from(data: Mapping[str, Any]) -> RecipeFile:
+    """A recipe from what its file says: see :func:`read_recipe`.
+
+    Raises:
+        ConfigError: a key or value that means nothing.
+    """
+    data = {str(key): value for key, value in data.items()}
     base = data.pop("base_model", None)
     models, weights = _models(data.pop("models", None))
     values = read_values(data)

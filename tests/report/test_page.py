@@ -173,6 +173,60 @@ def test_names_from_files_are_only_text(merged: Path) -> None:
     assert "<img" not in report_page(merged)
 
 
+NASTY = "</script></style></svg><img src=//x onerror=a()>' \" \x1b[31m\u202e{{ 7 * 7 }}]]>-->"
+
+
+def test_a_hostile_record_is_only_text_everywhere(merged: Path) -> None:
+    record = json.loads((merged / FILE).read_text())
+    for key in ("version", "dtype", "base_model", "made"):
+        record[key] = NASTY
+    record |= {"notes": [NASTY], "warnings": [NASTY], "command": [NASTY], "extras": {NASTY: NASTY}}
+    for entry in record["inputs"]:
+        entry |= {"name": NASTY, "type": NASTY, "revision": NASTY}
+    record["modules"] |= {f"layers.0.{NASTY.replace('.', '')}": next(iter(record["modules"].values()))}
+    (merged / FILE).write_text(json.dumps(record))
+    scores = {"name": NASTY, "split": NASTY, "tasks": [NASTY], "rows": [
+        {"label": NASTY, "mean": 0.5, "margin": 0.1, "raw": {NASTY: 0.5}, "normalised": {NASTY: 0.5}}]}  # fmt: skip
+    Path("scores.json").write_text(json.dumps(scores))
+    page = report_page(merged, scores="scores.json")
+    assert "img src=//x" in text(page) and "<img" not in page and "<script" not in page
+    assert r"\x1b[31m\u202e{{ 7 * 7 }}" in text(page)
+    assert all(line == "" or line.isprintable() for line in page.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": None}, "inputs: not a whole record"),
+        ({"inputs": [{"name": ["a"]}]}, r"inputs\.0\.name: not a whole record"),
+        ({"recipe": {}}, r"recipe\.space: not a whole record"),
+        ({"modules": {"x": {"norm": "1", "rank": 1, "input_norm": 1.0}}}, r"modules\.x\.norm: not a whole record"),
+        ({"modules": {}}, "q_proj: the record beside it does not know this module"),
+    ],
+)
+def test_a_record_that_lacks_something_is_refused(merged: Path, change: dict[str, Any], message: str) -> None:
+    record = json.loads((merged / FILE).read_text()) | change
+    (merged / FILE).write_text(json.dumps(record))
+    with pytest.raises(SourceError, match=message):
+        report_page(merged)
+
+
+def test_half_a_character_is_kept_as_it_was(merged: Path) -> None:
+    make_adapter(Path("A"), base_model_name_or_path="\ud83d", task_type="\ud83d")
+    merge_files(["A"], "OUT", overwrite=True)
+    assert read_record(merged)["base_model"] == "\ud83d"
+    assert r"\ud83d" in text(report_page(merged))
+
+
+def test_no_secret_is_kept_in_a_record(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + "a" * 34
+    command = ["coremerge", "merge", "--token", "my-own-word", f"https://me:{token}@host"]
+    merge_files(["A", "B"], "OUT", overwrite=True, command=command)
+    kept = "".join(path.read_text(errors="replace") for path in merged.iterdir())
+    assert token not in kept and "my-own-word" not in kept
+    assert read_record(merged)["command"] == ["coremerge", "merge", "--token", "***", "https://***@host"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"format": "other"}'])
 def test_what_is_no_merge_is_refused(tmp_path: Path, content: str) -> None:
     with pytest.raises(SourceError, match=r"coremerge\.json: cannot be read.*coremerge merge wrote"):

@@ -11,6 +11,7 @@ import typer
 
 from coremerge import __version__
 from coremerge.cli._output import guarded
+from coremerge.cli.batch import batch
 from coremerge.cli.demo import demo
 from coremerge.cli.evaluate import evaluate
 from coremerge.cli.fit import fit
@@ -30,10 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": [], "max_content_width": 100},  # its own --help is below
 )
-for command in (merge, inspect, fit, learn_weights, evaluate, search, report, methods, demo):
+for command in (merge, batch, inspect, fit, learn_weights, evaluate, search, report, methods, demo):
     app.command(
         command.__name__.replace("_", "-"),
-        no_args_is_help=command in (merge, inspect, fit, learn_weights, evaluate, search, report),
+        no_args_is_help=command in (merge, batch, inspect, fit, learn_weights, evaluate, search, report),
         context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
     )(guarded(command))
 

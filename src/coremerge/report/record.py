@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from coremerge.errors import SourceError
+from coremerge.text import redacted, redacted_words, visible_json
 
 if TYPE_CHECKING:
     from coremerge.merging import Report
@@ -27,7 +30,7 @@ def make_record(
     dtype: str,
     into: str | None = None,
 ) -> str:
-    """The file's text: nothing in it changes from one run to the next of the same merge."""
+    """The file's text: nothing in it changes from one run to the next of the same merge, and no secret is in it."""
     from coremerge import __version__
 
     inputs = [
@@ -49,7 +52,7 @@ def make_record(
     data = {
         "format": FORMAT,
         "version": __version__,
-        "command": None if command is None else list(command),
+        "command": None if command is None else redacted_words(command),
         "recipe": plan.recipe.model_dump(mode="json"),
         "inputs": inputs,
         "dtype": dtype,
@@ -59,7 +62,114 @@ def make_record(
         "notes": list(notes),
         **said,
     }
-    return json.dumps(data, ensure_ascii=False) + "\n"
+    return visible_json(redacted(json.dumps(data, ensure_ascii=False))) + "\n"
+
+
+class _Input(BaseModel):
+    name: str
+    source: str | None
+    revision: str | None
+    type: str
+    modules: int
+    ranks: list[int]
+    scales: list[float]
+    sha256: dict[str, str]
+
+
+class _Recipe(BaseModel):
+    space: str | dict[str, Any]
+    method: str
+    steps: list[str | Annotated[dict[str, Any], Field(min_length=1)]]
+    scale: float | str
+    weights: list[float] | dict[str, float | dict[str, float | list[float]]] | None
+
+
+class _Module(BaseModel):
+    rank: int
+    norm: float
+    input_norm: float | None
+
+
+class _Record(BaseModel):
+    """What is read of the file, so that another one is refused and not tripped over."""
+
+    version: str
+    command: list[str] | None
+    recipe: _Recipe
+    inputs: list[_Input]
+    modules: dict[str, _Module]
+    dtype: str
+    into: str | None
+    base_model: str | None
+    rank: int | None
+    scale: float
+    energy_lost: float | None
+    extras: dict[str, str]
+    notes: list[str]
+    warnings: list[str]
+    made: str | None = None
+
+
+def changes(
+    record: Mapping[str, Any],
+    plan: Plan,
+    sha256: Mapping[str, Mapping[str, str]],
+    *,
+    dtype: str,
+    into: str | None = None,
+) -> list[str]:
+    """In what the merge of a record differs from the one that is planned now, in plain words; empty: in nothing.
+
+    Where inputs lie does not matter, what they hold does.
+    """
+    now = {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "inputs": {name: dict(sha256[name]) for name in plan.adapters},
+        "shapes": {name: planned.module.shape for name, planned in plan.modules.items()},
+        "dtype": dtype,
+        "into": into,
+        "made": None,
+    }
+    try:
+        then = {
+            "recipe": dict(record["recipe"]),
+            "inputs": {held["name"]: dict(held["sha256"]) for held in record["inputs"]},
+            "shapes": {name: module["shape"] for name, module in record["modules"].items()},
+            **{key: record[key] for key in ("dtype", "into", "made")},
+        }
+        return [*_versions(record["version"]), *_differences(then, json.loads(json.dumps(now)))]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return [f"{FILE} is incomplete"]
+
+
+def _versions(then: object) -> Iterator[str]:
+    from coremerge import __version__
+
+    if then != __version__:
+        yield f"made by version {then}, this is {__version__}"
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    before, inputs = then["inputs"], now["inputs"]
+    if [*before] != [*inputs]:
+        yield f"made of {', '.join(before)}, not of {', '.join(inputs)}"
+    for name in before.keys() & inputs.keys():
+        changed = sorted(file for file, value in inputs[name].items() if before[name].get(file) != value)
+        if changed:
+            yield f"{name} has changed: {', '.join(changed)}"
+    for key, value in now["recipe"].items():
+        if then["recipe"].get(key) != value:
+            yield f"{key} was {_short(then['recipe'].get(key))}, not {_short(value)}"
+    for key in ("dtype", "into", "made"):
+        if then[key] != now[key]:
+            yield f"{key} was {_short(then[key])}, not {_short(now[key])}"
+    if then["shapes"] != now["shapes"]:
+        yield "other modules or shapes"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -79,4 +189,12 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         data = None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise SourceError("not a record of a merge", file=path, remedy="Give a folder that coremerge merge wrote")
+    try:
+        _Record.model_validate(data, strict=True)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise SourceError(
+            f"not a whole record of a merge: {detail['msg']}", file=path, key=".".join(map(str, detail["loc"])),
+            remedy="Merge again",
+        ) from None  # fmt: skip
     return data
