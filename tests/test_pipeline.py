@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from coremerge import Recipe, load
-from coremerge.errors import InputError, OutputError
+from coremerge.errors import InputError, OutputError, SourceError
 from coremerge.pipeline import merge_files, prepare
 from tiny import make_adapter
 
@@ -69,8 +71,6 @@ def test_into_a_base_with_whole_tensors_and_biases(tmp_path):
 
 
 def test_whole_tensors_go_into_the_base(tmp_path):
-    from safetensors.torch import save_file
-
     from tiny import make_base
 
     base = make_base(tmp_path / "base")
@@ -79,3 +79,62 @@ def test_whole_tensors_go_into_the_base(tmp_path):
     source = make_adapter(tmp_path / "A", extra={"score.weight": torch.ones(2, 24)}, modules_to_save=["score"])
     merge_files([source], tmp_path / "OUT", into=base)
     assert (load_file(tmp_path / "OUT" / "model.safetensors")["score.weight"] == 1).all()
+
+
+def change(path, how):
+    if how == "gone":
+        path.unlink()
+    elif how == "cut short":
+        os.truncate(path, path.stat().st_size - 8)
+    else:
+        path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("stage", ["merging", "writing"])
+@pytest.mark.parametrize("how", ["gone", "cut short", "other"])
+def test_an_input_that_changes_midway_is_noticed(sources, tmp_path, how, stage, resume):
+    path = sources[1] / "adapter_model.safetensors"
+    kept = path.read_bytes()
+
+    def meddle(label, done, count):
+        if (label, done) == (stage, 1):
+            change(path, how)
+
+    with pytest.raises(SourceError, match=r"B/adapter_model.safetensors: (changed|cannot be read)"):
+        merge_files(sources, tmp_path / "OUT", threads=1, batch=1, progress=meddle, resume=resume)
+    assert {file.name for file in tmp_path.iterdir()} == {"A", "B", *([".OUT.resume"] if resume else [])}
+    path.write_bytes(kept)
+    merge_files(sources, tmp_path / "OUT", threads=1, batch=1, resume=resume)
+    merge_files(sources, tmp_path / "WHOLE", threads=1)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "OUT" / name).read_bytes() == (tmp_path / "WHOLE" / name).read_bytes()
+
+
+def test_a_config_that_changes_after_planning_is_noticed(sources, tmp_path):
+    prepared = prepare(sources, out=tmp_path / "OUT")
+    config = sources[0] / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9 '))
+    with pytest.raises(SourceError, match=r"adapter_config.json: changed while it was in use"):
+        prepared.run(tmp_path / "OUT")
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_an_initial_adapter_that_changes_is_noticed(sources, tmp_path):
+    trained = make_adapter(tmp_path / "T", 4, seed=9, init_lora_weights="pissa")
+    prepared = prepare([trained], initial={"T": sources[0]})
+    change(sources[0] / "adapter_model.safetensors", "cut short")
+    with pytest.raises(SourceError, match=r"A/adapter_model.safetensors: changed"):
+        prepared.run(tmp_path / "OUT")
+
+
+def test_a_base_that_is_replaced_after_planning_is_noticed(sources, tmp_path):
+    from tiny import make_base
+
+    base = make_base(tmp_path / "base")
+    prepared = prepare(sources, into=base)
+    tensors = load_file(base / "model.safetensors")
+    save_file({key: -tensor for key, tensor in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"base/model.safetensors: changed while it was in use"):
+        prepared.run(tmp_path / "OUT")
+    assert not (tmp_path / "OUT").exists()

@@ -1,14 +1,18 @@
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
 from coremerge.adapter import Adapter, Info, Module
 from coremerge.errors import ConfigError, InputError, MismatchError
+from coremerge.formats.into import ENTRIES
+from coremerge.pipeline import prepare
 from coremerge.plan import IMPORT_BYTES, Plan, make_plan, name_adapters
 from coremerge.recipe import Recipe
 from laws import lowrank, one
+from tiny import make_adapter, make_base
 
 
 def adapter(shapes: Mapping[str, tuple[int, int, int]], name: str = "a", **info: object) -> Adapter:
@@ -201,3 +205,16 @@ def test_to_dict_is_json() -> None:
 
 def test_one_adapter_is_enough() -> None:
     assert make_plan([one(lowrank(3, 3, 1))], Recipe()).rank == 1
+
+
+def test_whole_tensors_and_the_base_that_is_written_count(tmp_path: Path) -> None:
+    head = {"lm_head.weight": torch.zeros(64, 24)}
+    plain, heavy = (
+        prepare([make_adapter(tmp_path / f"{name}{i}", seed=i, extra=extra) for i in range(2)], Recipe(extras="drop"))
+        for name, extra in (("plain", None), ("heavy", head))
+    )
+    assert heavy.peak_bytes(1) - plain.peak_bytes(1) >= 2 * 3 * 64 * 24 * 4
+    into = prepare([tmp_path / "plain0"], Recipe(), into=make_base(tmp_path / "base"))
+    alone = prepare([tmp_path / "plain0"], Recipe())
+    assert into.peak_bytes(3) - alone.peak_bytes(3) == 3 * 24 * ENTRIES
+    assert into.threads_within(into.peak_bytes(3), 8) == 3

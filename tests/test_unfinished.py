@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coremerge import Recipe, merging
-from coremerge.errors import ConfigError, OutputError, TensorError
-from coremerge.formats import writer
+from coremerge.errors import ConfigError, OutputError, SourceError, TensorError
+from coremerge.formats import atomic, journal, writer
 from coremerge.formats.journal import Journal
-from coremerge.pipeline import merge_files
+from coremerge.merging import execute
+from coremerge.pipeline import merge_files, prepare
 from coremerge.unfinished import folder_of
 from tiny import make_adapter, make_base
 
@@ -66,8 +67,8 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(sources, base, tmp_path, i
     told = []
     merge_files(sources, tmp_path / "WHOLE", **settings | {"resume": False}, progress=lambda *a: told.append(a))
     whole, solved = weights(tmp_path / "WHOLE"), []
-    solve = merging._solve
-    monkeypatch.setattr(merging, "_solve", lambda names, *rest: solved.extend(names) or solve(names, *rest))
+    solve = merging.solve
+    monkeypatch.setattr(merging, "solve", lambda names, *rest: solved.extend(names) or solve(names, *rest))
     first = next(i for i, (stage, _, _) in enumerate(told) if stage == "merging")
     for moment in range(first, len(told), 2):
         solved.clear()
@@ -106,7 +107,7 @@ def stopped(sources, out, **settings):
         merge_files(sources, out, threads=1, resume=True, progress=stopping(12), **settings)
 
 
-@pytest.mark.parametrize("what", ["recipe", "input", "order", "dtype", "version", "base"])
+@pytest.mark.parametrize("what", ["recipe", "input", "order", "dtype", "version", "torch", "width", "base"])
 def test_what_was_begun_with_something_else_is_refused(sources, base, tmp_path, what, monkeypatch):
     out = tmp_path / "OUT"
     settings = {"into": base} if what == "base" else {}
@@ -116,6 +117,10 @@ def test_what_was_begun_with_something_else_is_refused(sources, base, tmp_path, 
         make_adapter(sources[1], seed=7, layers=LAYERS)
     if what == "version":
         monkeypatch.setattr("coremerge.__version__", "0.0.0")
+    if what == "torch":
+        monkeypatch.setattr(torch, "__version__", "0.0.0")
+    if what == "width":
+        settings["vera_width"] = 48
     if what == "base":
         (base / "config.json").write_text('{"model_type": "llama", "hidden_size":  24}')
     given = sources[::-1] if what == "order" else sources
@@ -131,7 +136,7 @@ def test_what_was_begun_with_something_else_is_refused(sources, base, tmp_path, 
 def test_a_failure_leaves_what_resume_needs_and_nothing_else(sources, tmp_path, monkeypatch):
     out = tmp_path / "OUT"
 
-    def fail(*_):
+    def fail(*_, **__):
         raise TensorError("no")
 
     with monkeypatch.context() as patched:
@@ -172,5 +177,66 @@ def test_numbers_survive_the_journal(sources, tmp_path):
     journal = folder_of(tmp_path / "OUT") / "journal"
     mark = re.search(rb'"mark": "(\w+)"', journal.read_bytes())[1].decode()
     with Journal(journal, mark) as held:
-        solved = [part for part in held.parts if "solved" in part.facts]
-    assert solved and all(t.dtype == torch.float64 for part in solved for t in part.tensors.values())
+        solved = [held.tensors(part) for part in held.parts if "module" in part.facts]
+    assert solved and all(t.dtype == torch.float64 for tensors in solved for t in tensors.values())
+
+
+def test_what_solve_does_is_not_resumed(sources, tmp_path):
+    with pytest.raises(ValueError, match="not resumed"):
+        prepare(sources, Recipe()).run(tmp_path / "OUT", solve=execute, resume=True)
+
+
+def test_a_folder_that_another_process_has_just_removed_is_refused(tmp_path, monkeypatch):
+    lock = journal._lock
+
+    def late(descriptor, path):
+        lock(descriptor, path)
+        path.unlink()
+
+    monkeypatch.setattr(journal, "_lock", late)
+    with pytest.raises(OutputError, match="another process is at work"):
+        Journal(tmp_path / "journal", "mark")
+
+
+def test_what_a_run_left_that_was_killed_in_its_last_moment_is_tidied_away(sources, tmp_path, monkeypatch):
+    out = tmp_path / "OUT"
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        merge_files(sources, out, resume=True)
+    assert folder_of(out).exists()
+    with pytest.raises(OutputError, match="not empty"):
+        merge_files(sources, out, resume=True)
+    assert not folder_of(out).exists() and out.exists()
+
+
+@pytest.mark.parametrize("moment", ["between", "after"])
+def test_killed_while_the_old_result_gives_way_it_can_be_run_again(sources, tmp_path, monkeypatch, moment):
+    out = tmp_path / "OUT"
+    merge_files(sources, out, Recipe(scale=0.5))
+    swap = atomic._swap
+
+    def killed(partial, target, overwrite):
+        if moment == "after":
+            swap(partial, target, overwrite)
+        else:
+            target.rename(tmp_path / ".OUT.1.old")
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic, "_swap", killed)
+        with pytest.raises(SystemExit):
+            merge_files(sources, out, resume=True, overwrite=True)
+    merge_files(sources, out, resume=True, overwrite=True)
+    merge_files(sources, tmp_path / "WHOLE")
+    assert weights(out) == weights(tmp_path / "WHOLE") and not folder_of(out).exists()
+
+
+def test_a_record_that_makes_no_sense_is_refused(sources, tmp_path):
+    stopped(sources, tmp_path / "OUT")
+    file = folder_of(tmp_path / "OUT") / "journal"
+    mark = json.loads(file.read_bytes().partition(b"\n")[0])["mark"]
+    with Journal(file, mark) as made:
+        made.add({"module": "x"}, {})
+    for _ in range(2):  # and the lock is let go
+        with pytest.raises(SourceError, match="makes no sense"):
+            merge_files(sources, tmp_path / "OUT", resume=True)

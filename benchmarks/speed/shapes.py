@@ -67,6 +67,9 @@ def _attention(width: int, narrow: int) -> dict[str, tuple[int, int]]:
 
 
 _MLP_70B = {"mlp.gate_proj": (28672, 8192), "mlp.up_proj": (28672, 8192), "mlp.down_proj": (8192, 28672)}
+_MLP_405B = {"mlp.gate_proj": (53248, 16384), "mlp.up_proj": (53248, 16384), "mlp.down_proj": (16384, 53248)}
+_EXPERT = {"gate_proj": (2048, 7168), "up_proj": (2048, 7168), "down_proj": (7168, 2048)}
+_EXPERTS = {f"mlp.experts.{i}.{name}": size for i in range(64) for name, size in _EXPERT.items()}
 _VIT = [f"attention.attention.{name}" for name in ("query", "key", "value")] + ["attention.output.dense"]
 
 SHAPES = {
@@ -76,6 +79,8 @@ SHAPES = {
         Shape("vit-b", 12, "vit.encoder.layer.{layer}.{module}", dict.fromkeys(_VIT, (768, 768)), adapters=8),
         Shape("llama-3-8b", 32, "model.layers.{layer}.{module}", _attention(4096, 1024), adapters=6),
         Shape("llama-70b", 80, "model.layers.{layer}.{module}", _attention(8192, 1024) | _MLP_70B, adapters=8),
+        Shape("llama-405b", 126, "model.layers.{layer}.{module}", _attention(16384, 1024) | _MLP_405B, adapters=4),
+        Shape("experts", 1, "model.layers.{layer}.{module}", _EXPERTS, adapters=4, rank=8),
     )
 }
 """The sets by name; :func:`dataclasses.replace` makes others of them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ from coremerge.methods import Site
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Parts, Recipe
 from coremerge.spaces import Combination, Coordinates
+
+if TYPE_CHECKING:
+    from coremerge.held import Held
+
+Group = tuple[str, ...]
+"""Modules of one shape and the same ranks, which are merged together."""
 
 Progress = Callable[[int, int], None]
 """Called with the modules done and their number."""
@@ -167,32 +173,36 @@ def execute(
     threads: int | None = None,
     device: str = "cpu",
     batch: int | None = None,
-    known: Mapping[str, Solved] | None = None,
-    keep: Callable[[Mapping[str, Solved]], None] | None = None,
+    held: Held | None = None,
+    solver: Callable[[Sequence[Group]], Iterator[Mapping[str, Solved]]] | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Carry out ``plan``: see :func:`merge`.
 
-    Modules that are ``known`` are not merged again; ``keep`` is told of those that are.
+    Modules that are ``held`` are not merged again, and those that are merged are held there. ``solver`` merges groups
+    of modules somewhere else: see :func:`solve`.
     """
+    from coremerge.held import Held
+
     start = time.perf_counter()
     parts = plan.recipe.parts()
-    solved: dict[str, Solved] = dict(known or {})
-    groups = [g for g in _groups(plan, batch or (None if device == "cpu" else 32)) if not solved.keys() >= set(g)]
-    for group in local.run(lambda names: _solve(names, plan, parts, device), groups, threads):
-        solved |= group
-        if keep:
-            keep(group)
+    held = Held() if held is None else held
+    groups = [g for g in _groups(plan, batch or (None if device == "cpu" else 32)) if not held.keys() >= set(g)]
+
+    def here(names: Group) -> dict[str, Solved]:
+        return solve(names, plan, parts, device)
+
+    for group in solver(groups) if solver else local.run(here, groups, threads):
+        held.add(group)
         if progress:
-            progress(len(solved), len(plan.modules))
-    scale = (
-        auto_scale(solved[name] for name in plan.modules) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
-    )
-    report = report_of(plan, solved, scale, time.perf_counter() - start)
-    return MergeResult(lifted(plan, parts, solved, scale, device), report, plan)
+            progress(len(held), len(plan.modules))
+    reports = {name: held.reports[name] for name in plan.modules}
+    scale = auto_scale(reports.values()) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
+    report = report_of(plan, reports, scale, time.perf_counter() - start)
+    return MergeResult(lifted(plan, parts, held, reports, scale=scale, device=device), report, plan)
 
 
-def auto_scale(solved: Iterable[Solved]) -> float:
+def auto_scale(reports: Iterable[ModuleReport]) -> float:
     """The factor that makes the product of two ratios 1: of spectral and of Frobenius norms, merged over inputs' mean.
 
     Each ratio is a mean over modules; those without any update do not count. A flat spectrum has a large Frobenius
@@ -200,7 +210,7 @@ def auto_scale(solved: Iterable[Solved]) -> float:
 
     Source: ours; docs/evidence.md compares it with scales tuned on labels.
     """
-    reports = [s.report for s in solved if s.report.input_norm > 0]
+    reports = [report for report in reports if report.input_norm > 0]
     if not reports:
         return 1.0
     spectral = sum(r.norm / r.input_norm for r in reports) / len(reports)
@@ -208,7 +218,7 @@ def auto_scale(solved: Iterable[Solved]) -> float:
     return 1 / (spectral * frobenius) ** 0.5 if spectral > CANCELLED else 1.0
 
 
-def _groups(plan: Plan, batch: int | None) -> Iterator[tuple[str, ...]]:
+def _groups(plan: Plan, batch: int | None) -> Iterator[Group]:
     """Module names, ``batch`` at a time where shapes and ranks coincide; None: as many as suit a CPU."""
     alike: dict[Any, list[str]] = {}
     for name, planned in plan.modules.items():
@@ -242,7 +252,7 @@ def _stacked(updates: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.stack([u.left for u in updates]), torch.stack([u.right for u in updates]))
 
 
-def _solve(names: tuple[str, ...], plan: Plan, parts: Parts, device: str) -> dict[str, Solved]:
+def solve(names: Group, plan: Plan, parts: Parts, device: str = "cpu") -> dict[str, Solved]:
     """The merged cores of modules of one shape; one by one where their numerical ranks differ."""
     updates = read_updates(names, plan, parts, device)
     try:
@@ -250,7 +260,7 @@ def _solve(names: tuple[str, ...], plan: Plan, parts: Parts, device: str) -> dic
         merged = _merged(names, coordinates, plan, parts)
         return dict(zip(names, solved_of(names, coordinates, merged, plan), strict=True))
     except RaggedRankError:
-        singles = (_solve((name,), plan, parts, device) for name in names)
+        singles = (solve((name,), plan, parts, device) for name in names)
         return {name: solved for single in singles for name, solved in single.items()}
     except LinAlgError:
         _check_finite(names, plan)
@@ -351,18 +361,27 @@ def _spectral_norm(svd: ThinSVD) -> Tensor:
     return svd.values.amax(-1) if svd.values.shape[-1] else svd.left.new_zeros(svd.left.shape[:-2])
 
 
-def lifted(plan: Plan, parts: Parts, solved: Mapping[str, Solved], scale: float = 1.0, device: str = "cpu") -> Adapter:
+def lifted(
+    plan: Plan,
+    parts: Parts,
+    solved: Mapping[str, Solved],
+    reports: Mapping[str, ModuleReport],
+    *,
+    scale: float = 1.0,
+    device: str = "cpu",
+) -> Adapter:
     """The merged adapter; a module's inputs are read again when its factors are asked for."""
 
     def read(name: str, dtype: torch.dtype | None = None) -> LowRank:
-        short = dtype == torch.float32 and _short_lift_will_do(solved[name], plan.dtype)
+        one = solved[name]
+        short = dtype == torch.float32 and _short_lift_will_do(one, plan.dtype)
         kind = torch.float32 if short else torch.float64
-        combination = solved[name].combination.scaled(scale).map(lambda x: x.to(torch.device(device), kind))
+        combination = one.combination.scaled(scale).map(lambda x: x.to(torch.device(device), kind))
         update = combination(read_updates((name,), plan, parts, device)).to(torch.device("cpu"))
         return update if dtype is None else update.to(dtype)
 
     modules = {
-        name: replace(planned.module, rank=solved[name].report.rank, dtype=plan.dtype)
+        name: replace(planned.module, rank=reports[name].rank, dtype=plan.dtype)
         for name, planned in plan.modules.items()
     }
     extras = {name: extra.load for name, extra in plan.extras.items() if extra.load is not None}
@@ -394,9 +413,8 @@ def _biases(plan: Plan, scale: float) -> Mapping[str, Tensor]:
     return Lazy(names, load)
 
 
-def report_of(plan: Plan, solved: Mapping[str, Solved], scale: float, seconds: float) -> Report:
-    """What there is to say of ``solved`` modules, all of the plan's."""
-    modules = {name: solved[name].report for name in plan.modules}
+def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, seconds: float) -> Report:
+    """What there is to say of all of the plan's ``modules``."""
     energy = sum(m.energy for m in modules.values())
     lost = sum(m.lost * m.energy for m in modules.values()) / energy if energy else 0.0
     rank = max(m.rank for m in modules.values())
@@ -406,4 +424,4 @@ def report_of(plan: Plan, solved: Mapping[str, Solved], scale: float, seconds: f
             f"the cut to rank {rank} loses {lost:.0%} of the merged update's energy: a flat spectrum does not"
             " truncate well; give a higher --rank, or a method without isotropize"
         )
-    return Report(scale, rank, lost, seconds, modules, tuple(warnings))
+    return Report(scale, rank, lost, seconds, dict(modules), tuple(warnings))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
+from coremerge.cost import Cost, cost_of
 from coremerge.errors import ConfigError, CoremergeError
-from coremerge.formats.atomic import check_output
+from coremerge.formats import load
+from coremerge.formats.atomic import check_output, standing
 from coremerge.formats.writer import Saved, save
-from coremerge.hashing import Hashes
+from coremerge.hashing import Hashes, check_unchanged, stamps
+from coremerge.held import Held
 from coremerge.inputs import Progress, files_of, hashes_of, read_adapters, with_labels
 from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult, Report, execute
@@ -30,10 +33,24 @@ from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Recipe
 from coremerge.report.record import FILE as RECORD
 from coremerge.report.record import make_record
+from coremerge.unfinished import tidy
 
 if TYPE_CHECKING:
+    from coremerge.executors import Executor
     from coremerge.formats.into import IntoPlan
     from coremerge.unfinished import Unfinished
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a merge of files is asked for, beside its recipe: see :func:`merge_files`."""
+
+    sources: tuple[str | Path, ...]
+    into: str | Path | None = None
+    base: str | Path | None = None
+    vera_width: int | None = None
+    initial: Mapping[str, str | Path] | None = None
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,7 @@ def merge_files(
     command: Sequence[str] | None = None,
     max_memory: int | None = None,
     resume: bool = False,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Merged:
     """Merge the adapters in ``sources`` and write the result into the directory ``out``, complete or not at all.
@@ -117,6 +135,7 @@ def merge_files(
         command: the words of the command that made it, for the model card.
         max_memory: bytes that the merge may take: fewer threads, or a refusal before any work.
         resume: keep what is done beside ``out``, in ``.OUT.resume``, and go on from what an earlier run kept there.
+        executor: other processes that do the work, such as :class:`coremerge.executors.ray.Ray`, to the same bytes.
         progress: called as parts are done.
 
     Raises:
@@ -134,8 +153,8 @@ def merge_files(
         overwrite=overwrite,
         progress=progress,
     )
-    how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch}
-    return prepared.run(out, command=command, max_memory=max_memory, resume=resume, progress=progress, **how)
+    how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch, "max_memory": max_memory}
+    return prepared.run(out, command=command, resume=resume, executor=executor, progress=progress, **how)
 
 
 def prepare(
@@ -150,13 +169,17 @@ def prepare(
     allow_pickle: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    load: Callable[..., Adapter] = load,
 ) -> Prepared:
     """Read what the files say of themselves and settle the plan; nothing is merged and nothing is written.
 
-    Arguments and errors are those of :func:`merge_files`; ``out``, when given, is checked.
+    Arguments and errors are those of :func:`merge_files`; ``out``, when given, is checked. ``load``: see
+    :func:`~coremerge.inputs.read_adapters`.
     """
     start = time.perf_counter()
     if out is not None:
+        if not overwrite:
+            tidy(Path(out))
         check_output(out, overwrite=overwrite)
     adapters = read_adapters(
         sources,
@@ -165,11 +188,13 @@ def prepare(
         initial=initial,
         allow_pickle=allow_pickle,
         progress=progress,
+        load=load,
     )
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_of(adapters))
     plan = make_plan(adapters, with_labels(recipe or Recipe(), adapters, sources))
-    return Prepared(plan, None if into is None else _plan_into(into, plan), into, overwrite, start)
+    given = Given(tuple(sources), into, base, vera_width, initial, allow_pickle)
+    return Prepared(plan, None if into is None else _plan_into(into, plan), given, overwrite, start)
 
 
 @dataclass(frozen=True)
@@ -179,21 +204,47 @@ class Prepared:
     Attributes:
         plan: of the merge.
         into_plan: of the writing into a base model, where that was asked for.
-        into: that base model.
+        given: what it was prepared from.
         overwrite: replace a result that is there already.
         start: when it began.
     """
 
     plan: Plan
     into_plan: IntoPlan | None
-    into: str | Path | None
+    given: Given
     overwrite: bool
     start: float
+
+    @property
+    def into(self) -> str | Path | None:
+        """The base model that is written into, if any."""
+        return self.given.into
 
     @property
     def output_bytes(self) -> int:
         """Size of the tensors that will be written, but for what is carried over beside an adapter's factors."""
         return self.into_plan.size if self.into_plan else self.plan.output_bytes
+
+    @property
+    def cost(self) -> Cost:
+        """Of the merge; of writing into a base model, the bytes that are copied."""
+        found = cost_of(self.plan)
+        return replace(found, copied=self.into_plan.size) if self.into_plan else found
+
+    def peak_bytes(self, threads: int | None = None, batch: int | None = None) -> int:
+        """See :meth:`coremerge.plan.Plan.peak_bytes`."""
+        return self.plan.peak_bytes(threads, batch, written=self._written_at_once)
+
+    def threads_within(self, most: int, threads: int | None = None, batch: int | None = None) -> int:
+        """See :meth:`coremerge.plan.Plan.threads_within`."""
+        return self.plan.threads_within(most, threads, batch, written=self._written_at_once)
+
+    @property
+    def _written_at_once(self) -> int:
+        """Bytes of a part of a base model's weight: as it is read, in float64, and as it is written."""
+        from coremerge.formats.into import ENTRIES
+
+        return ENTRIES * (8 + 8 + 8) if self.into_plan else 0
 
     @property
     def dtype(self) -> str:
@@ -219,6 +270,7 @@ class Prepared:
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "plan": self.plan.to_dict(),
             "output_bytes": self.output_bytes,
+            "cost": self.cost.to_dict(),
             "notes": list(self.notes),
         }
 
@@ -236,35 +288,44 @@ class Prepared:
         rank_pattern: bool = False,
         max_memory: int | None = None,
         resume: bool = False,
+        executor: Executor | None = None,
     ) -> Merged:
         """Merge and write: see :func:`merge_files`.
 
         ``hashes`` may have begun with the inputs' files; ``solve`` merges, in place of the plan's recipe;
-        ``rank_pattern``: see :func:`coremerge.formats.writer.save`. What ``solve`` did is not resumed.
+        ``rank_pattern``: see :func:`coremerge.formats.writer.save`. What ``solve`` does is not resumed, nor done by
+        an ``executor``.
         """
-        _check_device(device)
+        if solve and resume:
+            raise ValueError("what solve does is not resumed: it keeps what it needs by itself")
+        if not executor:
+            _check_device(device)
         if max_memory is not None:
-            threads = self.plan.threads_within(max_memory, threads, batch)
+            threads = self.threads_within(max_memory, threads, batch)
         tell = progress or _silent
+        from coremerge.remote import Away
         from coremerge.report.card import warm_up
 
         Thread(target=warm_up, daemon=True).start()
-        with nullcontext(hashes) if hashes else Hashes() as started:
+        with ExitStack() as stack:
+            started = hashes or stack.enter_context(Hashes())
             for file in files_of(self.plan.adapters):
                 started.start(file)
             how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch}
+            unfinished = stack.enter_context(self._unfinished(out, started, how, rank_pattern)) if resume else None
+            held = unfinished.held if unfinished else stack.enter_context(closing(Held(folder=standing(out))))
             try:
-                with self._unfinished(out, started, how, rank_pattern) if resume else nullcontext() as unfinished:
-                    if unfinished:
-                        how |= {"known": unfinished.solved, "keep": unfinished.keep}
-                    merging = _stage(tell, "merging")
-                    result = solve(self.plan) if solve else execute(self.plan, **how, progress=merging)
-                    sha256 = hashes_of(self.plan.adapters, started)
-                    card, record = self._card(result, sha256, command), self._record(result, sha256, command)
-                    files = {"README.md": card, RECORD: record} | self._weights_file()
-                    written: dict[str, Any] = {"files": files, "threads": threads, "resume": unfinished}
-                    written["progress"] = _stage(tell, "writing")
-                    saved = self._save(result.adapter, out, rank_pattern, written)
+                away = Away(self, executor, device) if executor and not solve else None
+                how |= {"held": held, "solver": away.solve if away else None, "progress": _stage(tell, "merging")}
+                result = solve(self.plan) if solve else execute(self.plan, **how)
+                sha256 = hashes_of(self.plan.adapters, started)
+                card, record = self._card(result, sha256, command), self._record(result, sha256, command)
+                files = {"README.md": card, RECORD: record} | self._weights_file()
+                written: dict[str, Any] = {"files": files, "threads": threads, "resume": unfinished}
+                written["progress"] = _stage(tell, "writing")
+                if away:
+                    written |= away.writers(held, result.report.scale)
+                saved = self._save(result.adapter, out, rank_pattern, written)
             except torch.OutOfMemoryError as error:
                 raise CoremergeError(
                     f"out of memory on {device}: {str(error).partition('.')[0]}", remedy="Try a smaller --batch"
@@ -278,24 +339,28 @@ class Prepared:
     ) -> AbstractContextManager[Unfinished]:
         """What an earlier run left of this very merge."""
         from coremerge import __version__
-        from coremerge.unfinished import Unfinished, stamps
+        from coremerge.unfinished import Unfinished
 
         check_output(out, overwrite=self.overwrite, inputs=files_of(self.plan.adapters))
+        base = self.into_plan.base.files if self.into_plan else []
         about = {
             "version": __version__,
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "inputs": list(hashes_of(self.plan.adapters, hashes).items()),
-            "base": stamps(self.into_plan.base.files) if self.into_plan else None,
-            "how": [how["device"], how["batch"], self.dtype, rank_pattern],
+            "base": {str(file): stamp for file, stamp in stamps(base).items()},
+            "how": [how["device"], how["batch"], self.dtype, rank_pattern, torch.__version__],
+            "given": [self.given.vera_width, self.given.base, self.notes],
+            "modules": {name: [p.module.shape, dict(p.ranks)] for name, p in self.plan.modules.items()},
         }
         return Unfinished(Path(out), about)
 
     def _save(self, adapter: Adapter, out: str | Path, rank_pattern: bool, how: Mapping[str, Any]) -> Saved:
         inputs = files_of(self.plan.adapters)
-        if self.into is None:
+        if self.into is None or self.into_plan is None:
             return save(adapter, out, overwrite=self.overwrite, rank_pattern=rank_pattern, inputs=inputs, **how)
         from coremerge.formats.into import save_into
 
+        check_unchanged(self.into_plan.base.stamps)
         dtype = self.plan.recipe.dtype
         return save_into(self.into, adapter, out, dtype=dtype, overwrite=self.overwrite, inputs=inputs, **how)
 

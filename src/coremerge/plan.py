@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,11 +20,17 @@ from coremerge.recipe import Recipe
 from coremerge.registry import parse_spec
 from coremerge.weighting import Table, fold_components, in_order, weight_table
 
-IMPORT_BYTES = 250_000_000
+IMPORT_BYTES = 300_000_000
 """What a process holds once torch is imported."""
 
 BATCH_BYTES = 24 << 20
 """Stacked factors, as float64, that one CPU thread works on at once; a single module may have more."""
+
+EXTRA_COPIES = 4
+"""Of whole tensors, in their own dtype, that may be in memory at once: they are averaged in float64."""
+
+CORE_BYTES = 16 << 20
+"""Merged cores that stay in memory until they are written; the others wait on the disk."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM's ``max_lora_rank`` takes."""
@@ -76,35 +83,51 @@ class Plan:
         """Size of the factors at :attr:`rank`."""
         return sum(self.rank * sum(p.module.shape) for p in self.modules.values()) * self.dtype.itemsize
 
-    def peak_bytes(self, threads: int | None = None, batch: int | None = None) -> int:
-        """An upper estimate of the memory the merge needs."""
-        work = max((self._work(p) * (batch or self.cpu_batch(p)) for p in self.modules.values()), default=0)
-        kept = sum(self._kept(p) for p in self.modules.values())
-        return IMPORT_BYTES + (threads or default_threads()) * work + kept
+    def peak_bytes(self, threads: int | None = None, batch: int | None = None, *, written: int = 0) -> int:
+        """An upper estimate of the memory the merge needs; each thread needs ``written`` more to write."""
+        fixed, each = self._peak(batch)
+        return fixed + (threads or default_threads()) * (each + written)
 
-    def threads_within(self, most: int, threads: int | None = None, batch: int | None = None) -> int:
+    def threads_within(
+        self, most: int, threads: int | None = None, batch: int | None = None, *, written: int = 0
+    ) -> int:
         """How many threads, at most ``threads``, the merge can have in ``most`` bytes of memory; no byte of it changes.
 
         Raises:
             ConfigError: it does not fit with one.
         """
-        fitting = [n for n in range(1, (threads or default_threads()) + 1) if self.peak_bytes(n, batch) <= most]
-        if not fitting:
+        fixed, each = self._peak(batch)
+        fitting = (most - fixed) // max(1, each + written)
+        if fitting < 1:
             raise ConfigError(
-                f"too little: with one thread it needs up to {self.peak_bytes(1, batch) / 1e9:.2f} GB",
+                f"too little: with one thread it needs up to {(fixed + each + written) / 1e9:.2f} GB",
                 key="max_memory", value=f"{most / 1e9:.2f} GB", remedy="Give more, or a lower --batch or --rank",
             )  # fmt: skip
-        return fitting[-1]
+        return min(fitting, threads or default_threads())
+
+    def _peak(self, batch: int | None) -> tuple[int, int]:
+        """Bytes of the process, and of each thread."""
+        work = max((self._work(p) * (batch or self.cpu_batch(p)) for p in self.modules.values()), default=0)
+        kept = sum(self._kept(p) for p in self.modules.values())
+        return IMPORT_BYTES + min(kept, CORE_BYTES) + self._extra_bytes(), work
+
+    def _extra_bytes(self) -> int:
+        """Of whole tensors: what the adapters' files hold beside their factors, as several copies in float64."""
+        if not self.extras:
+            return 0
+        files = sum(file.stat().st_size for a in self.adapters.values() for file in a.info.files if file.exists())
+        factors = sum(m.parameters * m.dtype.itemsize for a in self.adapters.values() for m in a.modules.values())
+        return EXTRA_COPIES * max(0, files - factors)
 
     def cpu_batch(self, planned: PlannedModule) -> int:
         """How many modules like ``planned`` go together on a CPU: few long calls, as threads wait at each."""
         factors = 8 * sum(planned.ranks.values()) * sum(planned.module.shape)
-        return 1 if self._is_dense else max(1, min(4, BATCH_BYTES // max(1, factors)))
+        return 1 if self.is_dense else max(1, min(4, BATCH_BYTES // max(1, factors)))
 
     def _work(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape
         factors = 4 * total * (m + n) + 8 * total * total
-        entries = (len(planned.ranks) + 4) * m * n if self._is_dense else 0
+        entries = (len(planned.ranks) + 4) * m * n if self.is_dense else 0
         return 8 * (factors + entries)
 
     def _kept(self, planned: PlannedModule) -> int:
@@ -113,8 +136,9 @@ class Plan:
         rows, columns = {"core": (total, total), "knots": (total, n)}.get(name, (m, n))
         return 8 * (planned.module.rank * (rows + columns) + 2 * total * total)
 
-    @property
-    def _is_dense(self) -> bool:
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether the recipe works on all m × n entries of updates."""
         return _is_dense(self.recipe)
 
     def to_dict(self) -> dict[str, Any]:
@@ -314,5 +338,5 @@ def _warnings(plan: Plan) -> Iterable[str]:
     yield from (f"{extra.name}: {extra.decision}" for extra in plan.extras.values())
     if plan.rank > VLLM_RANKS[-1]:
         yield f"rank {plan.rank} is above {VLLM_RANKS[-1]}, the most that vLLM serves; --rank makes it smaller"
-    if math.prod(m := max((p.module.shape for p in plan.modules.values()), key=math.prod)) > 1 << 24 and plan._is_dense:
+    if math.prod(m := max((p.module.shape for p in plan.modules.values()), key=math.prod)) > 1 << 24 and plan.is_dense:
         yield f"this recipe works on all entries of updates as large as {m[0]} × {m[1]}: slow; core space is not"

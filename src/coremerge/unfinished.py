@@ -9,15 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from coremerge.formats.journal import Journal, Part
-from coremerge.merging import ModuleReport, Solved
-from coremerge.spaces import Combination
+from coremerge.formats.journal import Journal
+from coremerge.held import Held
 
 
 class Unfinished:
@@ -29,7 +26,7 @@ class Unfinished:
 
     Attributes:
         place: the folder that becomes ``out``.
-        solved: module name → what was merged already.
+        held: the modules that are merged.
         files: names in ``place`` that are complete.
 
     Raises:
@@ -41,11 +38,18 @@ class Unfinished:
         out = Path(os.path.realpath(out.expanduser()))
         self.folder = folder_of(out)
         self.place = self.folder / "out"
-        self.solved: dict[str, Solved] = {}
         self.files: set[str] = set()
         self._journal = Journal(self.folder / "journal", mark_of(about))
-        for part in self._journal.parts:
-            self._take(part)
+        self.held = Held(self._journal)
+        try:
+            for part in self._journal.parts:
+                if "file" in part.facts:
+                    self.files.add(part.facts["file"])
+                else:
+                    self.held.take(part)
+        except BaseException:
+            self._journal.close()
+            raise
         self.files = {name for name in self.files if (self.place / name).is_file()}
         if not self.files:  # also of another merge, whose journal is gone
             shutil.rmtree(self.place, ignore_errors=True)
@@ -53,36 +57,24 @@ class Unfinished:
     def __enter__(self) -> Unfinished:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._journal.close()
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if kind is None:  # while nobody else can take hold of it
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    def keep(self, solved: Mapping[str, Solved]) -> None:
-        """Modules that were merged."""
-        facts: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
-        for name, one in solved.items():
-            facts[name] = {
-                "report": vars(one.report) | {"ranks": dict(one.report.ranks)},
-                "amplification": one.amplification,
-                "of": [one.combination.of_left, one.combination.of_right],
-            }
-            tensors |= {f"left.{name}": one.combination.left, f"right.{name}": one.combination.right}
-        self._journal.add({"solved": facts}, tensors)
+        self._journal.close()
+        if error is not None:
+            error.kept_in = self.folder  # type: ignore[attr-defined]  # for whoever tells the person
 
     def finish(self, name: str) -> None:
         """A file in :attr:`place` that is complete and on the disk."""
         self.files.add(name)
         self._journal.add({"file": name}, {})
 
-    def _take(self, part: Part) -> None:
-        if "file" in part.facts:
-            self.files.add(part.facts["file"])
-        for name, held in part.facts.get("solved", {}).items():
-            left, right = part.tensors[f"left.{name}"], part.tensors[f"right.{name}"]
-            report = ModuleReport(**held["report"] | {"shape": tuple(held["report"]["shape"])})
-            self.solved[name] = Solved(Combination(left, right, *held["of"]), held["amplification"], report)
+
+def tidy(out: Path) -> None:
+    """Remove what a merge into ``out`` left that was killed in its last moment, when ``out`` was in its place."""
+    folder = folder_of(Path(os.path.realpath(out.expanduser())))
+    if (folder / "journal").is_file() and not (folder / "out").exists() and out.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def folder_of(out: Path) -> Path:
@@ -93,9 +85,3 @@ def folder_of(out: Path) -> Path:
 def mark_of(about: Mapping[str, Any]) -> str:
     """A hash of plain facts."""
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    """File → its size and time of change: for files that are too large to be hashed."""
-    found = {file: file.stat() for file in files}
-    return {str(file): [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}

@@ -21,6 +21,7 @@ from coremerge.evaluation.evaluate import NONE, OWN
 from coremerge.pipeline import merge_files
 from families import make_adapter, make_model
 from made import clip_pictures, jsonl, picture
+from posted import Posted
 
 MODULE = "encoder.layer.0.attention.self.query"
 
@@ -43,6 +44,15 @@ def test_adapters_stand_beside_none_and_each_tasks_own(folder: Path, tmp_path: P
         for task, (low, high) in row.scores.intervals.items():
             assert low <= row.scores.raw[task] <= high
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_other_processes_score_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = evaluate([folder / "colour", folder / "length"], folder)
+    monkeypatch.chdir(folder)
+    there = evaluate(["colour", "./length"], ".", executor=Posted())
+    assert [row.source for row in there.rows] == [None, None, "colour", "./length"]
+    for one, other in zip(here.rows, there.rows, strict=True):
+        assert (one.label, one.scores) == (other.label, other.scores)
 
 
 def test_a_merged_model_scores_as_the_adapter_that_went_into_it(folder: Path, tmp_path: Path) -> None:

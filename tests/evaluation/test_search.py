@@ -13,6 +13,7 @@ from coremerge.evaluation import Evaluator, read_taskset
 from coremerge.evaluation.plan import make_plan
 from coremerge.evaluation.search import search, search_files, value_of, winner
 from coremerge.recipe import read_recipe
+from posted import Posted
 
 TIES = {"merge_method": "ties", "parameters": {"density": [0.5, 1.0]}}
 SUM = {"merge_method": "sum"}
@@ -67,6 +68,17 @@ def test_the_winners_recipe_does_it_again(folder: Path, tmp_path: Path) -> None:
     assert read.recipe == found.winner.recipe
     assert read.models == (str(folder / "colour"), str(folder / "length"))
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_other_processes_find_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan([SUM, TIES], scales={"values": [0.5, 1.0]})
+    told: list[tuple[str, int, int]] = []
+    here = search_files(folder, plan)
+    monkeypatch.chdir(folder)
+    there = search_files(".", plan, ["colour", "length"], executor=Posted(), progress=lambda *stage: told.append(stage))
+    assert told == [("tuned", 1, 2), ("tuned", 2, 2)] and there.models == ("colour", "length")
+    for one, other in zip(here.rows, there.rows, strict=True):
+        assert (one.recipe, one.tried, one.scores) == (other.recipe, other.tried, other.scores)
 
 
 def test_given_adapters_are_merged_instead_of_the_tasks_own(folder: Path) -> None:

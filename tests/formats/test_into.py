@@ -638,6 +638,21 @@ class TestBase:
         with pytest.raises(SourceError, match=r"model\.safetensors: a link that leads out"):
             plan_into(base, self.MADE)
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    def test_what_is_no_file_is_not_waited_for(self, base, tmp_path):
+        os.mkfifo(base / "notes.txt")
+        with pytest.raises(SourceError, match=r"notes\.txt: is no plain file"):
+            plan_into(base, self.MADE)
+
+    def test_a_cache_in_name_only(self, base, tmp_path):
+        """Links in a folder that looks like the hub's cache end at its own blobs, too."""
+        snapshot = tmp_path / "models--org--x/snapshots/main"
+        shutil.copytree(base, snapshot)
+        (tmp_path / "secret").write_text("secret")
+        (snapshot / "notes.txt").symlink_to("../../../secret")
+        with pytest.raises(SourceError, match=r"notes\.txt: a link that leads out"):
+            plan_into(snapshot, self.MADE)
+
     def test_only_pickles(self, tmp_path):
         (tmp_path / "base").mkdir()
         (tmp_path / "base/pytorch_model.bin").touch()
@@ -670,7 +685,7 @@ class TestBase:
                 file.truncate(90)
             return update(self.MADE.modules[name])
 
-        with pytest.raises(SourceError, match="ends before the tensor does"):
+        with pytest.raises(SourceError, match=r"model.safetensors: changed while it was in use"):
             save_into(base, Adapter(self.MADE.modules, load), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 

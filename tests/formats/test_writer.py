@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch import nn
 import coremerge
 from coremerge.adapter import Adapter, Info, Module
 from coremerge.errors import ConfigError, OutputError, TensorError
+from coremerge.formats import atomic
 from coremerge.formats.atomic import atomic_directory
 from coremerge.formats.safetensors_layout import Layout, TensorFile, output_dtype
 from coremerge.formats.writer import PREFIX, save, target_modules
@@ -143,6 +145,14 @@ class TestPeftLoads:
         made = Adapter.from_updates({n: LowRank(torch.randn(2, r), torch.randn(r, 3)) for n, r in names.items()})
         save(made, tmp_path / "out", rank_pattern=True)
         assert list(config(tmp_path / "out")["rank_pattern"].items()) == [("block.linear", 2), ("linear", 1)]
+        assert {name: m.rank for name, m in coremerge.load(tmp_path / "out").modules.items()} == names
+
+    def test_own_ranks_where_the_name_of_a_larger_one_ends_like_a_smaller_one(self, tmp_path):
+        names = {"fc": 1, "visual.fc": 3, "visual.refc": 3, "text.visual.fc": 2}
+        made = Adapter.from_updates({n: LowRank(torch.randn(2, r), torch.randn(r, 3)) for n, r in names.items()})
+        save(made, tmp_path / "out", rank_pattern=True)
+        listed = [("text.visual.fc", 2), ("visual.fc", 3), ("fc", 1)]
+        assert list(config(tmp_path / "out")["rank_pattern"].items()) == listed
         assert {name: m.rank for name, m in coremerge.load(tmp_path / "out").modules.items()} == names
 
     def test_round_trip_of_what_peft_wrote(self, tmp_path):
@@ -598,6 +608,72 @@ class TestPlace:
             save(stacked(), tmp_path / "out", overwrite=True)
         assert set(coremerge.load(tmp_path / "out")) == set(adapter())
         assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+    def test_what_another_process_puts_there_at_the_last_moment_stays(self, tmp_path, monkeypatch):
+        swap = atomic._swap
+
+        def late(partial, out, overwrite):
+            out.mkdir()
+            (out / "theirs.safetensors").write_text("theirs")
+            swap(partial, out, overwrite)
+
+        monkeypatch.setattr(atomic, "_swap", late)
+        with pytest.raises(OutputError, match=r"out: another process wrote it just now. Let one finish"):
+            save(adapter(), tmp_path / "out")
+        assert {p.name for p in tmp_path.rglob("*")} == {"out", "theirs.safetensors"}
+
+    @pytest.mark.parametrize("moment", ["before", "between"])
+    def test_of_two_that_overwrite_one_is_there_whole(self, tmp_path, monkeypatch, moment):
+        out, rename = tmp_path / "out", Path.rename
+        save(adapter(), out)
+        save(stacked(), tmp_path / "theirs")
+
+        def late(self, target):
+            theirs, old = tmp_path / "theirs", self == out
+            if old and theirs.exists() and moment == "before":
+                shutil.rmtree(out)
+                rename(theirs, out)
+            result = rename(self, target)
+            if old and theirs.exists():
+                rename(theirs, out)
+            return result
+
+        monkeypatch.setattr(Path, "rename", late)
+        if moment == "between":
+            with pytest.raises(OutputError, match="another process wrote it just now"):
+                save(adapter(), out, overwrite=True)
+        else:
+            save(adapter(), out, overwrite=True)
+        assert set(coremerge.load(out)) == set(stacked() if moment == "between" else adapter())
+        assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+    def test_a_folder_that_goes_at_the_last_moment(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(atomic, "_sync", lambda partial: shutil.rmtree(tmp_path / "in"))
+        with pytest.raises(OutputError, match=r"out: its folder is gone. Check what removed it"):
+            save(adapter(), tmp_path / "in/out")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("number", "said"),
+        [
+            (errno.EFBIG, r"larger than a file may be here. Raise the limit \(ulimit -f\)"),
+            (errno.ENOSPC, "the disk is full. Free some space"),
+            (errno.EIO, "cannot be written: Input/output error. Check the disk"),
+        ],
+    )
+    def test_what_the_system_refuses(self, tmp_path, monkeypatch, number, said):
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "pwrite", fail)
+        with pytest.raises(OutputError, match=rf"adapter_model.safetensors: {said}"):
+            save(adapter(), tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_link_to_itself_is_refused(self, tmp_path):
+        (tmp_path / "out").symlink_to(tmp_path / "out")
+        with pytest.raises(OutputError, match="out: a link that leads to itself"):
+            save(adapter(), tmp_path / "out")
 
     def test_a_tensor_that_was_forgotten_is_noticed(self, tmp_path):
         layout = Layout.of({"a": ("F32", (2,)), "b": ("F32", (2,))})

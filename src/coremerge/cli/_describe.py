@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coremerge.cli._output import facts, number, size, table
+from coremerge.cli._output import duration, facts, number, size, table
 from coremerge.cli._patterns import group, spans
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def plan_text(prepared: Prepared, out: Path | None, threads: int | None) -> str:
 
 
 def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> Iterator[tuple[str, object]]:
+    from coremerge.executors.local import default_threads
+
     plan, recipe = prepared.plan, prepared.plan.recipe
     yield "method", recipe_line(recipe)
     yield "scale", "auto: set from norms once the cores are merged" if recipe.scale == "auto" else recipe.scale
@@ -141,7 +143,10 @@ def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> It
         "size",
         f"{size(prepared.output_bytes)}{'' if prepared.into_plan else f' at rank {plan.rank}'}, {prepared.dtype}",
     )
-    yield "memory", f"about {size(plan.peak_bytes(threads))} at most"
+    yield "memory", f"about {size(prepared.peak_bytes(threads))} at most"
+    cost = prepared.cost
+    yield "reads", f"{size(cost.read)}, twice{f', and {size(cost.copied)} of the base' if cost.copied else ''}"
+    yield "work", f"{cost.operations:.2g} operations, about {duration(cost.seconds(threads or default_threads()))}"
     yield "output", f"{out} (not written: dry run)" if out else "not written: dry run"
 
 

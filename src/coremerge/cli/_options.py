@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from coremerge.executors import Executor
     from coremerge.recipe import Recipe, RecipeFile
 
 
@@ -44,11 +46,11 @@ def parameters(pairs: Sequence[str] | None) -> dict[str, Any] | None:
 
 
 def _scalar(text: str) -> Any:
-    import yaml
+    from coremerge.yamlfile import parse_yaml
 
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        value = parse_yaml(text)
+    except ValueError:
         return text
     return value if isinstance(value, (bool, int, float, type(None))) else text
 
@@ -79,6 +81,25 @@ def whole_or(text: str | None, word: str, option: str) -> int | str | None:
     return int(text)
 
 
+def executor(name: str, address: str | None, device: str = "cpu") -> AbstractContextManager[Executor | None]:
+    """``--executor`` and ``--address``; entered when the work begins."""
+    if name not in ("local", "ray"):
+        raise typer.BadParameter(f"{name!r} is neither 'local' nor 'ray'", param_hint="--executor")
+    if name == "local":
+        if address is not None:
+            raise typer.BadParameter("goes with --executor ray", param_hint="--address")
+        return nullcontext()
+    return _cluster(address, device)
+
+
+@contextmanager
+def _cluster(address: str | None, device: str) -> Iterator[Executor]:
+    from coremerge.executors.ray import Ray
+
+    with Ray(address, gpus=0 if device == "cpu" else 1) as cluster:
+        yield cluster
+
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -86,10 +107,10 @@ def memory(text: str | None, option: str) -> int | None:
     """A number of bytes: ``8GB``, ``500M``, ``1.5 GiB``."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
     if not found or not float(found[1]):
         raise typer.BadParameter(f"{text!r} is no amount of memory such as 8GB or 500M", param_hint=option)
-    unit = found[2].upper()
+    unit = found[2]
     power = list(UNITS).index(unit)
     return int(float(found[1]) * (1024**power if found[3] else UNITS[unit]))
 
@@ -119,14 +140,10 @@ def _weight(text: str, option: str = "--weights") -> float:
 
 
 def _weights_in(path: Path) -> Any:
-    import yaml
-
     from coremerge.errors import ConfigError
+    from coremerge.yamlfile import read_yaml
 
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"cannot be read: {error}".replace("\n", " "), file=path) from None
+    found = read_yaml(path)
     if not isinstance(found, (list, dict)):
         raise ConfigError("weights are a list, or a mapping of adapters", file=path, value=found)
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coremerge.cli._output import print_json, progress_bar, remark, table
+from coremerge.cli._output import print_json, printable, progress_bar, remark, say, table
 
 if TYPE_CHECKING:
     from coremerge.evaluation import Evaluation, Scores
@@ -40,6 +40,15 @@ def evaluate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there already.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
+    executor: Annotated[
+        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
+        ),
+    ] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read legacy .bin files, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
@@ -55,7 +64,7 @@ def evaluate(
     if out is not None:
         check_file(out, overwrite=overwrite)
     _options.one_of(split, ("test", "validation"), "--split")
-    with progress_bar(quiet) as bar:
+    with progress_bar(quiet) as bar, _options.executor(executor, address, device) as elsewhere:
         result = run(
             adapters or [],
             tasks,
@@ -65,6 +74,7 @@ def evaluate(
             only=only.split(",") if only else None,
             device=device,
             allow_pickle=allow_pickle,
+            executor=elsewhere,
             progress=bar,
         )
     if out is not None:
@@ -72,7 +82,7 @@ def evaluate(
     if as_json:
         print_json(result.to_dict())
     else:
-        typer.echo(render(result))
+        say(render(result))
     for row in result.rows:
         for note in () if quiet else row.notes:
             remark("note", f"{row.label}: {note}")
@@ -80,7 +90,7 @@ def evaluate(
 
 def render(result: Evaluation) -> str:
     """Normalised scores in one table, raw ones in another."""
-    parts = [f"{result.name}, {result.split} rows"]
+    parts = [printable(f"{result.name}, {result.split} rows")]
     if any(row.scores.normalised for row in result.rows):
         headings = ["", "mean", "± 95 %", "worst", ""]
         summary = [[row.label, *_summary(row.scores)] for row in result.rows]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, size
+from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say, size
 from coremerge.hashing import Hashes
 
 if TYPE_CHECKING:
@@ -131,6 +131,15 @@ def merge(
         typer.Option(min=1, help="Modules of one shape that go together. Default: 1 to 4 on the CPU, else 32."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules side by side. Default: all processors.")] = None,
+    executor: Annotated[
+        str, typer.Option(help="Who does the work: local, this process's threads, or ray, a cluster.", metavar="NAME")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
+        ),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +160,7 @@ def merge(
         from coremerge.pipeline import prepare
 
         most = _options.memory(max_memory, "--max-memory")
+        cluster = _options.executor(executor, address, device)
         file = _options.recipe_file(recipe)
         sources = adapters or list(file.models)
         if not sources:
@@ -202,13 +212,14 @@ def merge(
                 assert out is not None
                 command = ["coremerge", *sys.argv[1:]]
                 how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch, "max_memory": most}
-                with _said_if_unfinished(out) if resume else nullcontext():
-                    merged = prepared.run(out, command=command, hashes=hashes, progress=progress, resume=resume, **how)
+                how |= {"command": command, "hashes": hashes, "progress": progress, "resume": resume}
+                with _said_if_unfinished(), cluster as elsewhere:
+                    merged = prepared.run(out, executor=elsewhere, **how)
                 if report:
                     draw(out, weights, threads, progress)
         if dry_run:
             if most is not None:
-                threads = prepared.plan.threads_within(most, threads, batch)
+                threads = prepared.threads_within(most, threads, batch)
             _show_plan(prepared, out, threads, as_json, quiet)
         else:
             _show_result(merged, as_json, quiet)
@@ -218,14 +229,12 @@ def merge(
 
 
 @contextmanager
-def _said_if_unfinished(out: Path) -> Iterator[None]:
-    from coremerge.unfinished import folder_of
-
+def _said_if_unfinished() -> Iterator[None]:
     try:
         yield
-    except BaseException:
-        if folder_of(out).exists():
-            remark("note", f"what is done is kept in {folder_of(out)}: the same command goes on from there")
+    except BaseException as error:
+        if kept := getattr(error, "kept_in", None):
+            remark("note", f"what is done is kept in {kept}: the same command goes on from there")
         raise
 
 
@@ -260,7 +269,7 @@ def _show_plan(prepared: Prepared, out: Path | None, threads: int | None, as_jso
     if quiet:
         return
     if not as_json:
-        typer.echo(plan_text(prepared, out, threads))
+        say(plan_text(prepared, out, threads))
     _remarks(prepared.plan.warnings, prepared.notes, {*_decisions(prepared)})
 
 
@@ -283,7 +292,7 @@ def _show_result(merged: Merged, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     if not as_json:
-        typer.echo(facts(_result_facts(merged)))
+        say(facts(_result_facts(merged)))
     _remarks(merged.report.warnings, merged.notes, {*_decisions(merged)})
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coremerge.cli._output import facts, number, print_json, progress_bar, remark, table
+from coremerge.cli._output import facts, number, print_json, progress_bar, remark, say, table
 
 if TYPE_CHECKING:
     from coremerge.evaluation.scoring import Scores
@@ -38,6 +38,15 @@ def search(
     validation: Annotated[int | None, typer.Option(min=1, help="Validation rows of each task. Default: all.")] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Test rows of each task. Default: all.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
+    executor: Annotated[
+        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it is there already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all that was tried.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -47,6 +56,7 @@ def search(
     Every merge has the same budget, is scored once on the test rows at its best, and the winner (on validation rows)
     is written as a recipe: coremerge merge --recipe RECIPE.yaml -o OUT makes it.
     """
+    from coremerge.cli import _options
     from coremerge.evaluation.plan import PLAN, read_plan
     from coremerge.evaluation.search import search_files
     from coremerge.formats.atomic import check_file, write_file
@@ -56,7 +66,7 @@ def search(
     if budget is not None:
         wanted = wanted.model_copy(update={"budget": budget})
     limits = {split: count for split, count in (("validation", validation), ("test", test)) if count is not None}
-    with progress_bar(quiet) as bar:
+    with progress_bar(quiet) as bar, _options.executor(executor, address, device) as elsewhere:
         found = search_files(
             tasks,
             wanted,
@@ -64,13 +74,14 @@ def search(
             base=base,
             limits=limits,  # type: ignore[arg-type]
             device=device,
+            executor=elsewhere,
             progress=bar,
         )
     write_file(out, found.recipe(), overwrite=overwrite)
     if as_json:
         print_json(found.to_dict() | {"path": str(out)})
     elif not quiet:
-        typer.echo(render(found, out))
+        say(render(found, out))
     for row in () if quiet else found.rows:
         if row.stopped:
             remark("note", f"{row.label}: the budget of {len(row.tried)} scores ended its search")

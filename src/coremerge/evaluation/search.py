@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from coremerge.evaluation.plan import PLAN, Merge, Plan, combinations, recipe_of
 from coremerge.evaluation.scales import Scales, walk
 from coremerge.evaluation.scoring import Evaluator, Scores
 from coremerge.evaluation.taskset import Split, read_taskset
+from coremerge.executors import Executor, remembered
 from coremerge.formats import load
+from coremerge.formats.source import in_full
 from coremerge.inputs import Progress, read_adapters
 from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult, merge
@@ -165,23 +168,25 @@ def search(
     """
     found = []
     for at, one in enumerate(plan.merges):
-        start = time.perf_counter()
 
         def tell(count: int, at: int = at, label: str = one.label) -> None:
             if progress:
                 progress(f"{label}: {count} tried", at, len(plan.merges))
 
-        tuning = _Tuning(evaluator, adapters, plan, one, tell)
-        stopped = tuning.run()
-        chosen = tuning._chosen()
-        result, updates = tuning._merged(chosen.parameters)
-        scores = evaluator.score(updates, "test", chosen.scale / result.report.scale, intervals=intervals)
-        recipe = recipe_of(one, chosen.parameters, scale=chosen.scale)
-        seconds = time.perf_counter() - start
-        found.append(
-            Tuned(one.label, chosen.parameters, recipe, chosen.score, scores, tuple(tuning.tried), stopped, seconds)
-        )
+        found.append(tune(_Tuning(evaluator, adapters, plan, one, tell), intervals))
     return found
+
+
+def tune(tuning: _Tuning, intervals: bool = True) -> Tuned:
+    """One merge of the plan."""
+    start, merge = time.perf_counter(), tuning.merge
+    stopped = tuning.run()
+    chosen = tuning._chosen()
+    result, updates = tuning._merged(chosen.parameters)
+    scores = tuning.evaluator.score(updates, "test", chosen.scale / result.report.scale, intervals=intervals)
+    recipe = recipe_of(merge, chosen.parameters, scale=chosen.scale)
+    seconds = time.perf_counter() - start
+    return Tuned(merge.label, chosen.parameters, recipe, chosen.score, scores, tuple(tuning.tried), stopped, seconds)
 
 
 def winner(found: Sequence[Tuned]) -> Tuned:
@@ -238,6 +243,7 @@ def search_files(
     base: str | Path | None = None,
     limits: Mapping[Split, int] | None = None,
     device: str = "cpu",
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Found:
     """Search for the best merge of ``sources`` on a task set.
@@ -249,17 +255,61 @@ def search_files(
         base: the base model, if it is not the task set's.
         limits: rows of each split and task, the first ones.
         device: of the base model.
-        progress: called after every score.
+        executor: other processes that tune one merge each, such as :class:`coremerge.executors.ray.Ray`.
+        progress: called after every score; with an executor, after every merge.
 
     Raises:
         CoremergeError: a refusal that says what to do.
     """
-    taskset = read_taskset(tasks)
-    own = {name: load(path) for name, path in taskset.own().items()}
-    if not sources and not own:
-        raise InputError("nothing to merge", remedy="Name the adapters: the tasks have none of their own")
-    given = read_adapters(sources, base=base) if sources else own
+    plan = plan or PLAN
+    asked = Asked(str(tasks), plan, tuple(map(str, sources)), None if base is None else str(base), limits, device)
+    evaluator, given = _open(asked)
+    taskset = evaluator.taskset
     models = tuple(map(str, sources or taskset.own().values()))
-    evaluator = Evaluator(taskset, own, limits, base=base, device=device)
-    rows = search(evaluator, given, plan or PLAN, progress=progress)
+    if executor:
+        tuned = executor.run(partial(_tune, asked.absolute()), range(len(plan.merges)), lambda _: 60.0, lambda at: at)
+        rows = [*_told(tuned, plan, progress)]
+    else:
+        rows = search(evaluator, given, plan, progress=progress)
     return Found(taskset.name, models, tuple(rows), evaluator.score({}, "test"))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A search, in a form that can be sent: see :func:`search_files`."""
+
+    tasks: str
+    plan: Plan
+    sources: tuple[str, ...]
+    base: str | None
+    limits: Mapping[Split, int] | None
+    device: str
+
+    def absolute(self) -> Asked:
+        """With all paths in full."""
+        sources = tuple(map(in_full, self.sources))
+        return replace(self, tasks=in_full(self.tasks), sources=sources, base=self.base and in_full(self.base))
+
+
+def _open(asked: Asked) -> tuple[Evaluator, Mapping[str, Adapter]]:
+    taskset = read_taskset(asked.tasks)
+    own = {name: load(path) for name, path in taskset.own().items()}
+    if not asked.sources and not own:
+        raise InputError("nothing to merge", remedy="Name the adapters: the tasks have none of their own")
+    given = read_adapters(asked.sources, base=asked.base) if asked.sources else own
+    return Evaluator(taskset, own, asked.limits, base=asked.base, device=asked.device), given
+
+
+_opened = remembered(_open)
+
+
+def _tune(asked: Asked, at: int) -> Tuned:
+    evaluator, given = _opened(asked)
+    return tune(_Tuning(evaluator, given, asked.plan, asked.plan.merges[at], lambda count: None))
+
+
+def _told(tuned: Iterable[Tuned], plan: Plan, progress: Progress | None) -> Iterator[Tuned]:
+    for done, one in enumerate(tuned, 1):
+        if progress:
+            progress("tuned", done, len(plan.merges))
+        yield one

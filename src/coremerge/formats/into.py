@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ class IntoPlan:
         files: Mapping[str, str | bytes] | None = None,
         inputs: Iterable[Path] = (),
         resume: Resumable | None = None,
+        shards: Callable[[Path, Sequence[str]], Iterator[str]] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Saved:
         """Carry it out: see :func:`save_into`."""
@@ -83,7 +84,14 @@ class IntoPlan:
                 if other.as_posix() not in texts:
                     _copy(self.base.folder / other, folder / other)
             write_files(folder, texts)
-            for name, layout in self.layouts.items():
+            if shards:
+                missing = [name for name in self.layouts if resume is None or name not in resume.files]
+                for at, name in enumerate(shards(folder, missing), 1):
+                    if resume:
+                        resume.finish(name)
+                    if progress:
+                        progress(at, len(missing))
+            for name, layout in () if shards else self.layouts.items():
                 with tensor_file(folder, name, layout, resume) as file:
                     if file is None:
                         done += len(layout.slots)
@@ -108,6 +116,20 @@ class IntoPlan:
             home = {key: name for name, layout in self.layouts.items() for key in sorted(layout.slots)}
             texts[INDEX_NAME] = dump_index(self.base.index, home, self.size)
         return texts
+
+    def modules_in(self, shard: str) -> list[str]:
+        """The adapter's modules whose weights are in that file."""
+        edits = (self.placement.edits.get(key) for key in self.layouts[shard].slots)
+        return sorted({name for edit in edits if edit for name in (edit.update, edit.bias) if name})
+
+    def write_shard(self, folder: Path, name: str) -> None:
+        """One of the files, into ``folder``."""
+        with (
+            TensorFile(folder / name, self.layouts[name]) as file,
+            closing(self._write_shard(file, name, 1)) as written,
+        ):
+            for _ in written:
+                pass
 
     def _write_shard(self, file: TensorFile, name: str, threads: int | None) -> Generator[None, None, None]:
         with self.base.shards[name] as shard:
@@ -173,6 +195,7 @@ def save_into(
     files: Mapping[str, str | bytes] | None = None,
     inputs: Iterable[Path] = (),
     resume: Resumable | None = None,
+    shards: Callable[[Path, Sequence[str]], Iterator[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Saved:
     """Write the base model with ``adapter`` merged into it, complete or not at all.
@@ -187,7 +210,9 @@ def save_into(
         files: further small files to put beside it, in place of the base's: name → content.
         inputs: further files that ``adapter`` is read from: never overwritten.
         resume: see :func:`~coremerge.formats.atomic.atomic_directory`.
-        progress: called with the tensors done and their number.
+        shards: writes the files of those names into the folder, in place of this process, and yields each when it is
+            whole.
+        progress: called with the tensors done and their number; with ``shards``, the files.
 
     Raises:
         SourceError: the base cannot be read.
@@ -198,7 +223,7 @@ def save_into(
     """
     plan = plan_into(base, adapter, dtype=dtype)
     how: dict[str, Any] = {"threads": threads, "files": files, "inputs": inputs, "resume": resume, "progress": progress}
-    return plan.write(path, overwrite=overwrite, **how)
+    return plan.write(path, overwrite=overwrite, shards=shards, **how)
 
 
 def plan_into(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from coremerge.executors import local
 from coremerge.formats.atomic import Resumable, atomic_directory, tensor_file, write_files
 from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype
 from coremerge.hashing import file_sha256
+from coremerge.lowrank import LowRank
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -70,6 +71,7 @@ def save(
     files: Mapping[str, str | bytes] | None = None,
     inputs: Iterable[Path] = (),
     resume: Resumable | None = None,
+    factors: Callable[[Sequence[str], torch.dtype], Iterator[LowRank]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Saved:
     """Write ``adapter`` into the directory ``path``, complete or not at all.
@@ -85,6 +87,7 @@ def save(
         files: further small files to put beside it: name → content.
         inputs: further files that ``adapter`` is read from, beside ``adapter.info.files``: never overwritten.
         resume: see :func:`~coremerge.formats.atomic.atomic_directory`.
+        factors: gives those of the modules of these names, rounded to that dtype, in place of ``adapter``.
         progress: called with the modules done and their number.
 
     Raises:
@@ -105,7 +108,7 @@ def save(
         write_files(folder, {**(files or {}), **texts})
         with tensor_file(folder, WEIGHTS_NAME, layout, resume) as file:
             if file:
-                with closing(_written(file, adapter, ranks, kept, threads)) as written:
+                with closing(_written(file, adapter, ranks, factors, dtype=kept, threads=threads)) as written:
                     for done, _ in enumerate(written, 1):
                         if progress:
                             progress(done, len(adapter.modules))
@@ -114,13 +117,32 @@ def save(
 
 
 def _written(
-    file: TensorFile, adapter: Adapter, ranks: Mapping[str, int], dtype: torch.dtype, threads: int | None
+    file: TensorFile,
+    adapter: Adapter,
+    ranks: Mapping[str, int],
+    factors: Callable[[Sequence[str], torch.dtype], Iterator[LowRank]] | None,
+    *,
+    dtype: torch.dtype,
+    threads: int | None,
 ) -> Generator[None, None, None]:
     """All tensors, module by module."""
     for name in adapter.extras:
         file.write(PREFIX + name, adapter.extras[name])
     names = list(adapter.modules)
-    yield from local.run(lambda name: _write_module(file, name, adapter, ranks[name], dtype), names, threads)
+
+    def write(name: str, update: LowRank | None = None) -> None:
+        update = adapter.read(name, wide(dtype)) if update is None else update
+        _write_module(file, name, adapter, update, rank=ranks[name], dtype=dtype)
+
+    if factors is None:
+        yield from local.run(write, names, threads)
+    else:
+        yield from map(write, names, factors(names, dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What factors are computed in before they are rounded to ``dtype``: 16 bits need no more than float32."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def _refuse_clashes(adapter: Adapter, path: str | Path) -> None:
@@ -184,9 +206,10 @@ def _shapes(adapter: Adapter, ranks: Mapping[str, int], dtype: torch.dtype) -> d
     return shapes
 
 
-def _write_module(file: TensorFile, name: str, adapter: Adapter, rank: int, dtype: torch.dtype) -> None:
-    # 16-bit factors need no more than float32 before they are rounded
-    module, update = adapter.modules[name], adapter.read(name, torch.float32 if dtype.itemsize == 2 else torch.float64)
+def _write_module(
+    file: TensorFile, name: str, adapter: Adapter, update: LowRank, *, rank: int, dtype: torch.dtype
+) -> None:
+    module = adapter.modules[name]
     if update.shape != module.shape or update.rank > rank:
         raise TensorError(
             f"announced as {module.shape} of rank {module.rank}, but is {update.shape} of rank {update.rank}", key=name
@@ -231,7 +254,10 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]
     """What ``adapter_config.json`` says: see the module's docstring."""
     info, rank = adapter.info, max(ranks.values())
     smaller = {_adapted(name): r for name, r in ranks.items() if r != rank}
-    others = {name: smaller[name] for name in sorted(smaller, key=lambda name: (-len(name), name))}
+    # PEFT takes the first pattern that a name ends with: one of full rank that ends like a smaller one is listed, too
+    hidden = {n: r for n, r in ((_adapted(n), r) for n, r in ranks.items()) if n not in smaller and _ends(n, smaller)}
+    listed = smaller | hidden
+    others = {name: listed[name] for name in sorted(listed, key=lambda name: (-len(name), name))}
     patterns = {"alpha_pattern": others, "rank_pattern": others} if others else {}
     return {
         "auto_mapping": dict(info.auto_mapping) if info.auto_mapping else None,
@@ -254,6 +280,12 @@ def adapter_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]
         "use_rslora": False,
         **patterns,
     }
+
+
+def _ends(name: str, known: Container[str]) -> bool:
+    """Whether ``name`` ends with one of the ``known`` names, after a dot."""
+    parts = name.split(".")
+    return any(".".join(parts[at:]) in known for at in range(1, len(parts)))
 
 
 def target_modules(modules: Iterable[str], targets: Iterable[str] = ()) -> list[str]:

@@ -1,0 +1,1 @@
+"""How merges scale: with the machine, past it, and what they cost beforehand."""

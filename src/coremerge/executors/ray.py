@@ -1,0 +1,135 @@
+"""A Ray cluster: ``pip install 'coremerge[ray]'``.
+
+Work goes out as tasks, which Ray tries again elsewhere when a worker or a whole machine is lost. A function is sent
+once; each worker process keeps what the function itself caches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
+
+from coremerge.errors import ConfigError, CoremergeError, MissingExtraError
+from coremerge.executors import bundles
+from coremerge.executors.local import single_threaded_torch
+
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+
+SECONDS = 1.0
+"""Of work in one task: much more than Ray's own milliseconds, little enough to lose."""
+
+AHEAD = 3
+"""Tasks in flight for each processor of the cluster."""
+
+RETRIES = 8
+"""Times that a task whose worker died is tried again before it is to blame itself."""
+
+
+class Ray:
+    """Tasks on a Ray cluster.
+
+    Args:
+        address: of a running cluster, as Ray takes it (``auto``, ``host:port``, ``ray://host:port``); None: the one
+            that ``RAY_ADDRESS`` names or that runs on this machine, else one that is started here and stopped with
+            :meth:`close`.
+        gpus: of each task.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        ConfigError: no cluster answers there, or it has no such GPU.
+
+    Example:
+        >>> from coremerge.pipeline import merge_files
+        >>> with Ray() as cluster:  # doctest: +SKIP
+        ...     merge_files(["math", "code"], "merged", executor=cluster)
+    """
+
+    def __init__(self, address: str | None = None, *, gpus: float = 0) -> None:
+        try:
+            ray: Any = importlib.import_module("ray")
+        except ImportError:
+            raise MissingExtraError("a cluster needs Ray", remedy="pip install 'coremerge[ray]'") from None
+        self._ray, self._gpus, self._ours = ray, gpus, not ray.is_initialized()
+        if self._ours:
+            _start(ray, address)
+        if gpus and not ray.cluster_resources().get("GPU", 0) >= gpus:
+            self.close()
+            raise ConfigError("no machine of the cluster has a GPU", key="device", remedy="Use --device cpu")
+
+    def __enter__(self) -> Ray:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster, and stop it if it was started here."""
+        if self._ours:
+            self._ray.shutdown()
+
+    @property
+    def workers(self) -> int:
+        """Tasks that the cluster can run side by side now."""
+        resources = self._ray.cluster_resources()
+        room = resources.get("GPU", 0) / self._gpus if self._gpus else resources.get("CPU", 1)
+        return max(1, int(room))
+
+    def run(
+        self, function: Callable[[B], C], items: Sequence[A], cost: Callable[[A], float], load: Callable[[A], B]
+    ) -> Generator[C, None, None]:
+        """See :class:`~coremerge.executors.Executor`."""
+        held = self._ray.put(function)
+        task = self._ray.remote(_each).options(
+            num_cpus=1, num_gpus=self._gpus, max_retries=RETRIES, name=getattr(function, "__name__", "coremerge")
+        )
+        waiting: deque[Any] = deque()
+        try:
+            for bundle in bundles(items, cost, SECONDS, self.workers):
+                waiting.append(task.remote(held, [load(item) for item in bundle]))
+                if len(waiting) >= AHEAD * self.workers:
+                    yield from self._result(waiting.popleft())
+            while waiting:
+                yield from self._result(waiting.popleft())
+        finally:
+            for one in waiting:
+                self._ray.cancel(one)
+
+    def _result(self, reference: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
+        except errors.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, errors.RaySystemError) and "No module named" in str(cause):
+                raise ConfigError(
+                    "its workers cannot load coremerge", key="executor", value="ray",
+                    remedy="Install the same version on all machines",
+                ) from None  # fmt: skip
+            raise (cause if isinstance(cause, CoremergeError) else error) from None
+        except errors.RayError as error:
+            first = str(error).strip().partition("\n")[0]
+            raise CoremergeError(
+                f"the cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}: {first}",
+                remedy="Its workers may lack memory: see the cluster's logs",
+            ) from None
+
+
+def _each(function: Callable[[A], B], items: list[A]) -> list[B]:
+    with single_threaded_torch():
+        return [function(item) for item in items]
+
+
+def _start(ray: Any, address: str | None) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"no Ray cluster answers: {first}", key="address", value=address,
+            remedy="Start one with 'ray start --head', or leave the address out for one on this machine",
+        ) from None  # fmt: skip
