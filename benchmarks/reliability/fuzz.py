@@ -34,8 +34,9 @@ from coremerge.formats.base_weights import open_base
 from coremerge.formats.journal import RECORD, Journal
 from coremerge.held import Held
 from coremerge.learning.result import Weights, read_weights
-from coremerge.pipeline import prepare
+from coremerge.pipeline import merge_files, prepare
 from coremerge.recipe import read_recipe
+from coremerge.report.record import FILE, read_record
 
 MEMORY = 16 * 2**30
 """Bytes of address space: what asks for more than a file can hold is a finding."""
@@ -146,6 +147,7 @@ def targets(folder: Path) -> dict[str, Target]:
         for i in range(3):
             made.add({"part": i}, {"x": torch.ones(i + 1)})
 
+    merge_files([adapter], folder / "merged", threads=1)
     weights = folder / "w.safetensors"
     table = {"A": {"one": 0.5, "two": (0.1, 0.2)}, "B": {"one": 1.0}}
     Weights(table, {"steps": 1}, ("A", "B"), torch.zeros(1, 2), torch.zeros(2, 4)).save(weights)
@@ -193,6 +195,7 @@ def targets(folder: Path) -> dict[str, Target]:
             "w.safetensors", weights.read_bytes(), lambda path: read_weights(path / "w.safetensors"), is_json=False
         ),
         "a journal": Target("journal", (journal / "journal").read_bytes(), read_journal, is_json=False),
+        "a result's record": Target(FILE, (folder / "merged" / FILE).read_bytes(), read_record),
         "a merged module": Target("facts.json", json.dumps(FACTS).encode(), read_kept),
     }
 

@@ -21,7 +21,7 @@ def test_broken_files_are_read_or_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.reliability.fuzz", "--count", "150", "--results", str(tmp_path)]
     subprocess.run([*command, "--findings", str(tmp_path / "found")], check=True, capture_output=True)  # limits memory
     rows = json.loads((tmp_path / "results.json").read_text())["Reliability: broken files"]["numbers"]
-    assert len(rows) == 9
+    assert len(rows) == 10
     for _, changed, read, refused, findings, _ in rows:
         assert read + refused == changed == 150 and not findings and read and refused
 
