@@ -103,6 +103,15 @@ class Target:
     is_json: bool = True
 
 
+def make_journal(folder: Path) -> Path:
+    """A folder with a journal of three parts."""
+    folder.mkdir()
+    with Journal(folder / "journal", "mark") as made:
+        for i in range(3):
+            made.add({"part": i}, {"x": torch.ones(i + 1)})
+    return folder
+
+
 def targets(folder: Path) -> dict[str, Target]:
     """All kinds; their folders hold what else is needed."""
     draw = torch.Generator().manual_seed(0)
@@ -141,12 +150,7 @@ def targets(folder: Path) -> dict[str, Target]:
     rows = folder / "tasks"
     rows.mkdir()
     (rows / "t.jsonl").write_text('{"text": "x", "label": "a"}\n')
-    journal = folder / "journal"
-    journal.mkdir()
-    with Journal(journal / "journal", "mark") as made:
-        for i in range(3):
-            made.add({"part": i}, {"x": torch.ones(i + 1)})
-
+    journal = make_journal(folder / "journal")
     merge_files([adapter], folder / "merged", threads=1)
     weights = folder / "w.safetensors"
     table = {"A": {"one": 0.5, "two": (0.1, 0.2)}, "B": {"one": 1.0}}

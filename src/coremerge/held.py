@@ -80,7 +80,7 @@ class Held(Mapping[str, Solved]):
             report = ModuleReport(**said | {"shape": tuple(said["shape"])})
             _, _ = part.facts["of"]
             float(part.facts["amplification"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             file = self._journal.path if self._journal else None
             raise SourceError("a record of it makes no sense", file=file, remedy="Remove it to begin anew") from None
         self.reports[name], self._parts[name] = report, part
