@@ -45,6 +45,7 @@ def test_json_of_half_characters() -> None:
         (f"https://user:{TOKEN}@host/x", "https://***@host/x"),
         ("http://me:pass@host and ssh://me@host", "http://***@host and ssh://***@host"),
         ("https://host/x?X-Amz-Signature=abc&y=1", "https://host/x?X-Amz-Signature=***&y=1"),
+        ("https:/host/x?sv=1&sig=a%2Bb%3D&y=1", "https:/host/x?sv=1&sig=***&y=1"),
         ("api_key=abc, password=x; TOKEN=abc", "api_key=***, password=***; TOKEN=***"),
         ("run --hf-token abc -o x", "run --hf-token *** -o x"),
     ],

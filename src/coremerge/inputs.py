@@ -10,6 +10,7 @@ from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError
 from coremerge.formats import load
 from coremerge.formats.source import locate
+from coremerge.formats.urls import is_url
 from coremerge.hashing import Hashes, check_download
 from coremerge.plan import name_adapters
 from coremerge.recipe import Recipe
@@ -38,7 +39,7 @@ def read_adapters(
     adapters = []
     for done, source in enumerate(sources):
         if progress:
-            progress("reading", done, len(sources))
+            progress("fetching" if is_url(source) else "reading", done, len(sources))
         start = starts.get(done)
         adapters.append(load(source, base=base, vera_width=vera_width, initial=start, allow_pickle=allow_pickle))
     return name_adapters(adapters)

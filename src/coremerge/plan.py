@@ -228,7 +228,8 @@ def _label(adapter: Adapter) -> str:
 
 def _longer_label(adapter: Adapter) -> str:
     """With the name of the folder, or on the hub of the owner, that it is in."""
-    parts = re.split("[@:]", adapter.info.source)[0].split("/")
+    source = adapter.info.source
+    parts = (source if "://" in source else re.split("[@:]", source)[0]).split("/")
     above = parts[parts.index(adapter.name) - 1] if adapter.name in parts[1:] else ""
     return f"{above}/{adapter.name}" if above else adapter.name
 

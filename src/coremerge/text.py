@@ -15,7 +15,8 @@ HIDDEN = "***"
 
 _SECRET_WORD = r"(?:token|password|passwd|secret|api[-_]?key|signature)"
 _SECRET = re.compile(
-    rf"\bhf_[A-Za-z0-9]{{20,}}|(?<=://)[^\s/@\"'\\]+(?=@)|((?i:{_SECRET_WORD}=|--[\w-]*{_SECRET_WORD} ))[^\s&,;\"'\\]+"
+    r"\bhf_[A-Za-z0-9]{20,}|(?<=://)[^\s/@\"'\\]+(?=@)"
+    rf"|((?i:{_SECRET_WORD}=|--[\w-]*{_SECRET_WORD} |[?&;]sig=))[^\s&,;\"'\\]+"
 )
 """A hub token, who somebody is in an address, and what is given under a name that says so."""
 

@@ -15,6 +15,7 @@ from coremerge.formats.checkpoint import PREFIX, Options, shorten
 from coremerge.formats.config import Config, read_json
 from coremerge.formats.safetensors_file import SafetensorsFile
 from coremerge.formats.source import download, local_path, parse_hub_id
+from coremerge.formats.urls import is_url
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim")
 _INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim")
@@ -116,15 +117,28 @@ def _find_base(options: Options) -> tuple[Path | None, Path]:
     """The base's folder (None where a config.json was given) and its config."""
     base = options.base or ""
     path = local_path(base)
+    if is_url(base):
+        return None, _config_at(str(base))
     if path and path.is_file():
         return None, path
     if path is None:
         hub = None if isinstance(base, Path) else parse_hub_id(base)
         if hub is None:
-            raise SourceError("no such base model", file=base, remedy="Give its folder, its config.json or its hub id")
+            remedy = "Give its folder, its config.json, its hub id or its URL"
+            raise SourceError("no such base model", file=base, remedy=remedy)
         inside = f"{hub.subfolder}/config.json" if hub.subfolder else "config.json"
         path = (download(hub, base, [inside], options.cache_dir, options.token) / inside).parent
     return path, path / "config.json"
+
+
+def _config_at(url: str) -> Path:
+    from coremerge.formats.remote_files import RemoteFolder
+
+    remote = RemoteFolder(url.rstrip("/").removesuffix("/config.json"))
+    found = remote.fetch("config.json")
+    if not found:
+        raise SourceError("no config.json there", file=url, remedy="Give the URL of the base model's folder")
+    return found[0]
 
 
 def _weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

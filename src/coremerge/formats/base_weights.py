@@ -13,8 +13,10 @@ from typing import Any
 
 from coremerge.errors import SourceError, UnsupportedError
 from coremerge.formats.config import read_json
+from coremerge.formats.remote_files import RemoteFolder
 from coremerge.formats.safetensors_file import Entry, SafetensorsFile
 from coremerge.formats.source import download, local_path, parse_hub_id
+from coremerge.formats.urls import is_url
 from coremerge.hashing import Stamp, changed, stamp_of, unreadable
 
 SINGLE_NAME = "model.safetensors"
@@ -139,7 +141,7 @@ class BaseModel:
 
 
 def open_base(source: str | Path, *, cache_dir: str | Path | None = None, token: str | bool | None = None) -> BaseModel:
-    """Open a base model's folder or hub id; reads headers only.
+    """Open a base model's folder, hub id or URL; reads headers only.
 
     Raises:
         SourceError: nothing usable is there, or a name or link leads out of the folder.
@@ -157,6 +159,8 @@ def open_base(source: str | Path, *, cache_dir: str | Path | None = None, token:
 
 
 def _find(source: str | Path, cache_dir: str | Path | None, token: str | bool | None) -> tuple[Path, str | None]:
+    if is_url(source):
+        return RemoteFolder(str(source)).fetch_all(_WANTED, _OTHER_FOLDERS), None
     path = local_path(source)
     if path and path.is_dir():
         return path, None

@@ -1,4 +1,4 @@
-"""Where an adapter is: a folder, a file, or a place on the hub."""
+"""Where an adapter is: a folder, a file, a URL, or a place on the hub."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 
 from coremerge.errors import SourceError
 from coremerge.formats.config import CONFIG_NAME
+from coremerge.formats.urls import is_url, label, split, unwrapped
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_PICKLES = (".bin", ".pt", ".pth")
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(
@@ -56,11 +58,13 @@ def locate(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
 ) -> Location:
-    """Find an adapter's files; a local path that exists wins over a hub id.
+    """Find an adapter's files; a local path that exists wins over a hub id. Those behind a URL are fetched.
 
     Raises:
         SourceError: nothing there, several adapters there, or only a pickle that was not asked for.
     """
+    if isinstance(source, str) and is_url(source):
+        return _at_url(source, allow_pickle)
     path = local_path(source)
     if path and path.is_dir():
         return in_folder(path, str(source), allow_pickle=allow_pickle)
@@ -71,15 +75,19 @@ def locate(
         raise SourceError(
             "no such file or folder",
             file=source,
-            remedy="Give an adapter's folder, its adapter_model.safetensors, or a hub id: org/name[@revision][:folder]",
+            remedy="Give an adapter's folder, its adapter_model.safetensors, the URL of either, or a hub id:"
+            " org/name[@revision][:folder]"
+            + (" (a URL is given as text: a Path makes one slash of two)" if _was_url(source) else ""),
         )
     return _on_hub(hub, str(source), allow_pickle, cache_dir, token)
 
 
 def local_path(source: str | Path) -> Path | None:
-    """The existing file or folder that ``source`` names, if any."""
+    """The existing file or folder that ``source`` names, if any; a URL names none, but for ``file:///...``."""
+    if is_url(source):
+        return None
     try:
-        path = Path(source).expanduser()
+        path = Path(unwrapped(source)).expanduser()
         return path if str(source) and (path.is_dir() or path.is_file()) else None
     except (OSError, RuntimeError, ValueError):
         return None  # a name no file system takes, or ~ of a user that does not exist
@@ -151,7 +159,7 @@ def _beside(path: Path, source: str, *, allow_pickle: bool) -> Location:
     return Location(source, name, config, path)
 
 
-def _refuse_pickle(path: Path, allowed: bool) -> None:
+def _refuse_pickle(path: str | Path, allowed: bool) -> None:
     if not allowed:
         raise SourceError(
             "this is a pickle, which can run code when it is read",
@@ -183,6 +191,33 @@ def _no_config(folder: Path) -> SourceError:
         key=CONFIG_NAME,
         remedy="Give the folder that PEFT's save_pretrained wrote",
     )
+
+
+def _was_url(source: str | Path) -> bool:
+    return isinstance(source, Path) and is_url(str(source).replace(":/", "://", 1))
+
+
+def _at_url(url: str, allow_pickle: bool) -> Location:
+    folder, last = split(url.rstrip("/"))
+    if Path(last).suffix not in (".safetensors", *_PICKLES) and last != CONFIG_NAME:
+        folder, last = url, CONFIG_NAME
+    from coremerge.formats.remote_files import RemoteFolder
+
+    remote = RemoteFolder(folder)
+    if not remote.has(CONFIG_NAME):
+        raise SourceError(
+            f"no {CONFIG_NAME} there", file=url, key=CONFIG_NAME,
+            remedy="Check the spelling, and give the folder that PEFT's save_pretrained wrote",
+        )  # fmt: skip
+    named = [last] if last != CONFIG_NAME else [WEIGHTS_NAME, PICKLE_NAME]
+    weights = next((name for name in named if remote.has(name)), None)
+    if weights is None:
+        raise SourceError(f"no {named[0]} there", file=url, key=named[0], remedy="Save the adapter there again")
+    if Path(weights).suffix in _PICKLES:
+        _refuse_pickle(url, allow_pickle)
+    config, tensors = remote.fetch(CONFIG_NAME, weights)
+    standard = weights in (WEIGHTS_NAME, PICKLE_NAME)
+    return Location(url, label(folder) if standard else Path(weights).stem, config, tensors)
 
 
 def _on_hub(

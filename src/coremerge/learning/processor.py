@@ -50,8 +50,8 @@ def base_place(base: str | Path) -> tuple[str, dict[str, str | None]]:
     Raises:
         SourceError: it is neither.
     """
-    if local_path(base):
-        return str(base), {}
+    if path := local_path(base):
+        return str(path if "://" in str(base) else base), {}
     hub = parse_hub_id(str(base))
     if hub is None:
         raise SourceError("no such base model", file=base, remedy="Give its folder or its hub id")
