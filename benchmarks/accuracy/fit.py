@@ -28,10 +28,10 @@ from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench, spread, 
 from coremerge import Recipe, merge
 from coremerge.evaluation import Scores
 from coremerge.evaluation.taskset import Split
-from coremerge.learning import fit, fitting, learn_weights
+from coremerge.learning import fit, fitting, learn_weights, passes
 from coremerge.learning.backbone import Batch
-from coremerge.learning.fitting import Fitting
 from coremerge.learning.leastsquares import Demand
+from coremerge.learning.passes import Passes
 from coremerge.learning.stream import Updates
 from coremerge.merging import MergeResult
 
@@ -99,7 +99,7 @@ def fitted(bench: Bench, **settings: Any) -> Callable[[Data], MergeResult]:
     return lambda data: fit(bench.evaluator.encoder.model, bench.adapters, data, **settings)
 
 
-class OwnInputs(Fitting):
+class OwnInputs(Passes):
     """Fits to each task's inputs as the model with that task's adapter has them: one pass would do."""
 
     def _inputs(self, at: int, task: str, j: int) -> tuple[Mapping[str, Any], Updates]:
@@ -110,7 +110,7 @@ def own_inputs(bench: Bench) -> Callable[[Data], MergeResult]:
     """A fit that does not look at what the merged model does."""
 
     def make(data: Data) -> MergeResult:
-        with patch.object(sys.modules[fit.__module__], "Fitting", OwnInputs):
+        with patch.object(passes, "Passes", OwnInputs):
             return fitted(bench)(data)
 
     return make

@@ -227,6 +227,12 @@ class Adapter(Mapping[str, LowRank]):
         held, biases, extras = dict(self), dict(self.biases), dict(self.extras)
         return Adapter(self.modules, held.__getitem__, name=self.name, biases=biases, extras=extras, info=self.info)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process its factors go with it, as it would read them."""
+        held = {name: self.read(name) for name in self.modules}
+        others = {"name": self.name, "biases": dict(self.biases), "extras": dict(self.extras), "info": self.info}
+        return _sent, (self.modules, held, others)
+
     def save(
         self,
         path: str | Path,
@@ -239,3 +245,10 @@ class Adapter(Mapping[str, LowRank]):
         from coremerge.formats.writer import save
 
         return save(self, path, dtype=dtype, rank_pattern=rank_pattern, overwrite=overwrite)
+
+
+def _sent(modules: Mapping[str, Module], held: Mapping[str, LowRank], others: Mapping[str, Any]) -> Adapter:
+    def read(name: str, dtype: torch.dtype | None) -> LowRank:
+        return held[name] if dtype is None else held[name].to(dtype)
+
+    return Adapter(modules, lambda name: held[name].to(torch.float64), read=read, **others)

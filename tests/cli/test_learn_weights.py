@@ -125,8 +125,8 @@ def test_ctrl_c_keeps_what_was_learned_and_resume_goes_on(learn, monkeypatch):
 
     step = module._Descent._step
 
-    def interrupted(self):
-        step(self)
+    def interrupted(self, slopes):
+        step(self, slopes)
         if len(self.history) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from coremerge import Adapter
-from coremerge.learning.kept import Kept, mark_of
+from coremerge.learning.kept import Kept, mark_of, mark_of_model
 from coremerge.lowrank import LowRank
 
 
@@ -54,6 +54,7 @@ def test_all_that_matters_changes_the_mark(monkeypatch):
     last = copy.deepcopy(model)
     last[1].bias.data *= 1.5
     data, moved = ({"a": [{"x": torch.full((1,), value)}]} for value in (0.0, 1.0))
+    model, last = mark_of_model(model), mark_of_model(last)
     settings = {"rank": 1}
     marks = {
         mark_of(model, adapter(1, 1), data, settings),

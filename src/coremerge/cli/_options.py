@@ -81,22 +81,24 @@ def whole_or(text: str | None, word: str, option: str) -> int | str | None:
     return int(text)
 
 
-def executor(name: str, address: str | None, device: str = "cpu") -> AbstractContextManager[Executor | None]:
-    """``--executor`` and ``--address``; entered when the work begins."""
+def executor(
+    name: str, address: str | None, device: str = "cpu", gpus: int = 1
+) -> AbstractContextManager[Executor | None]:
+    """``--executor``, ``--address`` and ``--gpus``; entered when the work begins."""
     if name not in ("local", "ray"):
         raise typer.BadParameter(f"{name!r} is neither 'local' nor 'ray'", param_hint="--executor")
     if name == "local":
         if address is not None:
             raise typer.BadParameter("goes with --executor ray", param_hint="--address")
         return nullcontext()
-    return _cluster(address, device)
+    return _cluster(address, 0 if device == "cpu" else gpus)
 
 
 @contextmanager
-def _cluster(address: str | None, device: str) -> Iterator[Executor]:
+def _cluster(address: str | None, gpus: int) -> Iterator[Executor]:
     from coremerge.executors.ray import Ray
 
-    with Ray(address, gpus=0 if device == "cpu" else 1) as cluster:
+    with Ray(address, gpus=gpus) as cluster:
         yield cluster
 
 

@@ -66,6 +66,18 @@ def fit(
         str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.", metavar="DTYPE")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
+    executor: Annotated[
+        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
+        ),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Of each copy of the model on a cluster, with --device auto or cuda.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of the draw of inputs.")] = 0,
     extras: Annotated[
         str | None,
@@ -107,7 +119,7 @@ def fit(
     from coremerge.cli import _options
     from coremerge.cli.merge import draw
     from coremerge.inputs import by_label
-    from coremerge.learning.files import read_batches
+    from coremerge.learning.files import loader, read_batches
     from coremerge.learning.fit import PRIORS, prior_recipe
     from coremerge.pipeline import prepare
 
@@ -116,6 +128,7 @@ def fit(
     output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
     chosen = _options.one_of(prior, tuple(PRIORS), "--prior") or "iso"
     recipe = _options.override(prior_recipe(chosen), {k: v for k, v in output.items() if v is not None})
+    elsewhere = _options.executor(executor, address, device, gpus)
     with progress_bar(quiet) as bar:
         prepared = prepare(
             adapters,
@@ -135,9 +148,11 @@ def fit(
         )
         if not dry_run:
             given = {"prior": chosen, "ridge": ridge, "preferences": likes, "rank_budget": rank_budget}
-            solve = _solver(batches, base, base_dtype, device, bar, **given, spill=spill, resume=resume)
+            given |= {"spill": spill, "resume": resume}
             command = ["coremerge", *sys.argv[1:]]
-            merged = prepared.run(out, command=command, progress=bar, solve=solve, rank_pattern=rank_pattern)
+            with elsewhere as cluster:
+                solve = _solver(batches, loader(base, base_dtype, device), bar, **given, executor=cluster)
+                merged = prepared.run(out, command=command, progress=bar, solve=solve, rank_pattern=rank_pattern)
             if report:
                 draw(out, None, None, bar)
     if dry_run:
@@ -147,17 +162,13 @@ def fit(
 
 
 def _solver(
-    batches: Mapping[str, Any], base: str, dtype: str, device: str, bar: Progress, **settings: Any
+    batches: Mapping[str, Any], model: Callable[[], Any], bar: Progress, **settings: Any
 ) -> Callable[[Plan], MergeResult]:
     def solve(plan: Plan) -> MergeResult:
-        from coremerge.learning.files import load_model, moved
         from coremerge.learning.fit import fit_plan
 
         bar("loading the base model", 0, 1)
-        model = load_model(base, dtype, device)
-        return fit_plan(
-            model, plan, moved(batches, model), progress=lambda done, count: bar("fitting", done, count), **settings
-        )
+        return fit_plan(model, plan, batches, progress=lambda done, count: bar("fitting", done, count), **settings)
 
     return solve
 
@@ -167,11 +178,10 @@ def _show_plan(
 ) -> None:
     from coremerge.cli._describe import adapters_table, extras_table, planned_modules_table
     from coremerge.learning.files import read_config
-    from coremerge.learning.fit import SPILL_BYTES, state_bytes
-    from coremerge.learning.fitting import rows_of
+    from coremerge.learning.passes import SPILL_BYTES, rows_of, state_bytes
 
     inputs = {name: sum(map(rows_of, listed)) for name, listed in batches.items()}
-    states = state_bytes(read_config(base), batches)
+    states = state_bytes(read_config(base), [batch for listed in batches.values() for batch in listed])
     where = "disk" if spill is not None or states > SPILL_BYTES else "memory"
     if as_json:
         print_json({**prepared.to_dict(), "inputs": inputs, "states": {"bytes": states, "where": where}})

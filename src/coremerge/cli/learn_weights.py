@@ -72,6 +72,18 @@ def learn_weights(
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
+    executor: Annotated[
+        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
+        ),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Of each copy of the model on a cluster, with --device auto or cuda.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of the draw of inputs.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="Go on from a file that was written before.", metavar="WEIGHTS.safetensors")
@@ -104,7 +116,8 @@ def learn_weights(
         "fixed_total": fixed_total,
         "patience": patience,
     }
-    with progress_bar(quiet) as bar, interruptible() as stopped:
+    elsewhere = _options.executor(executor, address, device, gpus)
+    with progress_bar(quiet) as bar, interruptible() as stopped, elsewhere as cluster:
         read = read_adapters(adapters, base=base, allow_pickle=allow_pickle, progress=bar)
         weights = learned(
             read,
@@ -122,6 +135,7 @@ def learn_weights(
             device=device,
             seed=seed,
             resume=read_weights(resume) if resume else None,
+            executor=cluster,
             **{key: value for key, value in settings.items() if value is not None},
         )
     weights.save(out, overwrite=overwrite)

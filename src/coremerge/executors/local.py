@@ -7,12 +7,27 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+class Here:
+    """One object of this process, as a :class:`~coremerge.executors.Group`."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def call(self, method: str, *given: Any) -> Iterator[Any]:
+        """See :class:`~coremerge.executors.Group`; what the method yields is taken as it comes."""
+        return iter([getattr(self._held, method)(*given)])
+
+    def close(self) -> None:
+        """See :class:`~coremerge.executors.Group`."""
+        self._held.close()
 
 
 def default_threads() -> int:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from coremerge.errors import ConfigError, CoremergeError, MissingExtraError
-from coremerge.executors import bundles
+from coremerge.executors import Group, bundles
+from coremerge.executors.holders import Holders
 from coremerge.executors.local import single_threaded_torch
 
 A = TypeVar("A")
@@ -28,6 +29,10 @@ AHEAD = 3
 
 RETRIES = 8
 """Times that a task whose worker died is tried again before it is to blame itself."""
+
+
+class LostError(CoremergeError):
+    """Process after process died at it."""
 
 
 class Ray:
@@ -79,25 +84,51 @@ class Ray:
         room = resources.get("GPU", 0) / self._gpus if self._gpus else resources.get("CPU", 1)
         return max(1, int(room))
 
+    @property
+    def replicas(self) -> int:
+        """See :class:`~coremerge.executors.Executor`."""
+        machines = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        return self.workers if self._gpus else max(1, len(machines))
+
+    def hold(self, make: Callable[[A], Any], items: Sequence[A]) -> Group:
+        """See :class:`~coremerge.executors.Executor`."""
+        return Holders(self._ray, make, items, gpus=self._gpus, result=self._result, tries=RETRIES)
+
     def run(
-        self, function: Callable[[B], C], items: Sequence[A], cost: Callable[[A], float], load: Callable[[A], B]
+        self,
+        function: Callable[[B], C],
+        items: Sequence[A],
+        cost: Callable[[A], float],
+        load: Callable[[A], B],
+        lost: Callable[[A, CoremergeError], C] | None = None,
     ) -> Generator[C, None, None]:
         """See :class:`~coremerge.executors.Executor`."""
         held = self._ray.put(function)
         task = self._ray.remote(_each).options(
             num_cpus=1, num_gpus=self._gpus, max_retries=RETRIES, name=getattr(function, "__name__", "coremerge")
         )
-        waiting: deque[Any] = deque()
+        waiting: deque[tuple[Any, list[A]]] = deque()
         try:
             for bundle in bundles(items, cost, SECONDS, self.workers):
-                waiting.append(task.remote(held, [load(item) for item in bundle]))
+                waiting.append((task.remote(held, [load(item) for item in bundle]), bundle))
                 if len(waiting) >= AHEAD * self.workers:
-                    yield from self._result(waiting.popleft())
+                    yield from self._results(*waiting.popleft(), lost)
             while waiting:
-                yield from self._result(waiting.popleft())
+                yield from self._results(*waiting.popleft(), lost)
         finally:
-            for one in waiting:
+            for one, _ in waiting:
                 self._ray.cancel(one)
+
+    def _results(
+        self, reference: Any, bundle: Sequence[A], lost: Callable[[A, CoremergeError], C] | None
+    ) -> Sequence[C]:
+        try:
+            found: list[C] = self._result(reference)
+            return found
+        except LostError as error:
+            if lost is None:
+                raise
+            return [lost(item, error) for item in bundle]
 
     def _result(self, reference: Any) -> Any:
         errors = self._ray.exceptions
@@ -113,7 +144,7 @@ class Ray:
             raise (cause if isinstance(cause, CoremergeError) else error) from None
         except errors.RayError as error:
             first = str(error).strip().partition("\n")[0]
-            raise CoremergeError(
+            raise LostError(
                 f"the cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}: {first}",
                 remedy="Its workers may lack memory: see the cluster's logs",
             ) from None

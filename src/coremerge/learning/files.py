@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from coremerge.adapter import Adapter
 from coremerge.errors import MissingExtraError, SourceError
+from coremerge.executors import Executor
+from coremerge.formats.source import in_full
 from coremerge.learning.backbone import Batch
 from coremerge.learning.data import make_batches
 from coremerge.learning.examples import read_examples
@@ -30,6 +33,7 @@ def learn_files(
     device: str = "cpu",
     seed: int = 0,
     resume: Weights | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Weights:
@@ -45,16 +49,14 @@ def learn_files(
         dtype: of the base model: ``"float32"``, ``"bfloat16"``, or the stored one: ``"auto"``.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` to spread the model over what is there.
         seed: of the draw of inputs.
-        resume: see :func:`~coremerge.learning.learn_weights`, as are ``progress`` and ``settings``.
+        resume: see :func:`~coremerge.learning.learn_weights`, as are ``executor``, ``progress`` and ``settings``.
 
     Raises:
         CoremergeError: a refusal that says what to do.
     """
     batches = read_batches(adapters, base, data, count=count, size=size, max_length=max_length, seed=seed)
-    model = load_model(base, dtype, device)
-    return learn_weights(
-        model, adapters, moved(batches, model), seed=seed, resume=resume, progress=progress, **settings
-    )
+    settings |= {"seed": seed, "resume": resume, "executor": executor, "progress": progress}
+    return learn_weights(loader(base, dtype, device), adapters, batches, **settings)
 
 
 Batches = dict[str, list[Batch]]
@@ -79,16 +81,6 @@ def read_batches(
     }
 
 
-def moved(batches: Mapping[str, Sequence[Batch]], model: nn.Module) -> Batches:
-    """``batches`` where the model takes them."""
-    device = next(model.parameters()).device
-
-    def there(batch: Batch) -> Batch:
-        return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-
-    return {key: [there(batch) for batch in listed] for key, listed in batches.items()}
-
-
 def read_config(base: str | Path) -> Any:
     """What a model of ``transformers`` says of itself; None where that cannot be read."""
     from transformers import AutoConfig
@@ -98,6 +90,11 @@ def read_config(base: str | Path) -> Any:
         return AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
     except (OSError, ValueError):
         return None
+
+
+def loader(base: str | Path, dtype: str = "auto", device: str = "cpu") -> Callable[[], nn.Module]:
+    """:func:`load_model`, to be done later or elsewhere: a path is given in full."""
+    return partial(load_model, in_full(base), dtype, device)
 
 
 def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, head: bool = False) -> nn.Module:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, InputError, MismatchError, UnsupportedError
-from coremerge.learning.backbone import Batch, frozen
-from coremerge.learning.fitting import Drawn, Fitting, ModuleFit, Progress, rows_of
+from coremerge.executors import Executor, Group, shares
+from coremerge.executors.local import Here
+from coremerge.learning.backbone import Batch
+from coremerge.learning.cores import Cores
+from coremerge.learning.fitting import Drawn, Fitting, ModuleFit, Progress
 from coremerge.learning.kept import Kept, mark_of
 from coremerge.learning.leastsquares import ASIDE, allot
-from coremerge.learning.states import States
+from coremerge.learning.passes import Layout, Opening, first_row, lots_of, rows_of
 from coremerge.learning.weights import check_names
 from coremerge.merging import MergeResult, Report, execute, lifted, report_of
 from coremerge.plan import Plan, make_plan
@@ -38,13 +39,7 @@ PRIORS: Mapping[str, Recipe | None] = {
 
 PRIOR = "iso"
 RIDGE = 0.3
-IMAGE_TOKENS = 256
-"""Of an image, where hidden states are only estimated."""
-
 LEAST_ASIDE = 1e-6
-
-SPILL_BYTES = 1 << 30
-"""Hidden states that are expected to take more go to disk, unless it is said where."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +66,14 @@ class FitReport(Report):
 
 
 def fit(
-    model: nn.Module,
+    model: nn.Module | Callable[[], nn.Module],
     adapters: Mapping[str, Adapter] | Sequence[Adapter],
     data: Mapping[str, Iterable[Batch]],
     *,
     rank: int | None = None,
     rank_budget: int | None = None,
-    prior: str | Recipe | Adapter = PRIOR,
-    ridge: float = RIDGE,
+    prior: str | Recipe | Adapter | None = None,
+    ridge: float | None = None,
     aside: float = ASIDE,
     preferences: Mapping[str, float] | None = None,
     seed: int = 0,
@@ -87,6 +82,7 @@ def fit(
     allow_disjoint: bool = False,
     spill: str | Path | bool | None = None,
     resume: str | Path | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge ``adapters`` so that the model passes on, for each task's inputs, what it would with that task's adapter.
@@ -95,7 +91,7 @@ def fit(
     :mod:`coremerge.learning.leastsquares`. The model is run and is as it was afterwards.
 
     Args:
-        model: as :func:`~coremerge.learning.learn_weights` takes it.
+        model: as :func:`~coremerge.learning.learn_weights` takes it, or what makes it.
         adapters: name → adapter, of any rank, alpha and type; all modules linear (or GPT-2's Conv1D).
         data: the same names → batches, as the model takes them; labels are not read. An adapter without data counts
             through the prior alone.
@@ -103,9 +99,9 @@ def fit(
             high as the fit comes out.
         rank_budget: in place of ``rank``: the modules' mean rank, higher where it brings more to the outputs. The file
             has the largest of them for all, with zero rows. Costs a second fit.
-        prior: what the cores are drawn to: a name of :data:`PRIORS` (``"iso"``: the sum, isotropized, at automatic
-            scale), a recipe, whose merge it is, or an adapter (as far as the adapters' factors span it).
-        ridge: how strongly, as a share of the inputs' mean second moment; infinite: the prior alone.
+        prior: what the cores are drawn to: a name of :data:`PRIORS` (by default ``"iso"``: the sum, isotropized, at
+            automatic scale), a recipe, whose merge it is, or an adapter (as far as the adapters' factors span it).
+        ridge: how strongly, as a share of the inputs' mean second moment, 0.3 by default; infinite: the prior alone.
         aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
             plain least squares.
         preferences: task → how much its errors count; 1 for those not named, 0: not at all.
@@ -116,6 +112,8 @@ def fit(
         spill: keep hidden states on disk: in this folder, or (True) where temporary files go; False: in memory. By
             default on disk where they may take more than a gibibyte.
         resume: a file in which modules that are done are kept, and from which they are taken if it is there already.
+        executor: other processes that share the inputs, each with a model of its own, such as
+            :class:`coremerge.executors.ray.Ray`.
         progress: called as modules are done, with their number and that of all; False stops, as ``KeyboardInterrupt``.
 
     Returns:
@@ -131,9 +129,11 @@ def fit(
     Source: ours; its neighbours are RegMean (2212.09849), SSR-Merge (2606.10617) and CtM (2606.03723).
     """
     output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
-    plan = make_plan(adapters, prior_recipe(prior).model_copy(update=output))
+    plan = make_plan(adapters, prior_recipe(PRIOR if prior is None else prior).model_copy(update=output))
     given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside, "preferences": preferences}
-    return fit_plan(model, plan, data, prior=prior, spill=spill, resume=resume, progress=progress, **given)
+    return fit_plan(
+        model, plan, data, prior=prior, spill=spill, resume=resume, executor=executor, progress=progress, **given
+    )
 
 
 def prior_recipe(prior: str | Recipe | Adapter) -> Recipe:
@@ -154,21 +154,23 @@ def prior_recipe(prior: str | Recipe | Adapter) -> Recipe:
 
 
 def fit_plan(
-    model: nn.Module,
+    model: nn.Module | Callable[[], nn.Module],
     plan: Plan,
     data: Mapping[str, Iterable[Batch]],
     *,
     rank_budget: int | None = None,
-    prior: str | Recipe | Adapter = PRIOR,
-    ridge: float = RIDGE,
+    prior: str | Recipe | Adapter | None = None,
+    ridge: float | None = None,
     aside: float = ASIDE,
     preferences: Mapping[str, float] | None = None,
     spill: str | Path | bool | None = None,
     resume: str | Path | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """:func:`fit` with a plan: its recipe is :func:`prior_recipe`, its rank that of the result."""
     start = time.perf_counter()
+    prior, ridge = PRIOR if prior is None else prior, RIDGE if ridge is None else ridge
     check_names("data", data, plan.adapters)
     likes = {task: float(x) for task, x in (preferences or {}).items()}
     check_names("preferences", likes, plan.adapters)
@@ -182,19 +184,19 @@ def fit_plan(
     recipe = plan.recipe.model_dump(mode="json")
     settings = {"recipe": recipe, "prior": name, "ridge": ridge, "aside": aside, "preferences": likes}
     others = {"(prior)": prior} if isinstance(prior, Adapter) else {}
-    mark = mark_of(model, {**plan.adapters, **others}, batches, settings)
-    torch.manual_seed(plan.recipe.seed)
-    with frozen(model), torch.no_grad(), ExitStack() as undo:
-        if spill is None:
-            itemsize = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
-            spill = state_bytes(getattr(model, "config", None), batches, itemsize) > SPILL_BYTES
-        place = None if spill is False else "" if spill is True else str(spill)
+    cores = Cores(plan)
+    with ExitStack() as undo:
+        sample = first_row(max((listed[0] for listed in batches.values()), key=len))
+        place = str(spill) if isinstance(spill, Path) else spill
+        group = _group(Opening(model, plan, sample, place, drawn.own_inputs_do), batches, cores, executor)
+        undo.callback(group.close)
+        layout: Layout = next(group.call("layout"))
+        mark = mark_of(layout.mark, {**plan.adapters, **others}, batches, settings)
 
         def run_with(drawn: Drawn, mark: str, suffix: str = "") -> Fitting:
-            folder = None if place is None else Path(undo.enter_context(tempfile.TemporaryDirectory(dir=place or None)))
             kept = Kept(None if resume is None else Path(f"{resume}{suffix}"), mark)
             undo.callback(kept.close)
-            run = Fitting(model, plan, batches, drawn, States(folder), kept=kept)
+            run = Fitting(group, layout, list(batches), drawn, kept=kept, cores=cores)
             run.go(progress)
             return run
 
@@ -210,14 +212,20 @@ def fit_plan(
     made = f"fitted to {inputs} inputs of {tasks}; prior: {name}, ridge {ridge:g}"
     report = FitReport(
         **plain | {"warnings": (*plain["warnings"], *run.warnings()), "made": made},
-        fits=run.fits, prior=name, ridge=ridge, states="memory" if place is None else "disk",
+        fits=run.fits, prior=name, ridge=ridge, states=layout.states,
     )  # fmt: skip
-    return MergeResult(lifted(plan, run.parts, run.solved, reports), report, plan)
+    return MergeResult(lifted(plan, cores.parts, run.solved, reports), report, plan)
+
+
+def _group(opening: Opening, batches: Mapping[str, Sequence[Batch]], cores: Cores, executor: Executor | None) -> Group:
+    """The inputs' side of the fit: here, or shared out among models that an executor has room for."""
+    lots = lots_of(batches)
+    return executor.hold(opening, shares(lots, executor.replicas)) if executor else Here(opening(lots, cores))
 
 
 def _allotted(exact: Fitting, budget: int) -> dict[str, int]:
     """The ranks of a second fit; a module that no input reaches has the budget."""
-    return dict.fromkeys(exact.targets, budget) | allot(exact.gains, budget)
+    return dict.fromkeys(exact.layout.targets, budget) | allot(exact.gains, budget)
 
 
 def _check(
@@ -265,17 +273,3 @@ def _check_shapes(prior: Adapter, plan: Plan) -> None:
                 f"the prior has it as {held.shape if held else 'nothing'}, the adapters as {planned.module.shape}",
                 key=name, remedy="Give a prior of the same base model and modules",
             )  # fmt: skip
-
-
-def state_bytes(config: Any, batches: Mapping[str, Iterable[Batch]], itemsize: int = 4) -> int:
-    """What hidden states take, about: one of the model's width for each token, of both ways through it."""
-    text = getattr(config, "text_config", config)
-    width = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0) or 1024)
-    return 2 * sum(_tokens(batch) for listed in batches.values() for batch in listed) * width * itemsize
-
-
-def _tokens(batch: Batch) -> int:
-    ids = batch.get("input_ids")
-    if isinstance(ids, torch.Tensor):
-        return ids.numel()
-    return IMAGE_TOKENS * rows_of(batch)

@@ -60,19 +60,25 @@ class Kept:
             self._journal.close()
 
 
-def mark_of(
-    model: nn.Module,
-    adapters: Mapping[str, Adapter],
-    batches: Mapping[str, Sequence[Batch]],
-    settings: Mapping[str, Any],
-) -> str:
-    """A hash of inputs, adapters and settings, and of what tells models apart: some numbers of every parameter."""
-    versions = [__version__, torch.__version__]
-    digest = hashlib.sha256(json.dumps([versions, settings], sort_keys=True, default=str).encode())
+def mark_of_model(model: nn.Module) -> str:
+    """What tells models apart: a hash of their parameters' names and shapes, and of some numbers of each."""
+    digest = hashlib.sha256()
     parameters = [(name, p) for name, p in model.named_parameters() if p.device.type != "meta"]
     digest.update(repr([(name, p.shape, p.dtype) for name, p in parameters]).encode())
     for _, parameter in parameters:
         digest.update(_bytes(parameter.reshape(-1)[:SAMPLE]))
+    return digest.hexdigest()
+
+
+def mark_of(
+    model: str,
+    adapters: Mapping[str, Adapter],
+    batches: Mapping[str, Sequence[Batch]],
+    settings: Mapping[str, Any],
+) -> str:
+    """A hash of the model's mark (:func:`mark_of_model`), inputs, adapters and settings."""
+    versions = [__version__, torch.__version__]
+    digest = hashlib.sha256(json.dumps([versions, model, settings], sort_keys=True, default=str).encode())
     for name, adapter in adapters.items():
         modules = [(key, m.shape, m.rank, m.scale) for key, m in adapter.modules.items()]
         digest.update(repr((name, modules)).encode())

@@ -56,6 +56,11 @@ class States:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept
 
+    def clear(self) -> None:
+        """Forget all."""
+        for key in list(self._kept):
+            self.drop(key)
+
     def drop(self, key: Hashable) -> None:
         """Forget what is kept under ``key``, if anything."""
         _, held = self._kept.pop(key, (None, None))

@@ -1,0 +1,85 @@
+"""Modules in core space, as a fit needs them: bases, and what each adapter is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coremerge.learning.leastsquares import metric
+from coremerge.lowrank import LowRank, thin_svd
+from coremerge.merging import read_updates
+from coremerge.plan import Plan
+from coremerge.recipe import Recipe
+from coremerge.spaces import Coordinates
+
+
+@dataclass(frozen=True)
+class Core:
+    """A module in core space.
+
+    Attributes:
+        coordinates: of the adapters that have it.
+        left: U (m, p), float64.
+        right: Vᵀ (q, n).
+        holders: adapter → its factors (p, r), (r, q).
+    """
+
+    coordinates: Coordinates
+    left: Tensor
+    right: Tensor
+    holders: Mapping[str, LowRank]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, q)."""
+        return self.left.shape[-1], len(self.right)
+
+    def of(self, update: LowRank) -> Tensor:
+        """``update`` (m, n) in these coordinates (p, q)."""
+        return (self.left.mT @ update.left) @ (update.right @ self.right.mT)
+
+    def lifted(self, found: Tensor) -> LowRank:
+        """The update (m, n) that ``found`` (p, q) stands for."""
+        small = thin_svd(found).cut().lowrank()
+        return LowRank(self.left @ small.left, small.right @ self.right)
+
+    def metric(self, task: str, moments: Mapping[str, Tensor], aside: float) -> Tensor:
+        """How errors count for the task: by what its adapter adds to the outputs, on its own inputs."""
+        held = self.holders.get(task)
+        if held is None or task not in moments:
+            return torch.eye(self.shape[0], dtype=torch.float64)
+        return metric(held.left @ (held.right @ moments[task] @ held.right.mT) @ held.left.mT, aside)
+
+
+class Cores:
+    """Module name → its :class:`Core`; those that are asked for again and again are kept until others are.
+
+    Args:
+        plan: the adapters.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.parts = Recipe(method="sum", steps=[]).parts()
+        self._held: dict[str, Core] = {}
+
+    def __getitem__(self, name: str) -> Core:
+        return self._held.get(name) or self._made(name)
+
+    def hold(self, names: Collection[str]) -> None:
+        """Keep these, and no others."""
+        if names != self._held.keys():
+            self._held = {name: self[name] for name in names}
+
+    def _made(self, name: str) -> Core:
+        updates = read_updates((name,), self.plan, self.parts)
+        coordinates = self.parts.space(updates)
+        p, q = coordinates.cores[0].shape
+        wide, high = torch.eye(p, q, dtype=torch.float64), torch.eye(q, dtype=torch.float64)
+        left = coordinates.lift(LowRank(torch.eye(p, dtype=torch.float64), wide), updates).left
+        right = coordinates.lift(LowRank(wide, high), updates).right
+        named = zip(self.plan.adapters, coordinates.cores, strict=True)
+        return Core(coordinates, left, right, {key: core for key, core in named if core.rank})
