@@ -1,7 +1,8 @@
 """Kill -9 at random moments: ``python -m benchmarks.reliability.kill``. The output is whole or absent, every time.
 
-Merges, merges into a sharded base, and fits run in a child process; with ``resume`` they are run again, and killed
-again, until one ends, and the result is that of a run that nobody disturbed.
+Merges, merges into a sharded base, fits, and batches of merges run in a child process; with ``resume`` they are run
+again, and killed again, until one ends, and the result is that of a run that nobody disturbed. A batch has four
+results, each whole or absent; it needs no ``resume`` to go on, and what was whole is not written again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 
 from benchmarks import results
 from coremerge import Adapter, LowRank
+from coremerge.batch import run_batch
 from coremerge.pipeline import merge_files
 
 LAYERS, WIDTH, RANK, ADAPTERS = 24, 192, 8, 3
@@ -32,6 +34,12 @@ TRIES = 4
 
 Job = Callable[[Path, bool], object]
 """Makes the result in a folder; with or without resume."""
+
+Files = dict[str, bytes]
+"""Of a result: name → content."""
+
+PARTS = {"batch": ("all/default", "all/ties", "model/default", "model/ties")}
+"""The results of a job that has several, below its folder."""
 
 
 def names() -> list[str]:
@@ -94,11 +102,33 @@ def make_fit(folder: Path) -> list[str]:
 def jobs(folder: Path) -> dict[str, Job]:
     """All that is killed."""
     sources, base, fit = make_inputs(folder), make_base(folder / "base"), make_fit(folder)
+    manifest = make_manifest(folder, sources, base)
     return {
         "merge": lambda out, resume: merge_files(sources, out, threads=1, resume=resume),
         "merge --into": lambda out, resume: merge_files(sources, out, into=base, threads=1, resume=resume),
         "fit": lambda out, resume: command([*fit, "-o", str(out), *(["--resume", str(kept(out))] if resume else [])]),
+        "batch": lambda out, resume: merges(manifest, out),
     }
+
+
+def make_manifest(folder: Path, sources: list[Path], base: Path) -> Path:
+    """Two recipes on two sets, one of which goes into the base."""
+    sets = {"all": [*map(str, sources)], "model": {"models": [*map(str, sources[:2])], "into": str(base)}}
+    recipes = {"default": {}, "ties": {"merge_method": "ties", "parameters": {"density": 0.2}}}
+    path = folder / "batch.yaml"
+    path.write_text(json.dumps({"recipes": recipes, "sets": sets}))
+    return path
+
+
+def merges(manifest: Path, out: Path) -> None:
+    """A batch.
+
+    Raises:
+        RuntimeError: a job of it failed.
+    """
+    failed = run_batch(manifest, out, threads=1).failed
+    if failed:
+        raise RuntimeError(failed[0].error)
 
 
 def kept(out: Path) -> Path:
@@ -119,12 +149,24 @@ def command(words: list[str]) -> None:
         raise RuntimeError(f"exit status {status} of coremerge {' '.join(words)}")
 
 
-def weights(out: Path) -> dict[str, bytes] | None:
+def weights(out: Path) -> Files | None:
     """The bytes of what was written; None where nothing was."""
     if not out.exists():
         return None
     files = sorted(file for file in out.rglob("*") if file.is_file())
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+def whole(out: Path, expected: dict[str, Files | None]) -> dict[str, dict[Path, int]]:
+    """The results that are there → their files, and when those were written.
+
+    Raises:
+        AssertionError: one is not what an undisturbed run writes.
+    """
+    found = {part: weights(out / part) for part in expected}
+    assert all(found[part] in (None, expected[part]) for part in expected), "half an output"
+    there = [part for part in expected if found[part] is not None]
+    return {part: {file: file.stat().st_mtime_ns for file in (out / part).rglob("*")} for part in there}
 
 
 def run(job: Job, out: Path, resume: bool, after: float | None = None) -> None:
@@ -156,29 +198,36 @@ def clean(out: Path) -> None:
     kept(out).unlink(missing_ok=True)
 
 
-def campaign(job: Job, folder: Path, resume: bool, moments: int, seed: int = 0) -> Counter[str]:
+def campaign(
+    job: Job, folder: Path, resume: bool, moments: int, *, seed: int = 0, parts: tuple[str, ...] = ("",)
+) -> Counter[str]:
     """What became of runs that were killed at so many random moments.
 
     Raises:
-        AssertionError: an output is there and is not what an undisturbed run writes.
+        AssertionError: an output is there and is not what an undisturbed run writes, or was written twice.
     """
     out, draw = folder / "OUT", random.Random(seed)
     clean(out)
     start = time.perf_counter()
     run(job, out, False)
-    expected, lasts = weights(out), time.perf_counter() - start
+    lasts = time.perf_counter() - start
+    expected = {part: weights(out / part) for part in parts}
     clean(out)
     found: Counter[str] = Counter()
     for _ in range(moments):
+        there: dict[str, dict[Path, int]] = {}
         for _ in range(TRIES if resume else 1):
             run(job, out, resume, after=draw.uniform(0, 1.1 * lasts))
-            assert weights(out) in (None, expected), "half an output"
-            found["whole" if out.exists() else "absent"] += 1
-            if out.exists():
+            before, there = there, whole(out, expected)
+            assert before.items() <= there.items(), "written again"
+            found.update({"whole": len(there), "absent": len(expected) - len(there)})
+            if len(there) == len(expected):
                 break
-        if resume and not out.exists():
+        if resume and len(there) < len(expected):
             run(job, out, resume)
-            assert weights(out) == expected, "resumed to something else"
+            after = whole(out, expected)
+            assert len(after) == len(expected), "not all of it is there"
+            assert there.items() <= after.items(), "written again"
             assert kept(out).exists() or not list(folder.glob(".OUT.*")), "something is left behind"
             found["resumed to the same bytes"] += 1
         clean(out)
@@ -196,13 +245,14 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(name)
         for label, job in jobs(folder).items():
             for resume in (False, True):
-                found = campaign(job, folder, resume, given.moments)
-                named = f"{label} --resume" if resume else label
+                found = campaign(job, folder, resume, given.moments, parts=PARTS.get(label, ("",)))
+                named = label + (", run again" if label in PARTS else " --resume") * resume
                 rows.append([named, found["absent"], found["whole"], found["resumed to the same bytes"]])
                 sys.stderr.write(f"{rows[-1]}\n")
     text = (
         f"Kill -9 at {given.moments} random moments of each, from the first to a tenth after the last; with --resume"
-        f" killed up to {TRIES} times, then left in peace. Whole: byte for byte what an undisturbed run writes.\n\n"
+        f" or run again killed up to {TRIES} times, then left in peace. Whole: byte for byte what an undisturbed run"
+        " writes. Of a batch, each of its four results is counted; one that was whole is not written again.\n\n"
     )
     header = ["run", "killed, output absent", "output whole", "resumed to the same bytes"]
     results.write("Reliability: killed", text + results.table(header, rows), rows, seed=0, folder=given.results)

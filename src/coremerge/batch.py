@@ -1,19 +1,20 @@
 """Many merges in one go: every recipe of a manifest on every set of its adapters.
 
 :func:`run_job` does one of them, plain data in and plain data out, so that it can be done anywhere;
-:func:`run_batch` does those whose results are missing, one after the other. A result is there when its
-``coremerge.json`` says that it was made from the same recipe and inputs by the same version.
+:func:`run_batch` does those whose results are missing, one after the other, or side by side on a cluster
+(:mod:`coremerge.batch_remote`). A result is there when its ``coremerge.json`` says that it was made from the same
+recipe and inputs by the same version.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, CoremergeError, OutputError, SourceError
@@ -22,6 +23,7 @@ from coremerge.formats.atomic import check_output
 from coremerge.formats.checkpoint import shorten
 from coremerge.formats.config import CONFIG_NAME
 from coremerge.formats.source import WEIGHTS_NAME, local_path, parse_hub_id
+from coremerge.formats.urls import is_url, unwrapped
 from coremerge.hashing import Hashes, check_unchanged
 from coremerge.inputs import Progress, files_of, hashes_of, with_labels
 from coremerge.manifest import Choice, Manifest, read_manifest
@@ -29,6 +31,10 @@ from coremerge.pipeline import Prepared, prepare
 from coremerge.recipe import Recipe
 from coremerge.report.record import FILE as RECORD
 from coremerge.report.record import changes, read_record
+
+if TYPE_CHECKING:
+    from coremerge.executors import Executor
+    from coremerge.formats.atomic import Resumable
 
 Status = Literal["done", "skipped", "failed", "planned"]
 
@@ -161,6 +167,7 @@ def run_batch(
     overwrite: bool = False,
     dry_run: bool = False,
     command: Sequence[str] | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> BatchReport:
     """Make the results that are missing; a job that fails does not stop the others.
@@ -169,25 +176,42 @@ def run_batch(
         manifest: a file: see :class:`~coremerge.manifest.Manifest`.
         out: the folder of all results, ``out/SET/RECIPE`` each.
         only: names of jobs, or patterns of them (``all/*``).
-        threads: modules in work side by side; all processors when None.
+        threads: modules in work side by side; all processors when None, with ``executor`` one.
         device: of the linear algebra.
         allow_pickle: read legacy ``.bin`` files.
         overwrite: make results anew that were made from something else; those that are as wanted stay.
         dry_run: say what would be done, and write nothing.
         command: the words of the command that runs it, for the model cards.
-        progress: called with the job and what is done in it, the jobs done and their number.
+        executor: other processes that do a job each, such as :class:`coremerge.executors.ray.Ray`, to the same bytes;
+            a dry run looks from here.
+        progress: called with the job and what is done in it, the jobs done and their number; with ``executor``, after
+            every job.
 
     Raises:
-        CoremergeError: the manifest cannot be used; nothing was done then.
+        CoremergeError: the manifest, ``out`` or ``executor`` cannot be used.
     """
     start = time.perf_counter()
     how: dict[str, Any] = {"threads": threads, "device": device, "allow_pickle": allow_pickle, "overwrite": overwrite}
     jobs = jobs_of(manifest, out, only=only, command=command, dry_run=dry_run, **how)
-    rows: list[Row] = []
-    with Shared() as shared:
-        for job in jobs:
-            rows.append(run_job(job, shared, _of_job(progress, job.name, len(rows), len(jobs))))
+    made = _away(jobs, out, executor, progress) if executor and not dry_run else _here(jobs, progress)
+    rows = list(made)
     return BatchReport(str(out), tuple(rows), time.perf_counter() - start)
+
+
+def _here(jobs: Sequence[Job], progress: Progress | None) -> Iterator[Row]:
+    with Shared() as shared:
+        for done, job in enumerate(jobs):
+            yield run_job(job, shared, _of_job(progress, job.name, done, len(jobs)))
+
+
+def _away(jobs: Sequence[Job], out: str | Path, executor: Executor, progress: Progress | None) -> Iterator[Row]:
+    from coremerge.batch_remote import send
+
+    with closing(send(jobs, out, executor)) as rows:
+        for done, row in enumerate(rows, 1):
+            if progress:
+                progress(row.name, done, len(jobs))
+            yield row
 
 
 def _of_job(progress: Progress | None, name: str, done: int, count: int) -> Progress:
@@ -196,19 +220,26 @@ def _of_job(progress: Progress | None, name: str, done: int, count: int) -> Prog
     return lambda stage, part, parts: tell(f"{name}: {stage} {part}/{parts}", done, count)
 
 
-def run_job(job: Job, shared: Shared | None = None, progress: Progress | None = None) -> Row:
-    """Make one result, unless it is there; whatever goes wrong is in the row."""
+def run_job(
+    job: Job, shared: Shared | None = None, progress: Progress | None = None, *, attempt: Resumable | None = None
+) -> Row:
+    """Make one result, unless it is there; whatever goes wrong is in the row.
+
+    ``attempt``: see :meth:`coremerge.pipeline.Prepared.run`.
+    """
     start = time.perf_counter()
     try:
         with nullcontext(shared) if shared else Shared() as held:
-            status, count, notes = _run(job, held, progress)
+            status, count, notes = _run(job, held, progress, attempt)
             return Row(job.name, status, time.perf_counter() - start, count, notes=notes)
     except Exception as error:  # also a bug that one merge runs into must not end a night's work
         said = str(error) if isinstance(error, CoremergeError) else f"{type(error).__name__}: {error}".rstrip(": ")
         return Row(job.name, "failed", time.perf_counter() - start, error=said)
 
 
-def _run(job: Job, shared: Shared, progress: Progress | None) -> tuple[Status, int, tuple[str, ...]]:
+def _run(
+    job: Job, shared: Shared, progress: Progress | None, attempt: Resumable | None
+) -> tuple[Status, int, tuple[str, ...]]:
     prepared = prepare(
         job.sources,
         job.recipe,
@@ -241,6 +272,7 @@ def _run(job: Job, shared: Shared, progress: Progress | None) -> tuple[Status, i
         command=job.command,
         hashes=shared.hashes,
         progress=progress,
+        attempt=attempt,
     )
     return "done", _size(merged.saved.weights), (*dict.fromkeys([*merged.report.warnings, *merged.notes]),)
 
@@ -324,8 +356,8 @@ def _sources(manifest: Manifest, choice: Choice, base: str | None) -> dict[str, 
 
 
 def _place(folder: Path, named: str) -> str:
-    """A path that a file in ``folder`` names, or a hub id."""
-    if named.startswith("~"):
+    """A path that a file in ``folder`` names, a hub id or a URL."""
+    if named.startswith("~") or is_url(named) or unwrapped(named) != named:
         return named
     found = folder / named
     return named if local_path(found) is None and parse_hub_id(named) else str(found)

@@ -37,6 +37,7 @@ from coremerge.unfinished import tidy
 
 if TYPE_CHECKING:
     from coremerge.executors import Executor
+    from coremerge.formats.atomic import Resumable
     from coremerge.formats.into import IntoPlan
     from coremerge.unfinished import Unfinished
 
@@ -51,6 +52,7 @@ class Given:
     vera_width: int | None = None
     initial: Mapping[str, str | Path] | None = None
     allow_pickle: bool = False
+    link: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def merge_files(
     recipe: Recipe | None = None,
     *,
     into: str | Path | None = None,
+    link: bool = False,
     base: str | Path | None = None,
     vera_width: int | None = None,
     initial: Mapping[str, str | Path] | None = None,
@@ -124,6 +127,8 @@ def merge_files(
         recipe: the defaults of :class:`~coremerge.Recipe` when None. Weights and ``extras`` may name an adapter by its
             label or by its source.
         into: a base model; the result is then that model with the merged update added, not an adapter.
+        link: files of its weights that stay as they are become hard links to the base's: see
+            :func:`~coremerge.formats.into.save_into`.
         base: the base model (its files' headers or its config), for a VeRA adapter that needs it; ``into`` if None.
         vera_width: in place of ``base``: see :func:`coremerge.load`.
         initial: label or source of a PiSSA-like adapter → where its initial adapter is.
@@ -146,6 +151,7 @@ def merge_files(
         recipe,
         out=out,
         into=into,
+        link=link,
         base=base,
         vera_width=vera_width,
         initial=initial,
@@ -163,6 +169,7 @@ def prepare(
     *,
     out: str | Path | None = None,
     into: str | Path | None = None,
+    link: bool = False,
     base: str | Path | None = None,
     vera_width: int | None = None,
     initial: Mapping[str, str | Path] | None = None,
@@ -177,6 +184,8 @@ def prepare(
     :func:`~coremerge.inputs.read_adapters`.
     """
     start = time.perf_counter()
+    if link and into is None:
+        raise ConfigError("there is no base model whose files could be linked", key="link", remedy="Give into, too")
     if out is not None:
         if not overwrite:
             tidy(Path(out))
@@ -193,7 +202,7 @@ def prepare(
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_of(adapters))
     plan = make_plan(adapters, with_labels(recipe or Recipe(), adapters, sources))
-    given = Given(tuple(sources), into, base, vera_width, initial, allow_pickle)
+    given = Given(tuple(sources), into, base, vera_width, initial, allow_pickle, link)
     return Prepared(plan, None if into is None else _plan_into(into, plan), given, overwrite, start)
 
 
@@ -229,7 +238,7 @@ class Prepared:
     def cost(self) -> Cost:
         """Of the merge; of writing into a base model, the bytes that are copied."""
         found = cost_of(self.plan)
-        return replace(found, copied=self.into_plan.size) if self.into_plan else found
+        return replace(found, copied=self.into_plan.written(link=self.given.link)) if self.into_plan else found
 
     def peak_bytes(self, threads: int | None = None, batch: int | None = None) -> int:
         """See :meth:`coremerge.plan.Plan.peak_bytes`."""
@@ -288,13 +297,14 @@ class Prepared:
         rank_pattern: bool = False,
         max_memory: int | None = None,
         resume: bool = False,
+        attempt: Resumable | None = None,
         executor: Executor | None = None,
     ) -> Merged:
         """Merge and write: see :func:`merge_files`.
 
         ``hashes`` may have begun with the inputs' files; ``solve`` merges, in place of the plan's recipe;
         ``rank_pattern``: see :func:`coremerge.formats.writer.save`. What ``solve`` does is not resumed, nor done by
-        an ``executor``.
+        an ``executor``. ``attempt`` is where the result is written before it is in its place, and stays on an error.
         """
         if solve and resume:
             raise ValueError("what solve does is not resumed: it keeps what it needs by itself")
@@ -321,7 +331,7 @@ class Prepared:
                 sha256 = hashes_of(self.plan.adapters, started)
                 card, record = self._card(result, sha256, command), self._record(result, sha256, command)
                 files = {"README.md": card, RECORD: record} | self._weights_file()
-                written: dict[str, Any] = {"files": files, "threads": threads, "resume": unfinished}
+                written: dict[str, Any] = {"files": files, "threads": threads, "resume": unfinished or attempt}
                 written["progress"] = _stage(tell, "writing")
                 if away:
                     written |= away.writers(held, result.report.scale)
@@ -348,7 +358,7 @@ class Prepared:
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "inputs": list(hashes_of(self.plan.adapters, hashes).items()),
             "base": {str(file): stamp for file, stamp in stamps(base).items()},
-            "how": [how["device"], how["batch"], self.dtype, rank_pattern, torch.__version__],
+            "how": [how["device"], how["batch"], self.dtype, rank_pattern, torch.__version__, self.given.link],
             "given": [self.given.vera_width, self.given.base, self.notes],
             "modules": {name: [p.module.shape, dict(p.ranks)] for name, p in self.plan.modules.items()},
         }
@@ -361,8 +371,8 @@ class Prepared:
         from coremerge.formats.into import save_into
 
         check_unchanged(self.into_plan.base.stamps)
-        dtype = self.plan.recipe.dtype
-        return save_into(self.into, adapter, out, dtype=dtype, overwrite=self.overwrite, inputs=inputs, **how)
+        how = {"dtype": self.plan.recipe.dtype, "link": self.given.link, "inputs": inputs, **how}
+        return save_into(self.into, adapter, out, overwrite=self.overwrite, **how)
 
     def _record(
         self, result: MergeResult, sha256: Mapping[str, Mapping[str, str]], command: Sequence[str] | None

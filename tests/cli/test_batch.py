@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from coremerge.cli import _options
+from posted import Posted
 from tiny import make_adapter
 
 MANIFEST = """
@@ -128,3 +131,29 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(batch, monkeypatch):
     assert sorted(path.name for path in Path("OUT").iterdir()) == ["pair"]
     monkeypatch.setattr(pipeline, "execute", execute)
     assert [*rows(batch()).values()] == ["skipped", "skipped", "done", "done"]
+
+
+def test_a_cluster_is_for_the_work_alone(batch, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def cluster(address, *_):
+        asked.append(address)
+        yield Posted()
+
+    monkeypatch.setattr(_options, "_cluster", cluster)
+    assert set(rows(batch("--executor", "ray", "--dry-run")).values()) == {"planned"} and not asked
+    assert set(rows(batch("--executor", "ray", "--address", "auto")).values()) == {"done"}
+    assert asked == ["auto"]
+    said = json.loads(Path("OUT/pair/ties/coremerge.json").read_text())["command"]
+    assert said == ["coremerge", "batch", "m.yaml", "-o", "OUT", "--only", "pair/ties"]
+    assert set(rows(batch()).values()) == {"skipped"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("--executor", "slurm"), "neither 'local' nor 'ray'"), (("--address", "auto"), "goes with --executor ray")],
+)
+def test_who_does_the_work_is_one_of_two(batch, words, said):
+    result = batch(*words)
+    assert result.exit_code == 2 and said in result.stderr and not Path("OUT").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import coremerge
 from coremerge.hashing import file_sha256
@@ -330,6 +330,23 @@ class TestInto:
         found = json.loads(run("merge", "A", "-o", "OUT", "--into", "base", "--json").stdout)
         assert found["output"]["rank"] is None
         assert found["output"]["files"] == ["model.safetensors"]
+
+    def test_files_that_do_not_change_may_be_links(self, run):
+        tensors = load_file(make_base(Path("base")) / "model.safetensors")
+        Path("base/model.safetensors").unlink()
+        home = {key: f"model-{key.split('.')[2]}.safetensors" for key in tensors}
+        for name in set(home.values()):
+            save_file({key: t for key, t in tensors.items() if home[key] == name}, f"base/{name}")
+        Path("base/model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
+        words = ("merge", "C", "--into", "base")
+        planned = [json.loads(run(*words, "--dry-run", "--json", how).stdout) for how in ("--link", "--copy")]
+        assert planned[0]["cost"]["bytes_written"] == planned[1]["cost"]["bytes_written"] / 2
+        assert "note: hard links to the base's own files" in run(*words, "-o", "OUT", "--link").stderr
+        assert "link" not in run(*words, "-o", "COPY").stderr
+        assert Path("OUT/model-1.safetensors").samefile("base/model-1.safetensors")
+        for name in ("COPY/model-1.safetensors", "OUT/model-0.safetensors", "OUT/config.json"):
+            assert not Path(name).samefile(Path("base", Path(name).name))
+        refused(run("merge", "A", "-o", "MORE", "--link"), "link: there is no base model", out="MORE")
 
     def test_a_base_that_does_not_fit_is_refused_before_any_work(self, run, monkeypatch):
         make_base(Path("base"), layers=1)

@@ -10,13 +10,16 @@ from functools import partial
 from operator import mul, truediv
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 
+from coremerge.batch import run_batch
 from coremerge.errors import ConfigError, CoremergeError, MissingExtraError, SourceError
 from coremerge.executors.ray import RETRIES, Ray
 from coremerge.formats import load
+from coremerge.manifest import Manifest
 from coremerge.pipeline import merge_files
 from tiny import make_adapter, make_base
 
@@ -100,6 +103,60 @@ def test_the_bytes_survive_a_worker_and_a_node(
     merge_files(sources, tmp_path / "in", into=base)
     merge_files(sources, tmp_path / "in there", into=base, executor=executor)
     assert files(tmp_path / "in") == files(tmp_path / "in there")
+
+
+class Murderous:
+    """A cluster on which every job's first process is killed when all but the last step is done."""
+
+    def __init__(self, executor: Ray, folder: Path) -> None:
+        self.executor, self.folder = executor, folder
+
+    def run(self, function: Any, *rest: Any, **options: Any) -> Any:
+        folder = self.folder
+
+        def once(letter: Any) -> Any:
+            mark = folder / letter[0].name.replace("/", " ")
+            if mark.exists():
+                return function(letter)
+            mark.touch()
+            with mock.patch("coremerge.formats.atomic._swap", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+                return function(letter)
+
+        return self.executor.run(once, *rest, **options)
+
+
+def test_jobs_whose_processes_are_killed_are_done_again(executor: Ray, sources: list[Path], tmp_path: Path) -> None:
+    base, deadly = make_base(tmp_path / "base", 20), tmp_path / "marks"
+    deadly.mkdir()
+    places = list(map(str, sources))
+    sets = {"all": places, "gone": ["/nowhere"], "model": {"models": places[:2], "into": str(base)}}
+    manifest = Manifest.model_validate({"sets": sets, "recipes": {"default": {}, "ties": {"merge_method": "ties"}}})
+    here = run_batch(manifest, tmp_path / "here")
+    there = run_batch(manifest, tmp_path / "there", executor=Murderous(executor, deadly))
+    assert len(list(deadly.iterdir())) == 6
+    assert [(row.name, row.status, row.error) for row in there.rows] == [
+        (row.name, row.status, row.error) for row in here.rows
+    ]
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")  # nothing is left of the first attempts
+
+
+def tree(folder: Path) -> dict[Path, bytes | None]:
+    """All that is there."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_job_that_kills_its_workers_is_a_failure_among_others(
+    executor: Ray, sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coremerge.executors.ray.RETRIES", 0)
+    manifest = Manifest.model_validate({"sets": {"one": [str(sources[0])], "two": [str(sources[1])]}})
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    (marks / "two default").touch()
+    report = run_batch(manifest, tmp_path / "OUT", executor=Murderous(executor, marks))
+    assert [row.status for row in report.rows] == ["failed", "done"]
+    assert "lost a part of the work 1 times" in str(report.rows[0].error)
+    assert [path.name for path in (tmp_path / "OUT").iterdir()] == ["two"]
 
 
 def test_a_cluster_without_gpus_says_so(executor: Ray) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 from typing import ClassVar
@@ -31,6 +32,8 @@ from coremerge.errors import ConfigError, MismatchError, OutputError, SourceErro
 from coremerge.formats import base_weights, into
 from coremerge.formats.into import plan_into, save_into
 from coremerge.lowrank import LowRank
+from coremerge.pipeline import merge_files
+from posted import Posted
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 
@@ -712,3 +715,150 @@ class TestBase:
         made.save(tmp_path / "again")
         again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "again")
         torch.testing.assert_close(again(TOKENS).logits, peft(TOKENS).logits)
+
+
+class TestLinks:
+    """Files that stay as they are: the base's own, or copies."""
+
+    MADE = adapter({"a": Module((3, 2), 1)})
+    CHANGED, SAME = "model-1.safetensors", ["model-2.safetensors", "model-3.safetensors"]
+
+    @pytest.fixture
+    def base(self, tmp_path):
+        """In three files, of which one changes."""
+        folder = tmp_path / "base"
+        folder.mkdir()
+        home = {"a.weight": self.CHANGED, "b": self.SAME[0], "c": self.SAME[1]}
+        for at, (key, name) in enumerate(home.items()):
+            save_file({key: torch.full((3, 2), float(at))}, folder / name, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": home}))
+        (folder / "config.json").write_text("{}")
+        return folder
+
+    def shared(self, folder, base):
+        return sorted(one.name for one in base.iterdir() if (folder / one.name).samefile(one))
+
+    def test_links_are_what_copies_would_be(self, base, tmp_path):
+        linked, copied = (save_into(base, self.MADE, tmp_path / f"out{link}", link=link) for link in (True, False))
+        assert self.shared(linked.path, base) == self.SAME and self.shared(copied.path, base) == []
+        assert linked.sha256 == copied.sha256 and linked.bytes == copied.bytes
+        assert copied.notes == ()
+        (note,) = linked.notes
+        assert note.startswith("hard links to the base's own files, which share every later change: model-2")
+
+    def test_another_dtype_leaves_nothing_to_link(self, base, tmp_path):
+        saved = save_into(base, self.MADE, tmp_path / "out", link=True, dtype="bf16")
+        assert self.shared(saved.path, base) == [] and saved.notes == ()
+
+    def test_a_file_that_something_is_added_to_is_none_of_them(self, base, tmp_path):
+        made = adapter({"a": Module((3, 2), 1)}, extras={"score.weight": torch.ones(2, 2)})
+        assert plan_into(base, made).untouched == ("model-2.safetensors",)
+
+    @pytest.mark.parametrize(
+        ("code", "why"),
+        [
+            (errno.EXDEV, "the output is on another disk or volume"),
+            (errno.EPERM, r"hard links are not possible there \(Operation not permitted\)"),
+            (errno.EMLINK, "one of them has as many links as it may have"),
+        ],
+    )
+    def test_where_there_are_no_links_it_copies_and_says_so(self, base, tmp_path, monkeypatch, code, why):
+        def fail(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "link", fail)
+        saved = save_into(base, self.MADE, tmp_path / "out", link=True)
+        assert self.shared(saved.path, base) == []
+        assert re.fullmatch(f"copied, not linked: model-2.safetensors, model-3.safetensors: {why}", saved.notes[0])
+        monkeypatch.undo()
+        assert saved.sha256 == save_into(base, self.MADE, tmp_path / "copy").sha256
+
+    def test_other_errors_are_errors(self, base, tmp_path, monkeypatch):
+        def fail(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "link", fail)
+        with pytest.raises(OutputError, match=r"out/model-2\.safetensors: the disk is full"):
+            save_into(base, self.MADE, tmp_path / "out", link=True)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_link_leads_to_the_caches_own_file(self, base, tmp_path):
+        cache = tmp_path / "models--org--base"
+        snapshot = cache / "snapshots" / ("a" * 40)
+        (cache / "blobs").mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for file in base.iterdir():
+            shutil.copy(file, cache / "blobs" / file.name)
+            (snapshot / file.name).symlink_to(cache / "blobs" / file.name)
+        saved = save_into(snapshot, self.MADE, tmp_path / "out", link=True)
+        assert self.shared(saved.path, cache / "blobs") == self.SAME
+        assert not any(file.is_symlink() for file in saved.path.iterdir())
+
+    def test_links_need_no_room(self, base, tmp_path, monkeypatch):
+        plan = plan_into(base, self.MADE)
+        assert (plan.size, plan.written(), plan.written(link=True)) == (72, 72, 24)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 70, 30))
+        with pytest.raises(OutputError, match="the disk has"):
+            plan.write(tmp_path / "out")
+        plan.write(tmp_path / "out", link=True)
+
+    def test_a_base_that_changes_meanwhile(self, base, tmp_path):
+        plan = plan_into(base, self.MADE)
+        os.utime(base / self.SAME[1], ns=(0, 0))
+        with pytest.raises(SourceError, match=r"base/model-3\.safetensors: changed while it was in use"):
+            plan.write(tmp_path / "out", link=True)
+        (base / self.SAME[1]).unlink()
+        with pytest.raises(SourceError, match=r"base/model-3\.safetensors: cannot be read: No such file"):
+            plan.write(tmp_path / "out", link=True)
+
+    def test_the_base_survives_its_result(self, base, tmp_path):
+        before = whole(base)
+        save_into(base, self.MADE, tmp_path / "out", link=True)
+        save_into(base, self.MADE, tmp_path / "out", link=True, overwrite=True, dtype="bf16")
+        shutil.rmtree(tmp_path / "out")
+        assert all(torch.equal(before[key], tensor) for key, tensor in whole(base).items())
+
+    @pytest.mark.parametrize("executor", [None, Posted()])
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_whoever_writes_the_rest(self, base, tmp_path, executor, resume):
+        self.MADE.save(tmp_path / "A")
+        how = {"into": base, "link": True, "resume": resume, "executor": executor}
+        merged = merge_files([tmp_path / "A"], tmp_path / "out", **how)
+        assert self.shared(merged.saved.path, base) == self.SAME and "hard links" in merged.notes[-1]
+        again = merge_files([tmp_path / "A"], tmp_path / "copy", into=base)
+        assert again.saved.sha256 == merged.saved.sha256
+
+    def test_what_was_linked_before_a_crash_stays_linked(self, base, tmp_path):
+        self.MADE.save(tmp_path / "A")
+        out, how = tmp_path / "out", {"into": base, "resume": True, "threads": 1}
+
+        def stop(stage, done, count):
+            if stage == "writing":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            merge_files([tmp_path / "A"], out, **how, link=True, progress=stop)
+        with pytest.raises(ConfigError, match="other adapters, inputs or settings"):
+            merge_files([tmp_path / "A"], out, **how)
+        merged = merge_files([tmp_path / "A"], out, **how, link=True)
+        assert self.shared(out, base) == self.SAME and "hard links" in merged.notes[-1]
+
+    def test_links_to_no_base(self, tmp_path):
+        self.MADE.save(tmp_path / "A")
+        with pytest.raises(ConfigError, match="link: there is no base model"):
+            merge_files([tmp_path / "A"], tmp_path / "out", link=True)
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_no_more_than_a_part_of_a_tensor_is_read_at_a_time(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(into, "ENTRIES", 60)
+    monkeypatch.setattr(base_weights, "BLOCK", 100)
+    base = plain_base(tmp_path / "base", {"a.weight": torch.ones(40, 30), "b": torch.ones(700), "c": torch.ones(9, 9)})
+    sizes, read = [], base_weights.Shard.read
+    monkeypatch.setattr(
+        base_weights.Shard,
+        "read",
+        lambda self, key, offset, size: sizes.append(size) or read(self, key, offset, size),
+    )
+    save_into(base, adapter({"a": Module((40, 30), 2)}), tmp_path / "out", dtype=dtype)
+    assert max(sizes) <= 60 * 4 and sum(sizes) == 4 * (40 * 30 + 700 + 81)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -31,7 +32,19 @@ def batch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read legacy .bin files, too.")] = False,
     device: Annotated[str, typer.Option(help="Where the linear algebra runs: cpu, cuda, cuda:1.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Modules side by side. Default: all processors.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Modules of a job side by side. Default: all processors; on a cluster 1."),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="Who does the work: local, one job after the other, or ray, a cluster.", metavar="NAME")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -41,24 +54,28 @@ def batch(
     what is missing.
     """
     from coremerge.batch import run_batch
+    from coremerge.cli import _options
 
+    cluster = _options.executor(executor, address, device)
     command = ["coremerge", "batch", str(manifest), "-o", str(out)]
     command += ["--allow-pickle"] if allow_pickle else []
     command += ["--device", device] if device != "cpu" else []
     with progress_bar(quiet) as bar:
         try:
-            report = run_batch(
-                manifest,
-                out,
-                only=only or (),
-                threads=threads,
-                device=device,
-                allow_pickle=allow_pickle,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                command=command,
-                progress=bar,
-            )
+            with nullcontext() if dry_run else cluster as elsewhere:
+                report = run_batch(
+                    manifest,
+                    out,
+                    only=only or (),
+                    threads=threads,
+                    device=device,
+                    allow_pickle=allow_pickle,
+                    overwrite=overwrite,
+                    dry_run=dry_run,
+                    command=command,
+                    executor=elsewhere,
+                    progress=bar,
+                )
         except KeyboardInterrupt:
             if not dry_run:
                 remark("note", f"finished results stay in {out}: the same command goes on from there")

@@ -114,6 +114,13 @@ def merge(
     into: Annotated[
         str | None, typer.Option(help="Write this base model with the merged update added to it.", metavar="BASE")
     ] = None,
+    link: Annotated[
+        bool,
+        typer.Option(
+            "--link/--copy",
+            help="With --into: files of weights that do not change become hard links to the base's, or copies.",
+        ),
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Draw it, too: OUT/report.html, as coremerge report does.")
     ] = False,
@@ -198,6 +205,7 @@ def merge(
                 given,
                 out=out,
                 into=into,
+                link=link,
                 base=base or file.base_model,
                 vera_width=vera_width,
                 initial=_options.initial(initial),

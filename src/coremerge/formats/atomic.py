@@ -81,9 +81,13 @@ def atomic_directory(
 
 
 def _held(folder: Path) -> int:
-    """Bytes on the disk of the files in it: they are made at full length, and have holes until they are filled."""
+    """Bytes on the disk of the files in it: they are made at full length, and have holes until they are filled.
+
+    What has a second name elsewhere takes no room of its own.
+    """
     found = [file.stat() for file in folder.rglob("*") if file.is_file()]
-    return sum(min(one.st_size, 512 * getattr(one, "st_blocks", one.st_size)) for one in found)
+    own = [one for one in found if one.st_nlink == 1]
+    return sum(min(one.st_size, 512 * getattr(one, "st_blocks", one.st_size)) for one in own)
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Path:

@@ -1,8 +1,8 @@
 """Add an adapter's updates to its base model's own weights: W + Δ, shard by shard, block by block.
 
-The result has the base's files, names and dtypes; tensors that the adapter does not touch are copied byte for byte.
-Neither the model nor a whole update is ever in memory: a weight is read, changed in float64 and rounded once, some
-rows at a time.
+The result has the base's files, names and dtypes; tensors that the adapter does not touch are copied byte for byte, and
+files of nothing but such tensors may be hard links to the base's own. Neither the model nor a whole update is ever in
+memory: each thread reads a weight, changes it in float64 and rounds it once, some rows at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch
 from coremerge.adapter import Adapter
 from coremerge.errors import UnsupportedError
 from coremerge.executors import local
-from coremerge.formats.atomic import Resumable, atomic_directory, tensor_file, write_files
+from coremerge.formats.atomic import Resumable, atomic_directory, standing, tensor_file, write_files
 from coremerge.formats.base_weights import BLOCK, INDEX_NAME, BaseModel, Shard, dump_index, open_base, reading
+from coremerge.formats.linking import Links, link_files, one_disk
 from coremerge.formats.placing import Edit, Placement
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
 from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype, raw, writing
@@ -62,10 +64,26 @@ class IntoPlan:
         """Bytes of all tensors."""
         return sum(layout.data_bytes for layout in self.layouts.values())
 
+    @cached_property
+    def untouched(self) -> tuple[str, ...]:
+        """The files of which every tensor stays as it is."""
+        return tuple(name for name in self.layouts if self._is_untouched(name))
+
+    def _is_untouched(self, name: str) -> bool:
+        slots, entries = self.layouts[name].slots, self.base.shards[name].entries
+        return slots.keys() == entries.keys() and not any(
+            key in self.placement.edits or slot.dtype != entries[key].dtype for key, slot in slots.items()
+        )
+
+    def written(self, *, link: bool = False) -> int:
+        """Bytes of the tensors that are written, where files that stay as they are may be links."""
+        return self.size - (sum(self.layouts[name].data_bytes for name in self.untouched) if link else 0)
+
     def write(
         self,
         path: str | Path,
         *,
+        link: bool = False,
         overwrite: bool = False,
         threads: int | None = 1,
         files: Mapping[str, str | bytes] | None = None,
@@ -77,36 +95,56 @@ class IntoPlan:
         """Carry it out: see :func:`save_into`."""
         texts = {**self._texts(), **(files or {})}
         sources = [self.base.folder / "config.json", *self.adapter.info.files, *inputs]
-        count = sum(len(layout.slots) for layout in self.layouts.values())
-        done = 0
-        with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=self.size, resume=resume) as folder:
+        needed = self.written(link=link and self._links_work(standing(path)))
+        with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=needed, resume=resume) as folder:
             for other in self.base.others:
                 if other.as_posix() not in texts:
                     _copy(self.base.folder / other, folder / other)
             write_files(folder, texts)
+            links = self._links(folder, resume) if link else Links()
+            layouts = {name: layout for name, layout in self.layouts.items() if name not in links.made}
             if shards:
-                missing = [name for name in self.layouts if resume is None or name not in resume.files]
+                missing = [name for name in layouts if resume is None or name not in resume.files]
                 for at, name in enumerate(shards(folder, missing), 1):
                     if resume:
                         resume.finish(name)
                     if progress:
                         progress(at, len(missing))
-            for name, layout in () if shards else self.layouts.items():
-                with tensor_file(folder, name, layout, resume) as file:
-                    if file is None:
-                        done += len(layout.slots)
-                        continue
-                    with closing(self._write_shard(file, name, threads)) as written:
-                        for _ in written:
-                            done += 1
-                            if progress:
-                                progress(done, count)
+            else:
+                self._write_here(folder, layouts, threads, resume, progress)
         out = Path(path).expanduser()
         changed = {
             self.layouts[self.base.home[key]].slots[key].dtype for key, e in self.placement.edits.items() if e.update
         }
         dtype = FACTOR_DTYPES[changed.pop()] if len(changed) == 1 else torch.float32
-        return Saved(out, tuple(out / name for name in self.layouts), self.size, 0, dtype, self.notes)
+        return Saved(out, tuple(out / name for name in self.layouts), self.size, 0, dtype, (*self.notes, *links.notes))
+
+    def _write_here(
+        self,
+        folder: Path,
+        layouts: Mapping[str, Layout],
+        threads: int | None,
+        resume: Resumable | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        count, done = sum(len(layout.slots) for layout in layouts.values()), 0
+        for name, layout in layouts.items():
+            with tensor_file(folder, name, layout, resume) as file:
+                if file is None:
+                    done += len(layout.slots)
+                    continue
+                with closing(self._write_shard(file, name, threads)) as written:
+                    for _ in written:
+                        done += 1
+                        if progress:
+                            progress(done, count)
+
+    def _links_work(self, folder: Path) -> bool:
+        return all(one_disk(self.base.folder / name, folder) for name in self.untouched)
+
+    def _links(self, folder: Path, resume: Resumable | None) -> Links:
+        stamps = {self.base.folder / name: self.base.shards[name].file.stamp for name in self.untouched}
+        return link_files(stamps, folder, resume)
 
     def _texts(self) -> dict[str, str]:
         texts = {}
@@ -190,6 +228,7 @@ def save_into(
     path: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    link: bool = False,
     overwrite: bool = False,
     threads: int | None = 1,
     files: Mapping[str, str | bytes] | None = None,
@@ -205,6 +244,8 @@ def save_into(
         adapter: its modules are asked for one by one.
         path: a directory; made, with its parents.
         dtype: of all floating-point tensors; each keeps its own when None.
+        link: files of weights that stay as they are become hard links to the base's, where the file system does that.
+            Small files, which people edit, are copies all the same.
         overwrite: replace a model that is there already.
         threads: tensors in work side by side; all processors when None.
         files: further small files to put beside it, in place of the base's: name → content.
@@ -223,7 +264,7 @@ def save_into(
     """
     plan = plan_into(base, adapter, dtype=dtype)
     how: dict[str, Any] = {"threads": threads, "files": files, "inputs": inputs, "resume": resume, "progress": progress}
-    return plan.write(path, overwrite=overwrite, shards=shards, **how)
+    return plan.write(path, link=link, overwrite=overwrite, shards=shards, **how)
 
 
 def plan_into(
