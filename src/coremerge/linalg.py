@@ -21,6 +21,13 @@ GRAM_CONDITION = 1e-6
 
 The basis it gives is then orthonormal to about ``eps / GRAM_CONDITION`` = 2e-10 in float64."""
 
+NOISE = 1e-12
+"""What is lost below this share of a whole is rounding error, or does not show in it."""
+
+SQUARES = 2.0**900
+"""A Gram matrix is used only where its largest entry lies between this and its inverse: what is smaller loses digits
+below the smallest float64, what is larger may overflow."""
+
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 """A decomposition failed, as it does for numbers that are not finite."""
@@ -68,10 +75,13 @@ def numerical_rank(values: Tensor, rtol: float = RTOL, largest: Tensor | None = 
 
     Raises:
         RaggedRankError: the batch elements disagree.
+        LinAlgError: values that are not finite.
     """
     if values.shape[-1] == 0 or values.numel() == 0:
         return 0
     largest = values[..., 0] if largest is None else largest
+    if not bool(largest.isfinite().all()):
+        raise LinAlgError("singular values that are not finite")
     counts = (values > rtol * largest.unsqueeze(-1)).sum(-1)
     rank = int(counts.max())
     if rank != int(counts.min()):
@@ -157,32 +167,65 @@ class Basis:
         return self.transform.shape[-1]
 
 
-def column_basis(stack: Tensor, rtol: float = RTOL, *, singular: bool = True) -> Basis:
+def column_basis(stack: Tensor, rtol: float = RTOL, *, singular: bool = True, beside: Tensor | None = None) -> Basis:
     """The left singular vectors of ``stack`` (..., m, R) whose singular values exceed ``rtol`` times the first.
 
     A well-conditioned stack needs its Gram matrix only; any other takes a QR and a small SVD; both in float64, whatever
     the dtype of ``stack``. The vectors themselves are not formed: see :class:`Basis`. Unless they have to be
     ``singular`` vectors, another orthonormal basis of their span is taken where it costs less.
+
+    Column j of ``beside`` (..., n, R), if given, is what column j of ``stack`` is multiplied by: a small column may
+    carry much of the product. Where the cut, or rounding, would lose more of it than :data:`NOISE`, and than ``rtol``²
+    (what is lost where columns are as large as their partners), they are made as large as their partners beforehand.
     """
     stack = stack.double()
+    basis, lost = _cut_basis(stack, rtol, singular)
+    if lost is None or beside is None:
+        return basis
+    own, other = (x.abs().amax(-2).double() for x in (stack, beside))
+    if bool((lost * other <= max(NOISE, rtol**2) * (own * other).amax(-1, keepdim=True)).all()):
+        return basis
+    return _evened(stack, (other.log2() - own.log2()).nan_to_num(0, 0, 0), rtol, singular)
+
+
+def _evened(stack: Tensor, octaves: Tensor, rtol: float, singular: bool) -> Basis:
+    """From ``stack`` with its columns times 2^½``octaves`` (..., R): the same span, of which other parts are small."""
+    scale = (octaves / 2).round().exp2()
+    basis, _ = _cut_basis(stack * scale.unsqueeze(-2), rtol, singular)
+    transform, coordinates = scale.unsqueeze(-1) * basis.transform, basis.coordinates / scale.unsqueeze(-2)
+    if not singular:
+        return Basis(transform, coordinates)
+    vectors, _, _ = svd(coordinates)
+    return Basis(transform @ vectors, vectors.mT @ coordinates)
+
+
+def _cut_basis(stack: Tensor, rtol: float, singular: bool) -> tuple[Basis, Tensor | None]:
+    """The basis, and what (..., R) each column at most lost to the cut or to rounding; None: next to nothing."""
     m, width = stack.shape[-2:]
     if 0 in stack.shape:
         empty = stack.new_zeros(*stack.shape[:-2], width, 0)
-        return Basis(empty, empty.mT)
-    if width <= m:
-        gram = stack.mT @ stack
+        return Basis(empty, empty.mT), None
+    if width <= m and _squares(gram := stack.mT @ stack):
         triangular = None if singular else _triangular_basis(gram)
         if triangular is not None:
-            return triangular
+            return triangular, None
         values, vectors = torch.linalg.eigh(gram)
         if _well_conditioned(values):
             sigma, vectors = values.flip(-1).sqrt(), vectors.flip(-1)
-            return _basis(sigma, vectors)
+            return _basis(sigma, vectors), None
     _, small = _tall_qr(stack)
     _, sigma, vh = svd(small)
     rank = numerical_rank(sigma, rtol)
     something = (small != 0).any(-2).unsqueeze(-1)  # a zero column keeps coordinates of zero, not of 1e-17
-    return _basis(sigma[..., :rank], vh[..., :rank, :].mT * something)
+    rest = sigma[..., rank:, None] * vh[..., rank:, :]
+    lost = rest.abs().sum(-2) + torch.finfo(sigma.dtype).eps * sigma[..., :1]
+    return _basis(sigma[..., :rank], vh[..., :rank, :].mT * something), lost
+
+
+def _squares(gram: Tensor) -> bool:
+    """Whether no entry that counts was lost when ``gram`` was multiplied out."""
+    largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
+    return bool(((largest > 1 / SQUARES) & (largest < SQUARES)).all())
 
 
 def cholesky(matrix: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ It knows no file, no config and no progress bar. A module's merge is a pure func
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
-from coremerge.errors import TensorError
+from coremerge.errors import ConfigError, TensorError
 from coremerge.executors import local
-from coremerge.linalg import LinAlgError, RaggedRankError
+from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd, total
 from coremerge.methods import Site
 from coremerge.plan import Plan, make_plan
@@ -37,6 +38,15 @@ Progress = Callable[[int, int], None]
 CANCELLED = 1e-12
 """A merge whose norm is below this share of its inputs' is rounding error: ``scale="auto"`` does not blow it up."""
 
+MOST = 450
+"""Updates and scales between 2^-MOST and 2^MOST have squares and products that float64 holds; others are refused."""
+
+SHORT = 60
+"""Matrices with norms between 2^-SHORT and 2^SHORT may be multiplied in float32: no product comes near its ends."""
+
+SHORT_ERROR = 1e-5
+"""A lift in float32 is at most this far, relative to its factors' norms, from one in float64."""
+
 FLAT = 0.1
 """A cut to ``rank`` that loses more than this share of the energy is warned of."""
 
@@ -52,7 +62,7 @@ class ModuleReport:
         rank: of the written update.
         energy: squared Frobenius norm of the merged update, before the overall scale.
         lost: share of the energy that the cut to ``rank`` lost.
-        input_norm: mean spectral norm of the inputs' updates, of those that are not zero.
+        input_norm: mean spectral norm of the inputs' updates, of those that are not zero next to the largest.
         input_frobenius: their mean Frobenius norm.
         norm: spectral norm of the merged update, before the overall scale.
     """
@@ -187,6 +197,7 @@ def execute(
     start = time.perf_counter()
     parts = plan.recipe.parts()
     held = Held() if held is None else held
+    _check_scales(plan)
     groups = [g for g in _groups(plan, batch or (None if device == "cpu" else 32)) if not held.keys() >= set(g)]
 
     def here(names: Group) -> dict[str, Solved]:
@@ -197,16 +208,39 @@ def execute(
         if progress:
             progress(len(held), len(plan.modules))
     reports = {name: held.reports[name] for name in plan.modules}
-    scale = auto_scale(reports.values()) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
+    scale = _auto_scale(plan, reports) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
     report = report_of(plan, reports, scale, time.perf_counter() - start)
     return MergeResult(lifted(plan, parts, held, reports, scale=scale, device=device), report, plan)
 
 
-def auto_scale(reports: Iterable[ModuleReport]) -> float:
+def _check_scales(plan: Plan) -> None:
+    """Refuse an alpha of a size at which factors would vanish or overflow while they are read."""
+    for key, adapter in plan.adapters.items():
+        for name, module in adapter.modules.items():
+            if module.scale and abs(math.frexp(module.scale)[1]) > MOST:
+                raise ConfigError(
+                    f"module {name} counts {module.scale:.3g} times: no update is of such a size",
+                    file=adapter.info.source or key, key="lora_alpha", remedy="Check lora_alpha in its config",
+                )  # fmt: skip
+
+
+def _auto_scale(plan: Plan, reports: Mapping[str, ModuleReport]) -> float:
+    heaviest = max((abs(weight) for modules in plan.weights.values() for weight in modules.values()), default=1.0)
+    scale = auto_scale(reports.values(), heaviest)
+    if math.isfinite(scale) and scale:
+        return scale
+    raise ConfigError(
+        "weights or updates of too many sizes: no factor brings the merge to its inputs' size",
+        key="scale", value="auto", remedy="Check the weights, or give a --scale",
+    )  # fmt: skip
+
+
+def auto_scale(reports: Iterable[ModuleReport], heaviest: float = 1.0) -> float:
     """The factor that makes the product of two ratios 1: of spectral and of Frobenius norms, merged over inputs' mean.
 
     Each ratio is a mean over modules; those without any update do not count. A flat spectrum has a large Frobenius
     norm for its spectral one, a merge of few adapters small ones of both: one norm alone does not see both.
+    ``heaviest`` is the largest weight: what has cancelled out next to it has no size to bring up.
 
     Source: ours; docs/evidence.md compares it with scales tuned on labels.
     """
@@ -215,7 +249,7 @@ def auto_scale(reports: Iterable[ModuleReport]) -> float:
         return 1.0
     spectral = sum(r.norm / r.input_norm for r in reports) / len(reports)
     frobenius = sum(r.energy**0.5 / r.input_frobenius for r in reports) / len(reports)
-    return 1 / (spectral * frobenius) ** 0.5 if spectral > CANCELLED else 1.0
+    return 1 / (spectral * frobenius) ** 0.5 if spectral > CANCELLED * heaviest else 1.0
 
 
 def _groups(plan: Plan, batch: int | None) -> Iterator[Group]:
@@ -228,18 +262,20 @@ def _groups(plan: Plan, batch: int | None) -> Iterator[Group]:
         yield from (tuple(names[i : i + size]) for i in range(0, len(names), size))
 
 
-def read_updates(names: Sequence[str], plan: Plan, parts: Parts, device: str = "cpu") -> list[LowRank]:
+def read_updates(
+    names: Sequence[str], plan: Plan, parts: Parts, device: str = "cpu", dtype: torch.dtype | None = None
+) -> list[LowRank]:
     """Each adapter's update of the modules, after the steps before the method; batched where there are several names.
 
-    An adapter that lacks the module has the update zero, of rank 0.
+    An adapter that lacks the module has the update zero, of rank 0. ``dtype``: see
+    :meth:`~coremerge.adapter.Adapter.read`.
     """
     zeros = LowRank.zeros(*plan.modules[names[0]].module.shape)
+    dtype = torch.float64 if parts.before else dtype
     updates = []
     for adapter in plan.adapters.values():
-        held = [adapter.read(name) if name in adapter else zeros for name in names]
+        held = [adapter.read(name, dtype) if name in adapter else zeros for name in names]
         held = [update.to(torch.device(device)) for update in held]
-        if parts.before:
-            held = [update.to(torch.float64) for update in held]
         for step in parts.before:  # one by one: the lift must see the very same factors, and batched SVDs may differ
             held = [step(update) for update in held]
         updates.append(held[0] if len(held) == 1 else _stacked(held))
@@ -252,19 +288,77 @@ def _stacked(updates: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.stack([u.left for u in updates]), torch.stack([u.right for u in updates]))
 
 
-def solve(names: Group, plan: Plan, parts: Parts, device: str = "cpu") -> dict[str, Solved]:
-    """The merged cores of modules of one shape; one by one where their numerical ranks differ."""
-    updates = read_updates(names, plan, parts, device)
+def solve(
+    names: Group, plan: Plan, parts: Parts, device: str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Solved]:
+    """The merged cores of modules of one shape; one by one where their numerical ranks differ.
+
+    ``dtype``: what the factors are read in; None: in float32 where it holds them.
+
+    Raises:
+        TensorError: factors that are not finite, or of a size that cannot be computed with.
+    """
     try:
+        updates = read_updates(names, plan, parts, device, dtype)
         coordinates = parts.space(updates)
+        sizes = _sizes(coordinates.cores)
+        if dtype is None and _beyond_short(updates, sizes):
+            return solve(names, plan, parts, device, torch.float64)
+        _check_sizes(names, sizes, plan)
         merged = _merged(names, coordinates, plan, parts)
         return dict(zip(names, solved_of(names, coordinates, merged, plan), strict=True))
     except RaggedRankError:
-        singles = (solve((name,), plan, parts, device) for name in names)
-        return {name: solved for single in singles for name, solved in single.items()}
+        return _one_by_one(names, plan, parts, device, dtype)
     except LinAlgError:
         _check_finite(names, plan)
-        raise
+        if dtype is None or len(names) > 1:
+            return _one_by_one(names, plan, parts, device, torch.float64)
+        raise TensorError(
+            "its values are too large to be computed with", key=names[0], remedy="Check lora_alpha and the weights"
+        ) from None
+
+
+def _one_by_one(names: Group, plan: Plan, parts: Parts, device: str, dtype: torch.dtype | None) -> dict[str, Solved]:
+    return {name: solve((name,), plan, parts, device, dtype)[name] for name in names}
+
+
+def _sizes(cores: Sequence[LowRank]) -> Tensor:
+    """(2, T, ...): of both factors of each core the largest entry, as a power of two."""
+    sides = [core.left for core in cores], [core.right for core in cores]
+    return torch.stack([torch.stack([_octave(x) for x in side]) for side in sides])
+
+
+def _octave(x: Tensor) -> Tensor:
+    return x.abs().amax((-2, -1)).log2() if x.numel() else x.new_full(x.shape[:-2], -math.inf)
+
+
+def _beyond_short(updates: Sequence[LowRank], sizes: Tensor) -> bool:
+    """Whether factors that were read in float32 came near its ends, and may have lost something there."""
+    odd = ~(sizes.abs() <= SHORT) & (sizes != -math.inf)
+    return any(bool(odd[:, i].any()) for i, update in enumerate(updates) if update.dtype == torch.float32)
+
+
+def _check_sizes(names: Sequence[str], sizes: Tensor, plan: Plan) -> None:
+    """Refuse updates, as they are or weighted, whose squares float64 does not hold."""
+    updates = sizes.sum(0).reshape(len(plan.adapters), len(names)).cpu()
+    odd = (updates.isfinite() & (updates.abs() > MOST)).nonzero().tolist()
+    for at, i in odd[:1]:
+        key, adapter = list(plan.adapters.items())[at]
+        raise TensorError(
+            f"an update of size {_decimal(updates[at, i])} cannot be computed with", file=adapter.info.source or key,
+            key=names[i], remedy="Check lora_alpha in its config, and the values of its factors",
+        )  # fmt: skip
+    weights = [[plan.weights[key].get(name, 0.0) for name in names] for key in plan.adapters]
+    weighted = (updates + torch.tensor(weights, dtype=torch.float64).abs().log2()).amax(0)
+    for i in (weighted.isfinite() & (weighted.abs() > MOST)).nonzero().flatten().tolist()[:1]:
+        raise ConfigError(
+            f"module {names[i]} becomes one of size {_decimal(weighted[i])}, which cannot be computed with",
+            key="weights", remedy="Give weights nearer to 1",
+        )  # fmt: skip
+
+
+def _decimal(octave: Tensor) -> str:
+    return f"1e{float(octave) * math.log10(2):+.0f}"
 
 
 def _check_finite(names: Sequence[str], plan: Plan) -> None:
@@ -272,7 +366,10 @@ def _check_finite(names: Sequence[str], plan: Plan) -> None:
         for name in adapter.keys() & set(names):
             update = adapter[name]
             if not bool(update.left.isfinite().all() & update.right.isfinite().all()):
-                raise TensorError(f"module {name} has NaN or infinite values", file=adapter.info.source or key)
+                raise TensorError(
+                    f"module {name} has NaN or infinite values", file=adapter.info.source or key,
+                    remedy="Check its factors, and lora_alpha in its config",
+                )  # fmt: skip
 
 
 def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: Parts) -> ThinSVD:
@@ -289,7 +386,7 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
         merged = _scale_rows(merged, rows)
     for step in parts.after:
         merged = step(merged)
-    return thin_svd(merged).cut()
+    return thin_svd(merged).cut(NOISE)
 
 
 def _weighted(core: LowRank, weights: Sequence[float]) -> LowRank:
@@ -322,8 +419,14 @@ def solved_of(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, p
             return (x if len(names) == 1 else x[i]).cpu()
 
         values = pick(merged.values)
-        norms, sizes = (x[x > 0] for x in (pick(spectral), pick(frobenius)))
+        there = _there(pick(spectral))
+        norms, sizes = pick(spectral)[there], pick(frobenius)[there]
         energy, rest = float(values.square().sum()), float(values[wanted:].square().sum())
+        if not math.isfinite(energy):
+            raise TensorError(
+                "the merged update is too large to be computed with", key=name,
+                remedy="Check the weights and the method's parameters",
+            )  # fmt: skip
         planned = plan.modules[name]
         report = ModuleReport(
             shape=planned.module.shape,
@@ -339,18 +442,27 @@ def solved_of(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, p
         yield Solved(combination.map(pick), float(pick(amplification)), report)
 
 
+def _there(norms: Tensor) -> Tensor:
+    """Which of these updates count: not those that are zero, or as good as zero next to the largest."""
+    return norms > RTOL * norms.max()
+
+
 def _amplification(coordinates: Coordinates, combination: Combination, result: LowRank) -> Tensor:
     """‖stack‖ ‖combination‖ / ‖result‖ in Frobenius norms (...), of the worse side: see :class:`Solved`.
 
-    Cores have the norms of the stacked factors, as the bases are orthonormal.
+    Cores have the norms of the stacked factors, as the bases are orthonormal. Infinite where a norm is not ordinary: it
+    may not be one for float32.
     """
     stack = total(coordinates.cores)
     sides = [
         (combination.of_left, stack.left, combination.left, result.left),
         (combination.of_right, stack.right, combination.right, result.right),
     ]
-    ratios = [_frobenius(x) * _frobenius(c) / _frobenius(y) for used, x, c, y in sides if used]
-    return torch.stack(ratios).amax(0) if ratios else torch.zeros(result.left.shape[:-2])
+    norms = [torch.stack([_frobenius(x) for x in side]) for used, *side in sides if used]
+    if not norms:
+        return torch.zeros(result.left.shape[:-2])
+    ratios = [torch.where((x > 2.0**-SHORT) & (x < 2.0**SHORT), x[0] * x[1] / x[2], math.inf) for x in norms]
+    return torch.stack(ratios).amax((0, 1))
 
 
 def _frobenius(x: Tensor) -> Tensor:
@@ -371,13 +483,15 @@ def lifted(
     device: str = "cpu",
 ) -> Adapter:
     """The merged adapter; a module's inputs are read again when its factors are asked for."""
+    ordinary = abs(math.frexp(scale)[1]) <= SHORT / 2
 
     def read(name: str, dtype: torch.dtype | None = None) -> LowRank:
         one = solved[name]
-        short = dtype == torch.float32 and _short_lift_will_do(one, plan.dtype)
+        short = dtype == torch.float32 and ordinary and _short_lift_will_do(one, plan.dtype)
         kind = torch.float32 if short else torch.float64
         combination = one.combination.scaled(scale).map(lambda x: x.to(torch.device(device), kind))
-        update = combination(read_updates((name,), plan, parts, device)).to(torch.device("cpu"))
+        exact = None if short else torch.float64
+        update = combination(read_updates((name,), plan, parts, device, exact)).to(torch.device("cpu"))
         return update if dtype is None else update.to(dtype)
 
     modules = {
@@ -397,8 +511,9 @@ def lifted(
 
 
 def _short_lift_will_do(solved: Solved, dtype: torch.dtype) -> bool:
-    """Whether float32 keeps the lift's error below an eighth of what rounding the result to ``dtype`` costs."""
-    return solved.amplification * torch.finfo(torch.float32).eps <= torch.finfo(dtype).eps / 8
+    """Whether float32 keeps the lift's error below :data:`SHORT_ERROR`, and below what rounding to ``dtype`` shows."""
+    error = solved.amplification * torch.finfo(torch.float32).eps
+    return error <= min(SHORT_ERROR, torch.finfo(dtype).eps / 8)
 
 
 def _biases(plan: Plan, scale: float) -> Mapping[str, Tensor]:

@@ -104,16 +104,32 @@ def save(
     layout = Layout.of(_shapes(adapter, ranks, kept))
     texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, ranks), indent=2) + "\n"}
     sources = (*adapter.info.files, *inputs)
+    faint: list[str] = []
     with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes, resume=resume) as folder:
         write_files(folder, {**(files or {}), **texts})
         with tensor_file(folder, WEIGHTS_NAME, layout, resume) as file:
             if file:
                 with closing(_written(file, adapter, ranks, factors, dtype=kept, threads=threads)) as written:
-                    for done, _ in enumerate(written, 1):
+                    for done, said in enumerate(written, 1):
+                        faint += said
                         if progress:
                             progress(done, len(adapter.modules))
     out = Path(path).expanduser()
-    return Saved(out, (out / WEIGHTS_NAME,), layout.file_bytes, rank, kept)
+    return Saved(out, (out / WEIGHTS_NAME,), layout.file_bytes, rank, kept, _notes(faint, kept))
+
+
+def _notes(faint: Sequence[str], dtype: torch.dtype) -> tuple[str, ...]:
+    """What is said of modules whose values are below what ``dtype`` holds in full."""
+    if not faint:
+        return ()
+    others = f" and {len(faint) - 1} more modules" if len(faint) > 1 else ""
+    wider = "" if dtype.itemsize > 4 else "; write it in another dtype: --dtype " + _wider(dtype)
+    kind = str(dtype).removeprefix("torch.")
+    return (f"{faint[0]}{others}: values too small for {kind}, which keeps few of their digits or none{wider}",)
+
+
+def _wider(dtype: torch.dtype) -> str:
+    return "float32, or bfloat16" if dtype == torch.half else "float64"
 
 
 def _written(
@@ -124,15 +140,15 @@ def _written(
     *,
     dtype: torch.dtype,
     threads: int | None,
-) -> Generator[None, None, None]:
-    """All tensors, module by module."""
+) -> Generator[list[str], None, None]:
+    """All tensors, module by module; of each what :func:`_write_module` returns."""
     for name in adapter.extras:
         file.write(PREFIX + name, adapter.extras[name])
     names = list(adapter.modules)
 
-    def write(name: str, update: LowRank | None = None) -> None:
+    def write(name: str, update: LowRank | None = None) -> list[str]:
         update = adapter.read(name, wide(dtype)) if update is None else update
-        _write_module(file, name, adapter, update, rank=ranks[name], dtype=dtype)
+        return _write_module(file, name, adapter, update, rank=ranks[name], dtype=dtype)
 
     if factors is None:
         yield from local.run(write, names, threads)
@@ -208,21 +224,35 @@ def _shapes(adapter: Adapter, ranks: Mapping[str, int], dtype: torch.dtype) -> d
 
 def _write_module(
     file: TensorFile, name: str, adapter: Adapter, update: LowRank, *, rank: int, dtype: torch.dtype
-) -> None:
+) -> list[str]:
+    """Its name, if its values are too small for ``dtype``."""
     module = adapter.modules[name]
     if update.shape != module.shape or update.rank > rank:
         raise TensorError(
             f"announced as {module.shape} of rank {module.rank}, but is {update.shape} of rank {update.rank}", key=name
         )
+    faint = False
     for key, side in zip(_keys(name, module), ("left", "right"), strict=True):
         slot = file.layout.slots[key]
         rounded = _padded(getattr(update, side), (slot.shape[0], math.prod(slot.shape[1:])), dtype)
-        if not all_finite(rounded):
+        largest = _largest(rounded)
+        if not math.isfinite(largest):
             cast(rounded, getattr(adapter[name], side), name)
+        if largest < torch.finfo(dtype).smallest_normal and update.rank:
+            faint |= bool(largest or getattr(adapter[name], side).any())
         file.write(key, rounded.view(slot.shape))
     if adapter.biases:
         bias = adapter.biases[name] if name in adapter.biases else torch.zeros(module.shape[0])
         file.write(f"{PREFIX}{name}.lora_B.bias", cast(bias.to(dtype), bias, name))
+    return [name] if faint else []
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude; NaN if there is one."""
+    if not tensor.numel():
+        return 0.0
+    low, high = tensor.aminmax()
+    return max(-low.item(), high.item())
 
 
 def _padded(factor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -31,15 +31,24 @@ def ties(density: Density = 0.2, reduce: Reduce = "mean") -> Method:
     return merge
 
 
+ROUNDING = 1e-14
+"""An entry below this share of the largest of its matrix is rounding error, which has no sign to vote with."""
+
+
 def trim(x: Tensor, density: float) -> Tensor:
-    """``x`` (..., p, q) with all but the ⌈density · p · q⌋ entries of largest magnitude set to zero, in each matrix."""
+    """``x`` (..., p, q) with all but the ⌈density · p · q⌋ entries of largest magnitude set to zero, in each matrix.
+
+    Rounding errors are zero, too.
+    """
     size = x.shape[-2] * x.shape[-1]
-    keep = max(1, round(density * size))
-    if keep >= size:
+    if not size:
         return x
+    keep = max(1, round(density * size))
     magnitude = x.abs().flatten(-2)
-    threshold = magnitude.kthvalue(size - keep + 1, dim=-1).values[..., None, None]
-    return torch.where(x.abs() >= threshold, x, 0.0)
+    threshold = magnitude.amax(-1) * ROUNDING
+    if keep < size:
+        threshold = threshold.maximum(magnitude.kthvalue(size - keep + 1, dim=-1).values)
+    return torch.where(x.abs() >= threshold[..., None, None], x, 0.0)
 
 
 def elect(x: Tensor, reduce: Reduce) -> Tensor:

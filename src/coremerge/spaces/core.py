@@ -28,7 +28,8 @@ def core(
     Args:
         basis: ``stacked`` as in the paper: element-wise methods then see how each update is split into factors;
             ``balanced`` rewrites each update as U√S, √S Vᵀ first, so that only the updates themselves count.
-        rtol: directions below this share of the largest singular value of a stack are cut.
+        rtol: directions below this share of the largest singular value of a stack are cut, unless updates would show
+            it: where one factor makes up for the other's size, both are brought to one size before.
         singular: the singular vectors themselves; else any orthonormal basis of their span, which is quicker. A recipe
             that does not say decides by its method: whether that sees the basis.
     """
@@ -39,7 +40,10 @@ def core(
             given = [u.to(torch.float64) for u in given]
             updates = [u.svd.cut().lowrank() for u in given]
         stack = total(updates, torch.float64)
-        left, right = (column_basis(x, rtol, singular=singular) for x in (stack.left, stack.right.mT))
+        sides = stack.left, stack.right.mT
+        left, right = (
+            column_basis(x, rtol, singular=singular, beside=y) for x, y in zip(sides, reversed(sides), strict=True)
+        )
         edges = list(pairwise(accumulate((u.rank for u in updates), initial=0)))
         cores = tuple(LowRank(left.coordinates[..., a:b], right.coordinates[..., a:b].mT) for a, b in edges)
         lift = Lift(left.transform, right.transform.mT)

@@ -26,12 +26,13 @@ def knots(scaled: bool = True) -> Space:
 
     def project(updates: Sequence[LowRank]) -> Coordinates:
         updates = [u.to(torch.float64) for u in updates]
-        basis = linalg.column_basis(total(updates).left)
+        stack = total(updates)
+        basis = linalg.column_basis(stack.left, beside=stack.right.mT)
         edges = accumulate((u.rank for u in updates), initial=0)
         lefts = [basis.coordinates[..., a:b] for a, b in pairwise(edges)]
         small = torch.cat([a @ linalg.qr(u.right.mT)[1].mT for a, u in zip(lefts, updates, strict=True)], -1)
         vectors, sigma, _ = linalg.svd(small)
-        rank = linalg.numerical_rank(sigma)
+        rank = linalg.numerical_rank(sigma, linalg.NOISE)
         vectors, sigma = vectors[..., :rank], sigma[..., :rank]
         cores = tuple(LowRank(vectors.mT @ a, u.right) for a, u in zip(lefts, updates, strict=True))
         return Coordinates(cores, Lift(left=basis.transform @ vectors), None if scaled else sigma)
