@@ -187,12 +187,11 @@ def scale(known: Numbers) -> Figure:
 def methods(known: Numbers) -> Figure:
     """Every method in every space, as it comes and tuned."""
     numbers = known["Accuracy: methods and spaces"]
-    rows = sorted(numbers.items(), key=lambda item: item[1]["test"]["mean"])
+    rows = sorted(numbers.items(), key=lambda item: mean(item[1]["tuned"]))
     figure = Figure(figsize=(7, 0.24 * len(rows) + 1.1))
     axes = figure.subplots()
     for place, (label, found) in enumerate(rows):
-        plain = sum(scores["mean"] for scores in found["untuned"]) / len(found["untuned"])
-        tuned = found["test"]["mean"]
+        plain, tuned = mean(found["untuned"]), mean(found["tuned"])
         ours = label.endswith("default")
         axes.plot([plain, tuned], [place, place], color="0.75", linewidth=1.2, zorder=1)
         axes.plot(plain, place, "o", color=COLOURS[1] if ours else COLOURS[0], markersize=6)
@@ -206,6 +205,11 @@ def methods(known: Numbers) -> Figure:
     return figure
 
 
+def mean(seeds: Sequence[Mapping[str, Any]]) -> float:
+    """Of the means of several seeds."""
+    return sum(scores["mean"] for scores in seeds) / len(seeds)
+
+
 def short(label: str) -> str:
     """A merge's label as the papers spell it."""
     for ours, theirs in SPELLING.items():
@@ -215,9 +219,9 @@ def short(label: str) -> str:
 
 SPELLING = {
     "core coremerge's": "coremerge's",
-    "tsv, null vectors kept, + isotropize:span=false": "TSV + Iso-C as published",
+    "tsv, null vectors kept + isotropize:span=false": "TSV + Iso-C as published",
     "sum + isotropize:span=false": "Iso-C as published",
-    "tsv, null vectors kept,": "TSV as published",
+    "tsv, null vectors kept": "TSV as published",
     "sum + isotropize": "Iso-C",
     "isotropize": "Iso-C",
     "dare_ties": "DARE-TIES",

@@ -42,6 +42,10 @@ ALONE = math.inf
 COUNTS, RIDGES = (8, 16, 64, 256, 1024), (0.1, 1.0)
 """Inputs of a task, and ridges beside what is the default."""
 PRIORS = ("merge", "router", "regmean", "zero")
+CROSSED: tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]] = (
+    ("iso", "merge", "router"), (0.1, 0.3, 1.0, 3.0), (16, 64),
+)  # fmt: skip
+"""Priors, ridges and numbers of inputs, each with each."""
 SUBSETS = {2: SEEDS, 4: SEEDS}
 """Numbers of tasks, and the draws of them."""
 
@@ -178,11 +182,8 @@ def without_data(bench: Bench, **recipe: Any) -> Callable[[Data], MergeResult]:
 def gradient_ways(bench: Bench) -> list[Way]:
     """What takes minutes each."""
     return [
-        *(
-            Way(f"sum, weights learned ({objective}), one draw", learned(bench, objective), drawn=False)
-            for objective in ("nsc-own", "match")
-        ),
-        Way(f"cores distilled ({STEPS} steps), one draw", distillation(bench), drawn=False),
+        *(Way(f"sum, weights learned ({name})", learned(bench, name)) for name in ("nsc-own", "match")),
+        Way(f"cores distilled ({STEPS} steps)", distillation(bench)),
     ]
 
 
@@ -210,6 +211,7 @@ def ways(bench: Bench) -> list[Way]:
         Way(f"coremerge's default, cut to {RANK}, no inputs", without_data(bench, rank=RANK), drawn=False),
         Way(f"CtM with TIES, rank {RANK}, no inputs", without_data(bench, method="ties", **small), drawn=False),
         Way(f"CtM with TSV and isotropize, rank {RANK}, no inputs", without_data(bench, **small), drawn=False),
+        Way(f"RegMean++ in core space, cut to {RANK}", fitted(bench, prior="regmean++", ridge=ALONE, rank=RANK)),
         Way(f"router, cut to {RANK}", fitted(bench, prior="router", ridge=ALONE, rank=RANK)),
         Way(f"fit, then cut to {RANK}", lambda data: _cut(fitted(bench)(data))),
         Way(f"fit, rank {RANK}", fitted(bench, rank=RANK)),
@@ -288,6 +290,28 @@ def choices(bench: Bench, most: int) -> tuple[str, object]:
     return text + results.table(["fit", "score", "worst task", "seconds"], rows), raw
 
 
+def crossed(bench: Bench, seeds: Sequence[int]) -> tuple[str, object]:
+    """Prior, ridge and number of inputs, each with each, on validation rows."""
+    rows: list[list[object]] = []
+    raw: dict[str, Any] = {}
+    priors, ridges, counts = CROSSED
+    for count in counts:
+        drawn = [inputs(bench, seed, count, split="test") for seed in seeds]
+        for prior in priors:
+            means = []
+            for ridge in ridges:
+                way = Way(f"{count} inputs, prior {prior}, ridge {ridge:g}", fitted(bench, prior=prior, ridge=ridge))
+                found = [scored(bench, way, data, "validation")[0] for data in drawn]
+                raw[way.label] = [dict(one.normalised) for one in found]
+                means.append(spread([one.mean for one in found]))
+            rows.append([count, prior, *means])
+    text = (
+        f"Normalised means on {bench.rows['validation']} validation rows a task of {bench.taskset.name}, {len(seeds)}"
+        " draws of test inputs.\n\n"
+    )
+    return text + results.table(["inputs", "prior", *(f"ridge {ridge:g}" for ridge in ridges)], rows), raw
+
+
 def subsets(bench: Bench, sizes: Mapping[int, Sequence[int]]) -> tuple[str, object]:
     """Fewer tasks, adapters of one kind, on test rows."""
     names = list(bench.taskset.tasks)
@@ -329,7 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="another task set")
     parser.add_argument("--quick", action="store_true", help="a few rows; results go to the work folder")
-    parser.add_argument("--only", choices=["comparison", "gradient", "choices", "subsets"], help="one of the tables")
+    parser.add_argument(
+        "--only", choices=["comparison", "gradient", "choices", "crossed", "subsets"], help="one of the tables"
+    )
     parser.add_argument("--most", type=int, default=COUNTS[-1], help="inputs of a task, where their number is varied")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
@@ -342,11 +368,14 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = SEEDS[:1] if given.quick else SEEDS
         results.write(f"{TITLE}, {name}", *comparison(bench, seeds, ways(bench)), seed=0, folder=folder)
     if given.only in (None, "gradient"):
-        found = comparison(bench, SEEDS[:1], gradient_ways(bench))
+        found = comparison(bench, SEEDS[:1] if given.quick else SEEDS, gradient_ways(bench))
         results.write(f"{TITLE}: by gradient, {name}", *found, seed=0, folder=folder)
     if given.only in (None, "subsets"):
         sizes = {} if given.quick else SUBSETS
         results.write(f"{TITLE}: fewer tasks, {name}", *subsets(bench, sizes), seed=0, folder=folder)
+    if given.only in (None, "crossed"):
+        found = crossed(bench, SEEDS[:1] if given.quick else SEEDS[:2])
+        results.write(f"{TITLE}: prior and ridge, {name}", *found, seed=0, folder=folder)
     if given.only in (None, "choices"):
         results.write(f"{TITLE}: what decides, {name}", *choices(bench, given.most), seed=0, folder=folder)
 

@@ -25,7 +25,7 @@ ROWS: dict[Split, int] = {"validation": 6, "test": 200}
 SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 CUT = ["core task arithmetic", "core tsv", "core sum + isotropize", "core tsv + isotropize", "core coremerge's default"]
 NEAR = ["core task arithmetic", "full ties", "core ties", "core tsv", "core tsv + isotropize",
-        "full tsv, null vectors kept, + isotropize:span=false", "core sum + isotropize",
+        "full tsv, null vectors kept + isotropize:span=false", "core sum + isotropize",
         "core coremerge's default"]  # fmt: skip
 Section = tuple[str, object]
 

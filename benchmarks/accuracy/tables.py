@@ -37,10 +37,10 @@ GRID: list[dict[str, Any]] = [
     {"merge_method": "tsv", "steps": BOTH},
     {"merge_method": "cart", "steps": BOTH, "parameters": {"rank": RANKS}},
     {"merge_method": "sum", "steps": ["isotropize"], "label": "sum"},
-    {"merge_method": "tsv", "space": "full", "parameters": {"pad": True}, "label": "tsv, null vectors kept,"},
+    {"merge_method": "tsv", "space": "full", "parameters": {"pad": True}, "label": "tsv, null vectors kept"},
     {
         "merge_method": "tsv", "space": "full", "steps": ["isotropize:span=false"], "parameters": {"pad": True},
-        "label": "tsv, null vectors kept,",
+        "label": "tsv, null vectors kept",
     },
     {"merge_method": "sum", "space": "full", "steps": ["isotropize:span=false"], "label": "sum"},
     {"label": "coremerge's default"},
@@ -83,7 +83,8 @@ def spaces(bench: Bench, labels: Sequence[str] | None = None) -> Section:
         plain, seconds = _untuned(bench, merge)
         chosen = [best.scores, *_reseeded(bench, best)]
         rows.append([merge.label, *_cells(plain), *_cells(chosen)[1:3], _settings(best), f"{seconds:.2f}"])
-        raw[merge.label] = {"untuned": [s.to_dict() for s in plain], "seconds": seconds} | best.to_dict()
+        scored = {"untuned": [s.to_dict() for s in plain], "tuned": [s.to_dict() for s in chosen]}
+        raw[merge.label] = scored | {"seconds": seconds} | best.to_dict()
         print(rows[-1], flush=True)
     header = ["merge", "untuned: raw", "normalised", "worst task", "tuned: normalised", "worst task", "tuned at", "s"]
     count = len(bench.adapters)
@@ -267,7 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder = given.results or (Path("work/bench") if given.quick or given.short else results.ROOT)
     for title, part in sections(given.only):
         body, raw = spaces(bench, FEW) if part is spaces and given.short else part(bench)
-        results.write(title, body, raw, seed=0, folder=folder)
+        named = title if given.tasks == EXAMPLE else f"{title}, {bench.taskset.name}"
+        results.write(named, body, raw, seed=0, folder=folder)
 
 
 if __name__ == "__main__":
