@@ -52,7 +52,11 @@ bench-full: setup
 	$(BIN)/python -m benchmarks.speed.scaling
 	$(BIN)/python -m benchmarks.speed.learning
 	$(BIN)/python -m benchmarks.speed.fit
+	$(BIN)/python -m benchmarks.scale.cost
+	$(BIN)/python -m benchmarks.scale.memory
+	$(BIN)/python -m benchmarks.scale.cluster
 	$(BIN)/python -m benchmarks.accuracy.tables
+	$(BIN)/python -m benchmarks.accuracy.tables --tasks examples/minilm-wordnet-16 --only spaces
 	$(BIN)/python -m benchmarks.accuracy.scale
 	$(BIN)/python -m benchmarks.accuracy.scale --tasks examples/minilm-wordnet-16 --only tuned
 	$(BIN)/python -m benchmarks.accuracy.fit
@@ -66,6 +70,7 @@ bench-full: setup
 campaign: setup
 	$(BIN)/python -m benchmarks.reliability.kill
 	$(BIN)/python -m benchmarks.reliability.faults
+	$(BIN)/python -m benchmarks.reliability.numbers
 	$(BIN)/python -m benchmarks.reliability.fuzz
 
 clean:

@@ -1,4 +1,4 @@
-"""The two tables of the README, written anew from results.json: ``python -m benchmarks.readme``."""
+"""The tables in README and docs, written anew from results.json: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from benchmarks import results
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 ACCURACY, MODULE, TOOLS = "Accuracy: methods and spaces", "Speed: one module", "Speed: beside other tools"
+PAPER = "Scale: cost on paper"
 MERGES = {
     "task arithmetic": "core task arithmetic",
     "TIES, full space": "full ties",
@@ -69,16 +70,29 @@ def speed(known: Known) -> str:
     return results.table(["Llama-3-8B's shapes, six adapters of rank 16", "layers", "time", "memory"], rows)
 
 
-TABLES: Mapping[str, Callable[[Known], str]] = {"accuracy": accuracy, "speed": speed}
+def paper(known: Known) -> str:
+    """What was not run, by the cost model."""
+    rows: list[list[object]] = []
+    for label, modules, read, written, operations, hours, handing, workers, peak in known[PAPER]["numbers"]:
+        sizes = [f"{modules:,}", f"{read:,.0f}", f"{written:,.0f}", f"{operations:.1e}"]
+        rows.append([label, *sizes, f"{hours:,.1f}", f"{handing:,.2f}", f"{workers:,}", f"{peak:.1f}"])
+    head = ["merge", "modules", "GB read", "GB written", "operations", "processor h", "handing out, h", "workers", "GB"]
+    return results.table(head, rows)
 
 
-def filled(text: str, known: Known) -> str:
-    """The README with its tables as they are now.
+TABLES: Mapping[str, Mapping[str, Callable[[Known], str]]] = {
+    "README.md": {"accuracy": accuracy, "speed": speed},
+    "docs/scaling.md": {"paper": paper},
+}
+
+
+def filled(text: str, known: Known, tables: Mapping[str, Callable[[Known], str]]) -> str:
+    """A page with its tables as they are now.
 
     Raises:
         ValueError: a table's place is not marked.
     """
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         marks = re.compile(rf"(<!-- {name}: begin[^\n]*-->\n).*?(\n<!-- {name}: end -->)", re.DOTALL)
         if len(marks.findall(text)) != 1:
             raise ValueError(f"{name}: begin and end are not marked once")
@@ -88,7 +102,9 @@ def filled(text: str, known: Known) -> str:
 
 def main() -> None:
     known = json.loads((results.ROOT / "results.json").read_text())
-    README.write_text(filled(README.read_text(encoding="utf-8"), known), encoding="utf-8")
+    for name, tables in TABLES.items():
+        page = ROOT / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), known, tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

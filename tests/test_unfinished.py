@@ -231,12 +231,14 @@ def test_killed_while_the_old_result_gives_way_it_can_be_run_again(sources, tmp_
     assert weights(out) == weights(tmp_path / "WHOLE") and not folder_of(out).exists()
 
 
-def test_a_record_that_makes_no_sense_is_refused(sources, tmp_path):
+@pytest.mark.parametrize("facts", [{}, {"report": {}, "of": [1, 1]}, {"amplification": 10**400}])
+def test_a_record_that_makes_no_sense_is_refused(sources, tmp_path, facts):
     stopped(sources, tmp_path / "OUT")
     file = folder_of(tmp_path / "OUT") / "journal"
     mark = json.loads(file.read_bytes().partition(b"\n")[0])["mark"]
     with Journal(file, mark) as made:
-        made.add({"module": "x"}, {})
+        whole = made.parts[0].facts if made.parts and "amplification" in facts else {}
+        made.add({**whole, "module": "x", **facts}, {})
     for _ in range(2):  # and the lock is let go
         with pytest.raises(SourceError, match="makes no sense"):
             merge_files(sources, tmp_path / "OUT", resume=True)

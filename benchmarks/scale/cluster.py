@@ -7,6 +7,7 @@ of workers is shown with parts that only wait.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from benchmarks.speed import shapes
 from benchmarks.speed.run import RECIPE, remove
 from benchmarks.speed.scaling import square
 from benchmarks.speed.shapes import SHAPES, Shape
+from coremerge.batch import run_batch
 from coremerge.executors import Executor
 from coremerge.executors.ray import Ray
+from coremerge.manifest import Manifest
 from coremerge.pipeline import merge_files
 
 WAIT = 0.05
@@ -33,6 +36,7 @@ WAIT = 0.05
 @contextmanager
 def cluster(nodes: int, processors: int = 1) -> Iterator[Ray]:
     """A cluster of that many nodes on this machine, each with as many workers as ``processors``; the workers are up."""
+    os.environ.update({"RAY_worker_niceness": "0"})  # by default workers give way to all else on the machine
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": processors, "include_dashboard": False})
     try:
         for _ in range(nodes - 1):
@@ -96,6 +100,39 @@ def merges(listed: list[tuple[str, Shape]], workers: list[int], work: Path, repe
     )
 
 
+def many(shape: Shape, jobs: int, workers: list[int], work: Path) -> tuple[str, object]:
+    """A batch of merges, in one process and on a cluster."""
+    folders, out = shapes.make(shape, work), work / "out"
+    recipes = {f"r{i}": {"merge_method": "tsv", "steps": ["isotropize"], "scale": 1 + i / jobs} for i in range(jobs)}
+    manifest = Manifest(sets={"all": list(map(str, folders))}, recipes=recipes, folder=Path())
+
+    def timed(executor: Executor | None) -> float:
+        remove(out)
+        start = time.perf_counter()
+        report = run_batch(manifest, out, threads=1, executor=executor)
+        assert not report.failed, report.failed[0].error
+        return time.perf_counter() - start
+
+    rows: list[list[Any]] = [["this process, one thread", timed(None)]]
+    for n in workers:
+        with cluster(n) as executor:
+            timed(executor)  # workers open what they need
+            rows.append([f"{n} worker{'s' if n > 1 else ''}", timed(executor)])
+    alone = rows[0][1]
+    rows = [[label, taken, taken / jobs, 3600 * jobs / taken, alone / taken] for label, taken in rows]
+    for row in rows:
+        print(row, flush=True)
+    remove(out)
+    shutil.rmtree(work / shape.key)
+    modules = shape.layers * len(shape.modules)
+    return (
+        f"`coremerge batch`: {jobs} recipes (tsv + isotropize) on {shape.adapters} adapters of {shape.name},"
+        f" {modules} modules, on one machine.\n\n"
+        + results.table(["by", "s", "s a merge", "merges an hour", "× one process"], rows),
+        rows,
+    )
+
+
 def waiting(workers: list[int], parts: int) -> tuple[str, object]:
     """Parts that only wait: what handing out costs."""
     rows = []
@@ -127,6 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     small = ("small modules", square(64, 64 if given.quick else 4096, 3, 4))
     listed = [small] if given.quick else [small, ("llama-3-8b", SHAPES["llama-3-8b"])]
     results.write("Scale: a cluster", *merges(listed, [1, 2], given.work, given.repeats), seed=0, folder=folder)
+    shape, jobs = (SHAPES["tiny"], 4) if given.quick else (SHAPES["vit-b"], 40)
+    results.write("Scale: many merges", *many(shape, jobs, [1, 2], given.work), seed=0, folder=folder)
     counts = [2] if given.quick else [1, 4, 16, 32]
     results.write("Scale: handing out work", *waiting(counts, 20), seed=0, folder=folder)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.figures import FIGURES, FOLDER, draw_all
-from benchmarks.readme import README, filled
+from benchmarks.readme import ROOT, TABLES, filled
 from benchmarks.speed import operations, others
 from benchmarks.speed.shapes import SHAPES
 
@@ -32,11 +32,12 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     assert "cost: Speed: how cost grows is not in results.json" in missing
 
 
-def test_the_readmes_tables_are_those_of_the_results() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert filled(text, KNOWN) == text
-    with pytest.raises(ValueError, match="accuracy: begin and end"):
-        filled("no marks", KNOWN)
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_in_pages_are_those_of_the_results(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert filled(text, KNOWN, TABLES[name]) == text
+    with pytest.raises(ValueError, match="begin and end"):
+        filled("no marks", KNOWN, TABLES[name])
 
 
 def test_results_name_no_folder_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
