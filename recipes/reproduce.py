@@ -2,7 +2,8 @@
 
 Fetches the adapters and the data that the set's file names, writes a task set to OUT (adapters as safetensors, heads,
 rows), and has coremerge search and score on it; of sets that generate text, it learns weights, merges, and leaves
-scoring to the harness that the set's file names. ``--mirror FOLDER``: hub ids are folders there; nothing is fetched.
+scoring to the harness that the set's file names. ``--joint`` tunes for rows whose task is unknown. ``--mirror FOLDER``:
+hub ids are folders there; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from coremerge import Adapter, load
 from coremerge.errors import CoremergeError
 
 HERE = Path(__file__).parent
-HELD_OUT = 0.2
-"""Of the rows, for tuning; the rest is the test split. The papers' own draws were not published."""
+JOINT = "all"
+"""The group of all tasks, where the task of a row is unknown."""
 
 
 class _Part(BaseModel):
@@ -38,7 +39,9 @@ class Source(_Part):
 
     Attributes:
         adapter: hub id.
-        data: hub id of the data set, its configuration and split.
+        data: hub id of the data set, its configuration, and the split that tests.
+        tuning: the split that tunes; by default a share of ``split`` does, and the rest of it tests.
+        held_out: that share, where there is no such split.
         columns: of the row → of the data set: text, pair, image; label.
         classes: names that stand for its labels, by their order there; those of the data set's feature by default.
         labels: values of the label's column, in the order of ``classes``, where they are not 0, 1, ...
@@ -52,6 +55,8 @@ class Source(_Part):
     data: str
     config: str | None = None
     split: str = "test"
+    tuning: str | None = None
+    held_out: float = Field(default=0.2, gt=0, lt=1)
     columns: dict[str, str]
     classes: tuple[str, ...] = ()
     labels: tuple[int | str, ...] = ()
@@ -72,7 +77,7 @@ class Set(_Part):
         max_length: tokens of a row.
         dtype: that the base runs in; float32 by default.
         plan: what is searched, a file beside this one.
-        learn: options of ``coremerge learn-weights``, for generation.
+        learn: options of ``coremerge learn-weights``, where NSC's weights are learned, too.
         then: how the merge is scored, for generation.
         tasks: by name.
     """
@@ -102,13 +107,13 @@ class Hub:
     def place(self, name: str) -> str:
         return str(self.mirror / name) if self.mirror else name
 
-    def rows(self, source: Source) -> Any:
-        """The data set's split."""
+    def rows(self, source: Source, split: str) -> Any:
+        """A split of the data set."""
         import datasets
 
         if self.mirror:
-            return datasets.load_from_disk(self.place(source.data))[source.split]
-        return datasets.load_dataset(source.data, source.config, split=source.split)
+            return datasets.load_from_disk(self.place(source.data))[split]
+        return datasets.load_dataset(source.data, source.config, split=split)
 
 
 def prepare(made: Set, out: Path, hub: Hub, limit: int | None) -> None:
@@ -119,7 +124,7 @@ def prepare(made: Set, out: Path, hub: Hub, limit: int | None) -> None:
     tasks: dict[str, Any] = {}
     for name, source in made.tasks.items():
         print(f"{name}: {source.adapter}, {source.data}", flush=True)
-        data = hub.rows(source)
+        data = hub.rows(source, source.split)
         if made.kind == "generation":
             write_rows(
                 out / "data" / f"{name}.jsonl", examples(data, source, out / "images" / name, range(limit or 64))
@@ -129,12 +134,11 @@ def prepare(made: Set, out: Path, hub: Hub, limit: int | None) -> None:
         # weights only: the head goes to a file of its own, as every task keeps its own
         Adapter.from_updates(dict(adapter), name=name).save(out / "adapters" / name, dtype="float32", overwrite=True)
         classes = source.classes or tuple(data.features[source.columns["label"]].names)
+        named = source.model_copy(update={"classes": classes})
         head = clip.head(classes, source.templates) if clip else own_head(adapter, source)
         (out / "heads").mkdir(exist_ok=True)
         save_file(head, out / "heads" / f"{name}.safetensors")
-        listed = list(examples(data, source, out / "images" / name, drawn(len(data), limit), classes))
-        cut = max(1, round(HELD_OUT * len(listed)))
-        for split, part in (("validation", listed[:cut]), ("test", listed[cut:])):
+        for split, part in splits(data, named, hub, out / "images" / name, limit).items():
             write_rows(out / "data" / f"{name}.{split}.jsonl", part)
         tasks[name] = {
             "kind": "classification", "metric": "accuracy", "classes": list(classes), "adapter": f"adapters/{name}",
@@ -148,9 +152,19 @@ def prepare(made: Set, out: Path, hub: Hub, limit: int | None) -> None:
             "base": {"path": "base"} if clip else {"hub_id": hub.place(made.base)},
             "pooling": "pooler" if clip else "last",
             "tasks": tasks,
-        }
+        } | ({"joint": {JOINT: list(tasks)}} if clip else {})
         task_set |= {key: value for key in ("max_length", "dtype") if (value := getattr(made, key)) is not None}
         (out / "tasks.yaml").write_text(yaml.safe_dump(task_set, sort_keys=False), encoding="utf-8")
+
+
+def splits(data: Any, source: Source, hub: Hub, images: Path, limit: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Rows that tune and rows that test, ``limit`` of both together, or of each where each is a split of its own."""
+    test = list(examples(data, source, images, drawn(len(data), limit)))
+    if source.tuning:
+        other, folder = hub.rows(source, source.tuning), images.with_name(f"{images.name}.tuning")
+        return {"validation": list(examples(other, source, folder, drawn(len(other), limit))), "test": test}
+    cut = max(1, len(test) - int((1 - source.held_out) * len(test)))
+    return {"validation": test[:cut], "test": test[cut:]}
 
 
 def drawn(count: int, limit: int | None) -> Sequence[int]:
@@ -159,10 +173,9 @@ def drawn(count: int, limit: int | None) -> Sequence[int]:
     return order[:limit]
 
 
-def examples(
-    data: Any, source: Source, images: Path, places: Sequence[int], classes: Sequence[str] = ()
-) -> Iterator[dict[str, Any]]:
+def examples(data: Any, source: Source, images: Path, places: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Rows as coremerge reads them; those without a label that is known are left out."""
+    classes = source.classes
     labels = source.labels or tuple(range(len(classes)))
     for place in places:
         if place >= len(data):
@@ -227,16 +240,25 @@ class Captions:
         self._processor.image_processor.save_pretrained(path)
 
 
-def commands(made: Set, out: Path, hub: Hub, device: str) -> list[list[str]]:
+def commands(made: Set, out: Path, hub: Hub, device: str, *, joint: bool = False) -> list[list[str]]:
     """What is run once everything is there."""
-    if made.kind != "generation":
-        assert made.plan is not None
-        plan, winner = str(HERE / made.plan), str(out / "winner.yaml")
-        return [["search", "--tasks", str(out), "--plan", plan, "--device", device, "-o", winner, "--overwrite"]]
-    adapters = [hub.place(source.adapter) for source in made.tasks.values()]
-    names = [Path(adapter).name for adapter in adapters]
-    data = [f"--data={name}={out / 'data' / task}.jsonl" for name, task in zip(names, made.tasks, strict=True)]
-    weights = str(out / "weights.safetensors")
+    if made.kind == "generation":
+        places = {task: hub.place(source.adapter) for task, source in made.tasks.items()}
+        return weighted(made, out, hub, device, {place: f"{task}.jsonl" for task, place in places.items()})
+    assert made.plan is not None
+    plan, scored = str(HERE / made.plan), ["--tasks", str(out), "--device", device]
+    found = str(out / ("winner-joint.yaml" if joint else "winner.yaml"))
+    search = ["search", *scored, "--plan", plan, "-o", found, "--overwrite"]
+    if joint or not made.learn:
+        return [search + (["--target", JOINT] if joint else [])]
+    own = {str(out / "adapters" / name): f"{name}.validation.jsonl" for name in made.tasks}
+    return [search, *weighted(made, out, hub, device, own), ["evaluate", str(out / "merged"), *scored]]
+
+
+def weighted(made: Set, out: Path, hub: Hub, device: str, data_of: Mapping[str, str]) -> list[list[str]]:
+    """NSC's weights for adapters, each with its file of inputs, and the merge with them."""
+    adapters, weights = list(data_of), str(out / "weights.safetensors")
+    data = [f"--data={Path(adapter).name}={out / 'data' / file}" for adapter, file in data_of.items()]
     base = ["--base", hub.place(made.base), "--device", device, *made.learn]
     return [
         ["learn-weights", *adapters, *base, *data, "-o", weights, "--overwrite"],
@@ -258,17 +280,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("set", choices=known)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, help="of each task; all by default, and 64 inputs for generation")
+    parser.add_argument("--joint", action="store_true", help="tune for rows whose task is unknown (images only)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--mirror", type=Path, help="a folder with ORG/NAME folders instead of the hub")
     parser.add_argument("--only-prepare", action="store_true", help="and print the commands")
     given = parser.parse_args(arguments)
     made, hub = known[given.set], Hub(given.mirror)
+    if given.joint and made.kind != "images":
+        parser.error("--joint: the labels of these tasks cannot be joined")
     given.out.mkdir(parents=True, exist_ok=True)
     try:
         prepare(made, given.out, hub, given.rows)
     except (OSError, CoremergeError) as error:
         raise SystemExit(f"error: {error}\nWithout the hub: --mirror FOLDER, with the same ids as folders") from None
-    listed = commands(made, given.out, hub, given.device)
+    listed = commands(made, given.out, hub, given.device, joint=given.joint)
     if given.only_prepare:
         print("\n".join(" ".join(["coremerge", *words]) for words in listed))
     else:

@@ -42,6 +42,8 @@ def test_evaluate_prints_shares_and_scores(run, taskset):
     assert result.exit_code == 0
     for words in ("tiny, test rows", "each task's own adapter", "no adapter", "± 95 %", "accuracy, 12", "pearson, 12"):
         assert words in result.stdout
+    own = next(line for line in result.stdout.splitlines() if line.startswith("each task's own adapter"))
+    assert own.split("adapter")[1].split() == ["1.000", "1.000", "colour"]  # by definition: no margin
     assert result.stderr == ""
 
 
@@ -84,6 +86,24 @@ def test_search_writes_a_recipe_that_merge_takes(run, taskset, tmp_path):
     assert len(coremerge.load(tmp_path / "merged")) == 4
     again = run("search", "--tasks", taskset, "--plan", plan, "-o", out)
     assert (again.exit_code, "--overwrite" in again.stderr) == (1, True)
+
+
+def test_search_tunes_for_a_joint_group_and_says_so(run, taskset, tmp_path):
+    data = yaml.safe_load((taskset / "tasks.yaml").read_text()) | {"joint": {"all of it": ["colour"]}}
+    data["base"] = {"path": str(taskset / "base")}
+    for task in data["tasks"].values():
+        task |= {key: str(taskset / task[key]) for key in ("adapter", "head", "validation", "test")}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(data))
+    plan, out = tmp_path / "plan.yaml", tmp_path / "r.yaml"
+    plan.write_text("{merges: [{merge_method: sum}], scales: {values: [0.5, 1.0]}}")
+    words = ("search", "--tasks", tmp_path, "--plan", plan, "-o", out, "--target")
+    assert 'target = "none"' in run(*words, "none").stderr and not out.exists()
+    result = run(*words, "all of it")
+    assert result.exit_code == 0
+    assert "all of it: accuracy, task unknown" in result.stdout
+    data = json.loads(run(*words, "all of it", "--overwrite", "--json").stdout)
+    assert data["target"] == "all of it"
+    assert data["rows"][0]["validation"] == max(one["score"] for one in data["rows"][0]["tried"])
 
 
 def test_search_prints_all_that_was_tried_as_json(run, taskset, tmp_path):

@@ -186,6 +186,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks = {
         "shade": two | {"metric": "accuracy", "classes": ["dark", "light"], "test": "whole.jsonl"},
         "patch": two | {"metric": "miou", "per": "patch", "classes": ["a", "b"], "test": "patches.jsonl"},
+        "all patches": two | {"metric": "exact_match", "per": "patch", "classes": ["a", "b"], "test": "patches.jsonl"},
         "depth": {
             "kind": "regression", "metric": "rmse", "per": "patch", "head": "one.safetensors", "test": "depth.jsonl",
         },
@@ -206,8 +207,10 @@ def test_pictures_are_scored_whole_and_patch_by_patch(pictures: Path) -> None:
     labels = torch.tensor([row.label for row in taskset.rows("depth", "test")])
     scores = result["adapter"].scores
     assert scores.raw["depth"] == pytest.approx((guesses - labels).square().mean().sqrt().item(), rel=1e-5)
-    assert set(scores.raw) == {"shade", "patch", "depth"}
-    assert set(scores.normalised) == {"shade", "patch"}
+    right = (patches @ load_file(pictures / "two.safetensors")["weight"].T).argmax(-1) == torch.tensor([0, 1, 0, 1])
+    assert scores.raw["all patches"] == pytest.approx(right.all(1).double().mean().item())
+    assert set(scores.raw) == {"shade", "patch", "all patches", "depth"}
+    assert set(scores.normalised) <= {"shade", "patch", "all patches"}
 
 
 def test_too_many_labels_for_the_patches_are_refused(pictures: Path) -> None:

@@ -3,7 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coremerge.evaluation.metrics import METRICS, Metric, accuracy, fisher, pearson, rmse, spearman, wilson
+from coremerge.evaluation.metrics import (
+    METRICS,
+    Metric,
+    accuracy,
+    find_metric,
+    fisher,
+    names_of,
+    pearson,
+    rmse,
+    spearman,
+    wilson,
+)
 
 DRAW = np.random.default_rng(0)
 LABELS = DRAW.integers(0, 3, 200).astype(float)
@@ -13,6 +24,32 @@ X, Y = DRAW.normal(size=(2, 50))
 
 def test_accuracy_counts_rows() -> None:
     assert accuracy(np.array([1, 0, 1, 0]), np.array([1.0, 0.0, 0.0, 1.0])) == 0.5
+
+
+def test_an_exact_match_has_every_label_of_a_row() -> None:
+    labels = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    guesses = np.array([[1, 0], [1, 0], [0, 1]])
+    metric = METRICS["exact_match"]
+    assert (metric.score(guesses, labels), accuracy(guesses, labels)) == (pytest.approx(1 / 3), pytest.approx(4 / 6))
+    assert metric.between(guesses, labels) == wilson(np.array([1, 0, 0]), np.ones(3))  # of three rows, not six labels
+    assert metric.score(GUESSES, LABELS) == accuracy(GUESSES, LABELS)
+
+
+def test_the_top_classes_hold_the_label_or_not() -> None:
+    metric = find_metric("top_2")
+    assert metric and metric.top == 2
+    guesses, labels = np.array([[2, 0], [1, 2], [0, 1], [0, 2]]), np.array([0.0, 0.0, 0.0, 1.0])
+    assert metric.score(guesses, labels) == 0.5
+    assert metric.between(guesses, labels) == wilson(np.array([1, 1, 0, 0]), np.ones(4))
+    patches = metric.score(guesses.reshape(2, 2, 2), labels.reshape(2, 2))
+    assert patches == 0.5
+
+
+def test_metrics_have_names_and_top_any_number() -> None:
+    assert find_metric("accuracy") is METRICS["accuracy"]
+    assert [find_metric(name) for name in ("top_0", "top_", "top_x", "top_1.5", "acc", "top_5,none")] == [None] * 6
+    assert all(find_metric(name) for name in names_of("regression"))
+    assert "top_K (such as top_5)" in names_of("classification") and "r2" not in names_of("classification")
 
 
 def test_f1_and_iou_are_means_over_the_classes_that_occur() -> None:

@@ -66,6 +66,7 @@ def test_a_methods_parameter_may_be_called_like_a_recipes_key(tmp_path: Path) ->
         ({"merges": [{"merge_method": "ties", "colour": 1}]}, "colour"),
         ({"merges": [{"merge_method": "sum"}], "budget": 0}, "budget"),
         ({"merges": [{"merge_method": "sum"}], "scales": {"step": 1, "factor": 2}}, "either factor or step"),
+        ({"merges": [{"merge_method": "sum"}], "target": ["all"]}, "target"),
         ({"merges": [{"merge_method": "sum"}], "speed": 1}, "speed"),
     ],
 )
@@ -85,4 +86,5 @@ def test_what_is_no_yaml_or_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_the_default_plan_has_every_merge_once() -> None:
     labels = [merge.label for merge in PLAN.merges]
-    assert len(labels) == len(set(labels)) == 8
+    assert len(labels) == len(set(labels)) == 10
+    assert {"core cart", "core dare_ties", "full ties", "knots ties"} <= set(labels)

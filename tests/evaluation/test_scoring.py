@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from coremerge.errors import SourceError, TensorError
 from coremerge.evaluation import Evaluator, Scores, read_taskset
+from coremerge.evaluation.taskset import Task
 from coremerge.formats import load
 from coremerge.lowrank import LowRank
 
@@ -26,7 +28,9 @@ def evaluator(folder: Path) -> Evaluator:
 def test_each_tasks_own_adapter_scores_one(evaluator: Evaluator) -> None:
     own = evaluator.own("test")
     assert dict(own.normalised) == {"colour": 1.0, "length": 1.0}
+    assert math.isnan(own.margin) and own.intervals  # 1 is no measurement; the raw scores are
     for name in own.raw:
+        assert not math.isnan(evaluator.score(evaluator.adapters[name], "test", intervals=True).margin)
         assert evaluator.score(evaluator.adapters[name], "test").raw[name] == own.raw[name]
 
 
@@ -39,6 +43,24 @@ def test_scores_are_those_of_the_merged_weights(evaluator: Evaluator, folder: Pa
     outputs = features @ head["weight"][0] + head["bias"][0]
     expected = torch.corrcoef(torch.stack([outputs, torch.tensor([row.label for row in rows])]))[0, 1].item()
     assert evaluator.score(updates, "test", 0.3).raw["length"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_top_classes_are_those_of_the_largest_outputs(evaluator: Evaluator, own_folder: Path) -> None:
+    torch.manual_seed(1)
+    save_file({"weight": torch.randn(5, 16)}, own_folder / "five.safetensors")
+    shared = {"kind": "classification", "classes": ["no", "yes", "a", "b", "c"], "head": "five.safetensors"}
+    metrics = ("accuracy", "top_1", "top_2", "top_4")
+    tasks = {name: Task(metric=name, test="colour.test.jsonl", **shared) for name in metrics}  # type: ignore[arg-type]
+    taskset = read_taskset(own_folder).model_copy(update={"tasks": tasks})
+    made = Evaluator(taskset, {})
+    scores = made.score({}, "test", intervals=True)
+    rows = taskset.rows("top_2", "test")
+    outputs = made.encoder.features(made.encoder.batches(rows)) @ load_file(own_folder / "five.safetensors")["weight"].T
+    places = [(row > row[int(label)]).sum().item() for row, (_, label) in zip(outputs, rows, strict=True)]  # type: ignore[arg-type]
+    assert {name: scores.raw[name] for name in metrics[1:]} == {
+        f"top_{k}": sum(place < k for place in places) / len(places) for k in (1, 2, 4)
+    }
+    assert scores.raw["top_1"] == scores.raw["accuracy"] and scores.intervals["top_1"] == scores.intervals["accuracy"]
 
 
 def test_no_update_is_the_base_and_scoring_leaves_it_as_it_was(evaluator: Evaluator) -> None:

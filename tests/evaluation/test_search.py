@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from coremerge import Recipe, load, merge
-from coremerge.errors import InputError
+from coremerge.errors import ConfigError, InputError
 from coremerge.evaluation import Evaluator, read_taskset
 from coremerge.evaluation.plan import make_plan
-from coremerge.evaluation.search import search, search_files, value_of, winner
+from coremerge.evaluation.search import margin_of, search, search_files, value_of, winner
 from coremerge.recipe import read_recipe
 from posted import Posted
 
@@ -59,6 +62,44 @@ def test_the_budget_ends_a_search_and_says_so(evaluator: Evaluator) -> None:
 def test_the_winner_is_best_on_validation_rows(evaluator: Evaluator) -> None:
     found = run(evaluator, TIES, SUM, scales={"values": [0.7]})
     assert winner(found).validation == max(one.validation for one in found)
+
+
+@pytest.fixture
+def joint_folder(own_folder: Path) -> Path:
+    """With a second classification task of other labels, joined to the first."""
+    file = own_folder / "tasks.yaml"
+    data = yaml.safe_load(file.read_text())
+    data["tasks"]["mood"] = data["tasks"]["colour"] | {"head": "mood.safetensors", "classes": ["yes", "maybe", "no"]}
+    data["joint"] = {"both": ["colour", "mood"]}
+    torch.manual_seed(3)
+    save_file({"weight": 3 * torch.randn(3, 16)}, own_folder / "mood.safetensors")
+    file.write_text(yaml.safe_dump(data))
+    return own_folder
+
+
+def test_a_joint_group_can_be_tuned_for_and_the_winner_is_best_in_it(joint_folder: Path) -> None:
+    scales = {"values": [0.0, 0.3, 1.0, 3.0]}
+    joint, mean = (
+        search_files(joint_folder, make_plan([SUM, TIES], scales=scales, target=t)) for t in ("both", "mean")
+    )
+    taskset = read_taskset(joint_folder)
+    made = Evaluator(taskset, own := {name: load(path) for name, path in taskset.own().items()})
+    for row in joint.rows:
+        updates = merge(own, row.recipe).adapter
+        assert row.validation == made.score(updates, "validation").joint["both"] == max(t.score for t in row.tried)
+        assert row.scores.joint["both"] == made.score(updates, "test").joint["both"]
+        assert not math.isnan(margin_of(row.scores, "both"))
+    assert joint.winner.validation == max(row.validation for row in joint.rows)
+    assert (joint.target, joint.to_dict()["target"], mean.target) == ("both", "both", "mean")
+    assert [one.score for one in joint.rows[0].tried] != [one.score for one in mean.rows[0].tried]
+
+
+def test_a_group_that_the_tasks_do_not_have_is_refused_before_any_work(folder: Path, evaluator: Evaluator) -> None:
+    plan = make_plan([SUM], target="both")
+    with pytest.raises(ConfigError, match=r'target = "both": the task set has no such joint group\. Take one of mean'):
+        search_files(folder, plan)
+    with pytest.raises(ConfigError, match="no such joint group"):
+        search(evaluator, {}, plan)
 
 
 def test_the_winners_recipe_does_it_again(folder: Path, tmp_path: Path) -> None:

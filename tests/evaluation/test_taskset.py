@@ -42,9 +42,12 @@ def test_rows_hold_class_indices_and_values(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("tasks", "colour", "metric"), "bleu", "tasks.colour"),
-        (("tasks", "colour", "metric"), "pearson", "metric pearson does not go with classification"),
-        (("tasks", "colour", "classes"), [], "classes are listed for classification"),
+        (("tasks", "colour", "metric"), "bleu", 'tasks.colour.metric = "bleu": does not go with classification: take'),
+        (("tasks", "colour", "metric"), "pearson", 'tasks.colour.metric = "pearson": does not go with classification'),
+        (("tasks", "length", "metric"), "top_2", 'tasks.length.metric = "top_2": does not go with regression'),
+        (("tasks", "colour", "metric"), "top_2", "tasks.colour: top_2 of 2 classes is always 1"),
+        (("tasks", "colour", "kind"), "quiz", 'tasks.colour.kind = "quiz"'),
+        (("tasks", "colour", "classes"), [], "tasks.colour: classes are listed for classification"),
         (("tasks", "length", "classes"), ["a"], "classes are listed for classification"),
         (("max_length",), 0, "max_length = 0"),
         (("tasks",), {}, "tasks"),
@@ -62,7 +65,7 @@ def test_a_wrong_value_is_named(own_folder: Path, path: tuple[str, ...], value: 
 
 def test_a_missing_key_is_named(own_folder: Path) -> None:
     edit(own_folder, "tasks", "length", "head", remove=True)
-    with pytest.raises(ConfigError, match=r"tasks\.length .*head is missing"):
+    with pytest.raises(ConfigError, match=r"tasks\.length: head is missing"):
         read_taskset(own_folder)
 
 

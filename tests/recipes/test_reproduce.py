@@ -54,11 +54,14 @@ def attention(layers: int, prefix: str = "", parts: str = "q k v out") -> list[s
     return [f"{prefix}layers.{i}.self_attn.{part}_proj" for i in range(layers) for part in parts.split()]
 
 
-def save(rows: dict[str, list[Any]], split: str, folder: Path, **features: Any) -> None:
+def save(
+    rows: dict[str, list[Any]], split: str, folder: Path, tuning: dict[str, list[Any]] | None = None, **features: Any
+) -> None:
     made = datasets.Dataset.from_dict(rows)
     for name, feature in features.items():
         made = made.cast_column(name, feature)
-    datasets.DatasetDict({split: made}).save_to_disk(folder)
+    more = {"validation": datasets.Dataset.from_dict(tuning)} if tuning else {}
+    datasets.DatasetDict({split: made, **more}).save_to_disk(folder)
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -89,10 +92,11 @@ def vision(tmp_path: Path) -> Path:
 def test_the_vision_table(vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     reproduce.main(["knots-vit-b-32", str(out), "--mirror", str(vision), "--rows", "5", "--only-prepare"])
-    assert f"coremerge search --tasks {out} --plan" in capsys.readouterr().out
+    assert f"coremerge search --tasks {out} --device" in capsys.readouterr().out
     tasks = read_taskset(out)
     assert list(tasks.tasks) == list(reproduce.read_set("knots-vit-b-32").tasks)
     assert [len(tasks.rows("dtd", split)) for split in ("validation", "test")] == [1, 4]
+    assert dict(tasks.joint) == {"all": tuple(tasks.tasks)}
     merged = merge([load(path) for path in tasks.own().values()], Recipe())
     merged.adapter.save(tmp_path / "merged")
     result = evaluate([str(tmp_path / "merged")], out, split="test")
@@ -103,6 +107,20 @@ def test_the_vision_table(vision: Path, tmp_path: Path, capsys: pytest.CaptureFi
         tensors = torch.load(vision / reproduce.read_set("knots-vit-b-32").tasks["dtd"].adapter / "adapter_model.bin")
     stem = "base_model.model.encoder.layers.0.self_attn.q_proj.lora_"
     torch.testing.assert_close(found.float(), tensors[f"{stem}B.weight"] @ tensors[f"{stem}A.weight"])
+
+
+def test_the_joint_table_is_a_search_for_the_group_of_all(tmp_path: Path) -> None:
+    made, hub = reproduce.read_set("knots-vit-b-32"), reproduce.Hub()
+    (plain,), (joint,) = (reproduce.commands(made, tmp_path, hub, "cpu", joint=joint) for joint in (False, True))
+    assert joint[-2:] == ["--target", reproduce.JOINT] and "--target" not in plain
+    assert joint[joint.index("-o") + 1] != plain[plain.index("-o") + 1]
+
+
+def test_labels_that_cannot_be_joined_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reproduce.main(["knots-llama-3-8b", str(tmp_path / "out"), "--joint"])
+    assert "--joint: the labels of these tasks cannot be joined" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_head_ranks_classes_as_clip_does(vision: Path) -> None:
@@ -151,7 +169,8 @@ def pairs(tmp_path: Path) -> Path:
         labels = [values[i % len(values)] for i in range(9)]
         labels[3] = -1 if isinstance(values[0], int) else "-"
         rows = {source.columns[key]: column for key, column in texts.items()} | {source.columns["label"]: labels}
-        save(rows, source.split, mirror / source.data)
+        tuning = {key: column[:6] for key, column in rows.items()} if source.tuning else None
+        save(rows, source.split, mirror / source.data, tuning)
     return mirror
 
 
@@ -161,11 +180,47 @@ def test_the_nli_table(pairs: Path, tmp_path: Path) -> None:
     tasks = {name: made.tasks[name] for name in ("snli", "sick", "scitail")}
     reproduce.prepare(made.model_copy(update={"tasks": tasks}), out, reproduce.Hub(pairs), None)
     read = read_taskset(out)
-    rows = [*read.rows("snli", "validation"), *read.rows("snli", "test")]
-    assert (len(rows), {row.label for row in rows}) == (8, {0, 1, 2})  # one has no label
+    rows = read.rows("snli", "test")
+    assert (len(rows), {row.label for row in rows}) == (8, {0, 1, 2})  # all of the split; one has no label
+    assert [len(read.rows(name, "validation")) for name in tasks] == [5, 5, 5]
+    assert not read.joint
     assert load_file(out / "heads" / "scitail.safetensors")["weight"][:, 0].tolist() == [0, 1]
     result = evaluate([], out, split="test")
     assert "no adapter" in [row.label for row in result.rows]
+
+
+@pytest.mark.parametrize(("task", "count", "test"), [("mnli", 9815, 7852), ("qnli", 5463, 4370), ("rte", 277, 138)])
+def test_the_nli_splits_have_the_released_counts(tmp_path: Path, task: str, count: int, test: int) -> None:
+    source = reproduce.read_set("knots-llama-3-8b").tasks[task]
+    row = {column: 0 if key == "label" else "w1" for key, column in source.columns.items()}
+    found = reproduce.splits([row] * count, source, reproduce.Hub(), tmp_path, None)
+    assert (len(found["test"]), len(found["validation"])) == (test, count - test)
+
+
+def test_the_nli_plan_has_every_row_of_the_paper() -> None:
+    labels = {merge.label for merge in read_plan(RECIPES / "plans" / "nli.yaml").merges}
+    spaces = {f"{space} {method}" for space in ("full", "knots", "core") for method in ("ties", "dare_ties")}
+    spectral = {"core task arithmetic", "core tsv", "core sum + isotropize", "full tsv as published"}
+    assert labels >= spaces | spectral | {"full Iso-C as published + isotropize:span=false"}
+
+
+@pytest.mark.slow
+def test_nli_weights_are_learned_merged_and_scored(pairs: Path, tmp_path: Path) -> None:
+    out, made = tmp_path / "out", reproduce.read_set("knots-llama-3-8b")
+    tasks = {name: made.tasks[name] for name in ("snli", "rte")}
+    few = made.model_copy(
+        update={
+            "tasks": tasks,
+            "learn": ("--preset", "language", "--modules", "all", "--steps", "2", "--batch", "1"),
+            "dtype": None,
+        }
+    )
+    hub = reproduce.Hub(pairs)
+    reproduce.prepare(few, out, hub, None)
+    search, *rest = reproduce.commands(few, out, hub, "cpu")
+    assert (search[0], [words[0] for words in rest]) == ("search", ["learn-weights", "merge", "evaluate"])
+    reproduce.run(rest)
+    assert load(out / "merged").modules.keys() == load(out / "adapters" / "rte").modules.keys()
 
 
 def test_rows_of_a_head_that_is_masked() -> None:

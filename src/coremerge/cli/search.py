@@ -26,12 +26,19 @@ def search(
     plan: Annotated[
         Path | None,
         typer.Option(
-            help="What to try: merges as in recipes, a list for every value; scales, order, budget."
+            help="What to try: merges as in recipes, a list for every value; scales, order, budget, target."
             " Default: published methods.",
             metavar="PLAN.yaml",
         ),
     ] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="Validation scores for each merge.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What the best is best in: mean, the average over tasks (default), or a joint group of the task set.",
+            metavar="mean|GROUP",
+        ),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model, if it is not the task set's.", metavar="MODEL")
     ] = None,
@@ -63,8 +70,8 @@ def search(
 
     check_file(out, overwrite=overwrite)
     wanted = PLAN if plan is None else read_plan(plan)
-    if budget is not None:
-        wanted = wanted.model_copy(update={"budget": budget})
+    changed = {key: value for key, value in (("budget", budget), ("target", target)) if value is not None}
+    wanted = wanted.model_copy(update=changed)
     limits = {split: count for split, count in (("validation", validation), ("test", test)) if count is not None}
     with progress_bar(quiet) as bar, _options.executor(executor, address, device) as elsewhere:
         found = search_files(
@@ -90,19 +97,29 @@ def search(
 def render(found: Found, out: Path) -> str:
     """The merges at their best, and where the winner went."""
     headings = ["merge", "validation", "test", "± 95 %", "worst", "", "scale", "parameters", "tried"]
-    rows = [[row.label, f"{row.validation:.3f}", *_scores(row.scores), *_settings(row)] for row in found.rows]
-    rows.insert(0, ["no adapter", "", *_scores(found.nothing), "", "", ""])
+    target = found.target
+    rows = [[row.label, f"{row.validation:.3f}", *_scores(row.scores, target), *_settings(row)] for row in found.rows]
+    rows.insert(0, ["no adapter", "", *_scores(found.nothing, target), "", "", ""])
     chosen = facts(
-        [("winner", found.winner.label), ("written to", out), ("use", f"coremerge merge --recipe {out} -o OUT")]
+        [
+            *([("tuned for", f"{target}: accuracy, task unknown")] if target in found.nothing.joint else []),
+            ("winner", found.winner.label),
+            ("written to", out),
+            ("use", f"coremerge merge --recipe {out} -o OUT"),
+        ]
     )
     return "\n\n".join((table(headings, rows, right=(1, 2, 3, 4, 6, 8)), chosen))
 
 
-def _scores(scores: Scores) -> list[str]:
-    mean = scores.mean_raw if math.isnan(scores.mean) else scores.mean
-    margin = "" if math.isnan(scores.margin) else f"{scores.margin:.3f}"
-    worst = scores.worst
-    return [f"{mean:.3f}", margin, *(("", "") if worst is None else (f"{scores.normalised[worst]:.3f}", worst))]
+def _scores(scores: Scores, target: str) -> list[str]:
+    from coremerge.evaluation.search import margin_of, value_of
+
+    margin, worst = margin_of(scores, target), scores.worst
+    return [
+        f"{value_of(scores, target):.3f}",
+        "" if math.isnan(margin) else f"{margin:.3f}",
+        *(("", "") if worst is None else (f"{scores.normalised[worst]:.3f}", worst)),
+    ]
 
 
 def _settings(row: Tuned) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from coremerge.errors import MissingExtraError
 
 Values = NDArray[Any]
-"""Predictions or labels, one a row: classes' indices, or numbers."""
+"""Predictions or labels, one a row or, per patch, a row of them: classes' indices, or numbers."""
 
 Kind = Literal["classification", "regression"]
 Interval = tuple[float, float]
@@ -32,12 +33,15 @@ class Metric:
         score: of predictions and labels.
         higher_is_better: else it is an error.
         interval: of predictions and labels, :data:`CONFIDENCE` wide; None: by bootstrap over rows.
+        top: so many classes are predicted for each label, along a last dimension, the likeliest first; None: one,
+            without that dimension.
     """
 
     kind: Kind
     score: Callable[[Values, Values], float]
     higher_is_better: bool = True
     interval: Callable[[Values, Values], Interval] | None = None
+    top: int | None = None
 
     def between(self, predictions: Values, labels: Values) -> Interval:
         """The interval that holds the score on all such rows with :data:`CONFIDENCE`."""
@@ -64,6 +68,26 @@ def _sklearn() -> Any:
 def accuracy(predictions: Values, labels: Values) -> float:
     """Share of rows whose class is predicted."""
     return float(_sklearn().accuracy_score(labels.ravel(), predictions.ravel()))
+
+
+def exact_match(predictions: Values, labels: Values) -> float:
+    """Share of rows all of whose labels are predicted: of patches every one. With one label a row it is accuracy."""
+    return float(_whole(predictions, labels).mean())
+
+
+def top(predictions: Values, labels: Values) -> float:
+    """Share of labels that are among the classes predicted for them."""
+    return float(_among(predictions, labels).mean())
+
+
+def _whole(predictions: Values, labels: Values) -> Values:
+    right: Values = (predictions == labels).reshape(len(labels), -1).all(1)
+    return right
+
+
+def _among(predictions: Values, labels: Values) -> Values:
+    right: Values = (predictions == labels[..., None]).any(-1)
+    return right
 
 
 def f1(predictions: Values, labels: Values) -> float:
@@ -111,10 +135,13 @@ def r2(predictions: Values, labels: Values) -> float:
 
 def wilson(predictions: Values, labels: Values) -> Interval:
     """Wilson's interval of a share, from the counts."""
+    return _from_counts(predictions == labels)
+
+
+def _from_counts(right: Values) -> Interval:
     from scipy import stats
 
-    right = int((predictions == labels).sum())
-    found = stats.binomtest(right, labels.size).proportion_ci(CONFIDENCE, method="wilson")
+    found = stats.binomtest(int(right.sum()), right.size).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
 
 
@@ -129,6 +156,7 @@ def fisher(predictions: Values, labels: Values) -> Interval:
 
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("classification", accuracy, interval=wilson),
+    "exact_match": Metric("classification", exact_match, interval=lambda *found: _from_counts(_whole(*found))),
     "f1": Metric("classification", f1),
     "miou": Metric("classification", miou),
     "pearson": Metric("regression", pearson, interval=fisher),
@@ -137,4 +165,20 @@ METRICS: Mapping[str, Metric] = {
     "rmse": Metric("regression", rmse, higher_is_better=False),
     "mae": Metric("regression", mae, higher_is_better=False),
 }
-"""Name → metric."""
+"""Name → metric; :func:`find_metric` knows ``top_K``, too."""
+
+_TOP = re.compile(r"top_([1-9]\d{0,5})")
+
+
+def find_metric(name: str) -> Metric | None:
+    """The metric of that name: one of :data:`METRICS`, or ``top_5`` for any number; None if there is none."""
+    found = _TOP.fullmatch(name)
+    if found is None:
+        return METRICS.get(name)
+    return Metric("classification", top, interval=lambda *given: _from_counts(_among(*given)), top=int(found[1]))
+
+
+def names_of(kind: str) -> list[str]:
+    """What metrics of a kind of task are called, for messages."""
+    names = [name for name, metric in METRICS.items() if metric.kind == kind]
+    return [*names, "top_K (such as top_5)"] if kind == "classification" else names

@@ -16,6 +16,7 @@ from coremerge.registry import Spec
 from coremerge.yamlfile import read_yaml, refusal
 
 OF_RECIPE = "recipe."
+MEAN = "mean"
 
 
 class _Part(BaseModel):
@@ -46,12 +47,15 @@ class Plan(_Part):
         order: ``grid``: every combination of parameters, each at its best scale; ``coordinate``: the scale at the
             default parameters first, then one parameter after the other at the best so far.
         budget: validation scores for each merge.
+        target: what is tuned for, and the winner chosen by: ``mean``, the average over tasks; or a joint group of the
+            task set: accuracy with the task of a row unknown.
     """
 
     merges: tuple[Merge, ...] = Field(min_length=1)
     scales: Scales = Scales()
     order: Literal["grid", "coordinate"] = "grid"
     budget: int = Field(default=100, ge=1)
+    target: str = MEAN
 
 
 def recipe_of(merge: Merge, values: Mapping[str, Any], **changes: Any) -> Recipe:
@@ -135,11 +139,14 @@ def _label(label: str | None, recipe: Mapping[str, Any], space: Spec, steps: Seq
 
 
 DENSITIES = [0.1, 0.2, 0.3]
+DROPS = [0.5, 0.1, 0.9]
 PLAN = make_plan(
     [
         {"merge_method": "sum"},
         {"merge_method": "ties", "space": ["full", "knots", "core"], "parameters": {"density": DENSITIES}},
+        {"merge_method": "dare_ties", "parameters": {"drop_rate": DROPS}},
         {"merge_method": "tsv", "steps": [[], ["isotropize"]]},
+        {"merge_method": "cart", "parameters": {"rank": [8, 4, 16]}},
         {"merge_method": "sum", "steps": ["isotropize"]},
         {"merge_method": "tsv", "steps": ["isotropize"], "parameters": {"rank": [4, 2, 8]}, "label": "few directions"},
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from coremerge.errors import ConfigError, TensorError
 from coremerge.evaluation import harness
 from coremerge.evaluation.encoder import Encoder, Placed
-from coremerge.evaluation.metrics import METRICS, Interval, Metric, Values
+from coremerge.evaluation.metrics import METRICS, Interval, Metric, Values, find_metric
 from coremerge.evaluation.taskset import FILE, HARNESS, Row, Split, TaskSet
 from coremerge.formats.safetensors_file import SafetensorsFile
 from coremerge.lowrank import LowRank
@@ -35,12 +35,14 @@ class Scores:
             have one.
         joint: group → accuracy where the task of a row is not known.
         intervals: task or group → 95 % interval of the raw score, where they were asked for.
+        own: they are the own adapters' themselves, whose shares are 1 by definition.
     """
 
     raw: Mapping[str, float]
     normalised: Mapping[str, float]
     joint: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
+    own: bool = False
 
     @property
     def mean(self) -> float:
@@ -59,7 +61,12 @@ class Scores:
 
     @property
     def margin(self) -> float:
-        """Half the 95 % interval of :attr:`mean`; the own adapters' scores count as exact. NaN without intervals."""
+        """Half the 95 % interval of :attr:`mean`; the own adapters' scores count as exact.
+
+        NaN without intervals, and for the own adapters' themselves: that mean is no measurement.
+        """
+        if self.own:
+            return math.nan
         halves = [_half(self.intervals[task], self.raw[task]) * self.normalised[task] for task in self._measured]
         return math.hypot(*halves) / len(halves) if halves else math.nan
 
@@ -132,6 +139,7 @@ class Evaluator:
         self.taskset = taskset
         self.adapters = adapters
         self.heads = {name: _load_head(taskset, name) for name, task in taskset.tasks.items() if task.kind != HARNESS}
+        self._metrics = {name: metric for name in self.heads if (metric := find_metric(taskset.tasks[name].metric))}
         self._left = [name for name, task in taskset.tasks.items() if task.kind == HARNESS]
         self._device = device
         self.encoder = self._load(base)
@@ -156,7 +164,7 @@ class Evaluator:
 
     def own(self, split: Split) -> Scores:
         """Scores of each task's own adapter on its task."""
-        return self._against_own(self._own(split), split)
+        return replace(self._against_own(self._own(split), split), own=True)
 
     def embeddings(self, updates: Updates, split: Split, scale: float = 1.0) -> dict[str, Tensor]:
         """What the encoder makes of each task's rows, before any head: (rows, width), or a row's patches on their own.
@@ -183,7 +191,7 @@ class Evaluator:
         tasks = self.taskset.tasks
         features = {name: self._features(name, split) for name in self.heads}
         found = {
-            name: (METRICS[tasks[name].metric], self._predicted(name, features[name]), self._labels(name, split))
+            name: (self._metrics[name], self._predicted(name, features[name]), self._labels(name, split))
             for name in self.heads
         }
         joined = {
@@ -220,7 +228,7 @@ class Evaluator:
         """The task's metric under the weights of the moment."""
         if name in self._left:
             return self._by_harness([name], split)[name]
-        metric, labels = METRICS[self.taskset.tasks[name].metric], self._labels(name, split)
+        metric, labels = self._metrics[name], self._labels(name, split)
         predicted = self._predicted(name, self._features(name, split))
         return metric.score(predicted, labels), metric.between(predicted, labels)
 
@@ -238,7 +246,9 @@ class Evaluator:
         return features @ weight.T + bias
 
     def _predicted(self, name: str, features: Tensor) -> Values:
-        outputs = self._outputs(name, features)
+        outputs, top = self._outputs(name, features), self._metrics[name].top
+        if top is not None:
+            return outputs.topk(top).indices.numpy()
         classes = bool(self.taskset.tasks[name].classes)
         return (outputs.argmax(-1) if classes else outputs[..., 0]).numpy()
 

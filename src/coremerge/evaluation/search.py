@@ -15,10 +15,10 @@ from typing import Any
 
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, InputError
-from coremerge.evaluation.plan import PLAN, Merge, Plan, combinations, recipe_of
+from coremerge.evaluation.plan import MEAN, PLAN, Merge, Plan, combinations, recipe_of
 from coremerge.evaluation.scales import Scales, walk
 from coremerge.evaluation.scoring import Evaluator, Scores
-from coremerge.evaluation.taskset import Split, read_taskset
+from coremerge.evaluation.taskset import Split, TaskSet, read_taskset
 from coremerge.executors import Executor, remembered
 from coremerge.formats import load
 from coremerge.formats.source import in_full
@@ -45,7 +45,7 @@ class Tuned:
         label: of the plan.
         parameters: those that were chosen.
         recipe: with the chosen parameters and scale.
-        validation: its score there: the mean of the normalised ones, or of the raw ones where tasks have no adapter.
+        validation: its score there: see :func:`value_of`.
         scores: on the test rows, once.
         tried: everything that was scored.
         stopped: the budget ended the search.
@@ -94,7 +94,7 @@ class _Tuning:
 
         def score(scale: float) -> float:
             self._check_budget()
-            found = value_of(self.evaluator.score(updates, "validation", scale / own))
+            found = value_of(self.evaluator.score(updates, "validation", scale / own), self.plan.target)
             one = Tried(parameters, scale, found)
             self.tried.append(one)
             self.tell(len(self.tried))
@@ -165,7 +165,11 @@ def search(
 
     Returns:
         In the plan's order; :func:`winner` chooses.
+
+    Raises:
+        ConfigError: the task set has no such target.
     """
+    check_target(plan, evaluator.taskset)
     found = []
     for at, one in enumerate(plan.merges):
 
@@ -194,9 +198,35 @@ def winner(found: Sequence[Tuned]) -> Tuned:
     return max(found, key=lambda one: one.validation)
 
 
-def value_of(scores: Scores) -> float:
-    """What is tuned for."""
+def value_of(scores: Scores, target: str = MEAN) -> float:
+    """What is tuned for.
+
+    The accuracy of a joint group; else the mean of normalised scores, or of raw ones where tasks have no adapter.
+    """
+    if target != MEAN:
+        return scores.joint[target]
     return scores.mean_raw if math.isnan(scores.mean) else scores.mean
+
+
+def margin_of(scores: Scores, target: str = MEAN) -> float:
+    """Half the 95 % interval of :func:`value_of`; NaN where it was not asked for, and of raw means."""
+    if target == MEAN:
+        return scores.margin
+    low, high = scores.intervals.get(target, (math.nan, math.nan))
+    return (high - low) / 2
+
+
+def check_target(plan: Plan, taskset: TaskSet) -> None:
+    """Refuse a target that the task set does not have.
+
+    Raises:
+        ConfigError: there is no such joint group.
+    """
+    if plan.target != MEAN and plan.target not in taskset.joint:
+        known = ", ".join((MEAN, *taskset.joint))
+        raise ConfigError(
+            "the task set has no such joint group", key="target", value=plan.target, remedy=f"Take one of {known}"
+        )
 
 
 @dataclass(frozen=True)
@@ -208,12 +238,14 @@ class Found:
         models: where the adapters are.
         rows: see :func:`search`.
         nothing: scores of no adapter on the test rows.
+        target: that was tuned for: see :class:`~coremerge.evaluation.plan.Plan`.
     """
 
     name: str
     models: tuple[str, ...]
     rows: tuple[Tuned, ...]
     nothing: Scores
+    target: str = MEAN
 
     @property
     def winner(self) -> Tuned:
@@ -229,6 +261,7 @@ class Found:
         return {
             "name": self.name,
             "models": list(self.models),
+            "target": self.target,
             "winner": self.winner.label,
             "no_adapter": self.nothing.to_dict(),
             "rows": [row.to_dict() for row in self.rows],
@@ -271,7 +304,7 @@ def search_files(
         rows = [*_told(tuned, plan, progress)]
     else:
         rows = search(evaluator, given, plan, progress=progress)
-    return Found(taskset.name, models, tuple(rows), evaluator.score({}, "test"))
+    return Found(taskset.name, models, tuple(rows), evaluator.score({}, "test"), plan.target)
 
 
 @dataclass(frozen=True)
@@ -293,6 +326,7 @@ class Asked:
 
 def _open(asked: Asked) -> tuple[Evaluator, Mapping[str, Adapter]]:
     taskset = read_taskset(asked.tasks)
+    check_target(asked.plan, taskset)
     own = {name: load(path) for name, path in taskset.own().items()}
     if not asked.sources and not own:
         raise InputError("nothing to merge", remedy="Name the adapters: the tasks have none of their own")

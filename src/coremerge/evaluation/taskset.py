@@ -8,10 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from coremerge.errors import ConfigError, SourceError
-from coremerge.evaluation.metrics import METRICS
+from coremerge.evaluation.metrics import find_metric, names_of
 from coremerge.learning.rows import Example, parse_row
 from coremerge.yamlfile import read_yaml, refusal
 
@@ -77,8 +85,8 @@ class Task(_Part):
         description: what is predicted, in a line.
         kind: ``classification`` (the head gives one number per class), ``regression`` (one number), or ``lm-eval``:
             left to EleutherAI's harness.
-        metric: one of :data:`~coremerge.evaluation.metrics.METRICS` of that kind; of the harness: its own, as
-            ``acc`` or ``exact_match,strict-match``.
+        metric: one of :data:`~coremerge.evaluation.metrics.METRICS` of that kind, or ``top_K``; of the harness: its
+            own, as ``acc`` or ``exact_match,strict-match``.
         per: a label for each ``input``, or for each ``patch`` of an image.
         classes: the labels, in the order of the head's rows.
         adapter: folder of the adapter trained on this task alone, against which scores are normalised.
@@ -99,17 +107,26 @@ class Task(_Part):
     test: str | None = None
     harness: str | None = None
 
+    @field_validator("metric")
+    @classmethod
+    def _is_of_the_kind(cls, metric: str, info: ValidationInfo) -> str:
+        kind = info.data.get("kind", HARNESS)  # without a kind, that is what is refused
+        found = find_metric(metric)
+        if kind != HARNESS and (found is None or found.kind != kind):
+            raise ValueError(f"does not go with {kind}: take one of {', '.join(names_of(kind))}")
+        return metric
+
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Task:
         if self.kind == HARNESS:
             if self.harness is None:
                 raise ValueError("a task of lm-eval needs harness: its name there")
             return self
-        known = [name for name, metric in METRICS.items() if metric.kind == self.kind]
-        if self.metric not in known:
-            raise ValueError(f"metric {self.metric} does not go with {self.kind}: take one of {', '.join(known)}")
         if (self.kind == "classification") != bool(self.classes):
             raise ValueError("classes are listed for classification, and only there")
+        metric = find_metric(self.metric)
+        if metric and metric.top and metric.top >= len(self.classes):
+            raise ValueError(f"{self.metric} of {len(self.classes)} classes is always 1")
         missing = [key for key in ("head", "test") if getattr(self, key) is None]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
@@ -123,7 +140,8 @@ class Task(_Part):
     @property
     def higher_is_better(self) -> bool:
         """Whether larger scores are better ones."""
-        return METRICS[self.metric].higher_is_better if self.metric in METRICS else True
+        metric = find_metric(self.metric)
+        return metric is None or metric.higher_is_better
 
 
 class TaskSet(_Part):
@@ -214,9 +232,16 @@ def read_taskset(source: str | Path) -> TaskSet:
     try:
         return TaskSet.model_validate({**data, "folder": path.parent})
     except ValidationError as error:
-        raise refusal(error, path) from None
+        raise _short(refusal(error, path)) from None
     except UnicodeEncodeError as error:
         raise ConfigError(f"half a character: {error}", file=path) from None
+
+
+def _short(error: ConfigError) -> ConfigError:
+    """Without a whole task as the value: its key says which one."""
+    if not isinstance(error.value, Mapping):
+        return error
+    return ConfigError(error.what, file=error.file, key=error.key, remedy=error.remedy)
 
 
 def _row(line: str, task: Task, path: Path, number: int) -> Row:
