@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +65,8 @@ class ModuleReport:
         input_norm: mean spectral norm of the inputs' updates, of those that are not zero next to the largest.
         input_frobenius: their mean Frobenius norm.
         norm: spectral norm of the merged update, before the overall scale.
+        input_energy: adapter name → squared Frobenius norm of its update, where the method keeps only some directions.
+        input_kept: adapter name → of that, what those directions have.
     """
 
     shape: tuple[int, int]
@@ -76,6 +78,8 @@ class ModuleReport:
     input_norm: float
     input_frobenius: float
     norm: float
+    input_energy: Mapping[str, float] = field(default_factory=dict)
+    input_kept: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,22 @@ class Report:
     warnings: tuple[str, ...]
     made: str | None = None
 
+    @property
+    def input_kept(self) -> dict[str, float]:
+        """Adapter name → share of its energy in the directions that the method keeps of it; empty: it keeps all."""
+        modules = self.modules.values()
+        names = dict.fromkeys(name for module in modules for name in module.input_energy)
+        energy = {name: sum(module.input_energy.get(name, 0.0) for module in modules) for name in names}
+        kept = {name: sum(module.input_kept.get(name, 0.0) for module in modules) for name in names}
+        return {name: kept[name] / whole if whole else 1.0 for name, whole in energy.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         return {
             "scale": self.scale,
             "rank": self.rank,
             "energy_lost": self.lost,
+            "input_kept": self.input_kept,
             "seconds": self.seconds,
             "modules": {name: vars(module) | {"ranks": dict(module.ranks)} for name, module in self.modules.items()},
             "warnings": list(self.warnings),
@@ -306,7 +320,8 @@ def solve(
             return solve(names, plan, parts, device, torch.float64)
         _check_sizes(names, sizes, plan)
         merged = _merged(names, coordinates, plan, parts)
-        return dict(zip(names, solved_of(names, coordinates, merged, plan), strict=True))
+        directions = directions_of(plan.recipe) if coordinates.rows is None else None
+        return dict(zip(names, solved_of(names, coordinates, merged, plan, directions), strict=True))
     except RaggedRankError:
         return _one_by_one(names, plan, parts, device, dtype)
     except LinAlgError:
@@ -404,15 +419,29 @@ def _scale_rows(matrix: Matrix, rows: Tensor) -> Matrix:
     return LowRank(rows.unsqueeze(-1) * factors.left, factors.right)
 
 
-def solved_of(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> Iterator[Solved]:
-    """One :class:`Solved` per module, on the CPU, cut to the recipe's rank."""
+def directions_of(recipe: Recipe) -> int | None:
+    """How many directions of each adapter the method keeps at most; None: of all adapters all."""
+    rank = recipe.parameters.get("rank") if recipe.method == "tsv" else None
+    return None if rank is None or str(rank).lower() in {"none", "null"} else int(rank)
+
+
+def solved_of(
+    names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan, directions: int | None = None
+) -> Iterator[Solved]:
+    """One :class:`Solved` per module, on the CPU, cut to the recipe's rank.
+
+    ``directions``: that the method kept of each core, to say what they have of it.
+    """
     wanted = plan.recipe.rank if isinstance(plan.recipe.rank, int) else merged.values.shape[-1]
     kept = merged.truncate(wanted)
     result = kept.lowrank()
     combination = coordinates.lift.fold(result)
     amplification = _amplification(coordinates, combination, result)
     spectral = torch.stack([_spectral_norm(core.svd) for core in coordinates.cores], -1)
-    frobenius = torch.stack([core.svd.values.square().sum(-1).sqrt() for core in coordinates.cores], -1)
+    squares = [core.svd.values.square() for core in coordinates.cores]
+    energies = torch.stack([x.sum(-1) for x in squares], -1)
+    tops = None if directions is None else torch.stack([_largest(x, directions) for x in squares], -1)
+    frobenius = energies.sqrt()
     for i, name in enumerate(names):
 
         def pick(x: Tensor, i: int = i) -> Tensor:
@@ -438,8 +467,21 @@ def solved_of(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, p
             input_norm=float(norms.mean()) if len(norms) else 0.0,
             input_frobenius=float(sizes.mean()) if len(sizes) else 0.0,
             norm=float(values.max()) if len(values) else 0.0,
+            input_energy={} if tops is None else _by_adapter(pick(energies), name, plan),
+            input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),
         )
         yield Solved(combination.map(pick), float(pick(amplification)), report)
+
+
+def _largest(squares: Tensor, count: int) -> Tensor:
+    """The sum of the ``count`` largest of them (..., k) → (...)."""
+    return squares.topk(min(count, squares.shape[-1])).values.sum(-1)
+
+
+def _by_adapter(values: Tensor, name: str, plan: Plan) -> dict[str, float]:
+    """Of those that have the module."""
+    ranks = plan.modules[name].ranks
+    return {key: value for key, value in zip(plan.adapters, values.tolist(), strict=True) if key in ranks}
 
 
 def _there(norms: Tensor) -> Tensor:

@@ -224,6 +224,19 @@ class TestDescribe:
         (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)\n```", text, re.S)[1])
         assert read_recipe(tmp_path / "recipe.yaml").recipe == Recipe(rank=1)
 
+    def test_what_the_method_keeps_of_each_adapter_is_said(self, tmp_path):
+        inputs = self.adapters(tmp_path)
+        cut = model_card(describe(coremerge.merge(inputs, Recipe(method="tsv", parameters={"rank": 1}))))
+        assert r"- tsv \(rank=1\) keeps at most 1 direction of each adapter: of its energy" in cut
+        assert "Nothing: every module" not in cut
+        assert "Nothing: every module" in model_card(describe(coremerge.merge(inputs)))
+
+    def test_a_cut_of_the_result_is_said_once(self, tmp_path):
+        inputs = self.adapters(tmp_path)
+        for rank in (1, 3):
+            text = model_card(describe(coremerge.merge(inputs, Recipe(method="sum", rank=rank))))
+            assert text.count(f"the cut to rank {rank} loses") == 1
+
     def test_hashes_are_optional(self, tmp_path):
         described = describe(coremerge.merge(self.adapters(tmp_path)), hashes=False, relation="merge")
         assert all(each.sha256 is None for each in described.inputs)

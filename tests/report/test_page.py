@@ -88,9 +88,77 @@ def test_every_part_is_there(merged: Path) -> None:
         assert words in said
 
 
-def test_nothing_dropped_is_said(merged: Path) -> None:
-    merge_files(["A", "B"], "TWO", Recipe(rank="exact"))
+def test_what_the_method_cuts_of_each_adapter_is_said(merged: Path) -> None:
+    record = read_record(merged)
+    cut = Recipe().parameters["rank"]
+    squares = [update.svd.descending.values.square() for update in load("B").values()]
+    share = sum(float(x[:cut].sum()) for x in squares) / sum(float(x.sum()) for x in squares)
+    assert record["input_kept"] == {"A": 1.0, "B": pytest.approx(share), "C": 1.0}
+    said = text(report_page(merged))
+    assert f"tsv (rank=4) keeps at most 4 directions of each adapter: of its energy 100 % (A), {share:.0%}"[:-1] in said
+    assert "Nothing was dropped" not in said and "energy merged" in said
+
+
+def test_nothing_dropped_is_said_where_that_is_so(merged: Path) -> None:
+    make_adapter(Path("D"), 3, seed=4)
+    merge_files(["A", "D"], "TWO", Recipe(rank="exact"))
     assert "Nothing was dropped, cut or assumed." in text(report_page("TWO"))
+    merge_files(["A", "B"], "TWO", Recipe(method="sum"), overwrite=True)
+    assert "Nothing was dropped, cut or assumed." in text(report_page("TWO"))
+
+
+def test_a_small_cut_of_the_result_is_said_too(merged: Path) -> None:
+    merge_files(["A", "B"], "TWO", Recipe(method="sum", rank=9))
+    lost = read_record("TWO")["energy_lost"]
+    assert 0 < lost < 0.1
+    said = text(report_page("TWO"))
+    assert f"the cut to rank 9 loses {100 * lost:.1f} % of the merged update's energy" in said
+    assert "energy lost by the cut to that rank" in said
+
+
+def test_a_record_of_an_older_version_is_drawn(merged: Path) -> None:
+    record = json.loads((merged / FILE).read_text())
+    del record["input_kept"]
+    for module in record["modules"].values():
+        del module["input_energy"], module["input_kept"]
+    (merged / FILE).write_text(json.dumps(record))
+    assert "tsv (rank=4) keeps at most 4 directions of each adapter" in text(report_page(merged))
+
+
+def test_an_adapter_that_drowns_the_others_is_remarked_on(merged: Path) -> None:
+    assert "as strongly as the others" not in text(report_page(merged))
+    config = json.loads(Path("B/adapter_config.json").read_text())
+    Path("B/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10 * config["lora_alpha"]}))
+    said = text(report_page(merge(Recipe())))
+    assert "B counts" in said and "times as strongly as the others" in said
+    assert "as strongly as the others" not in text(report_page(merge(Recipe(weights=[1.0, 0.1, 1.0]))))
+
+
+def test_a_fit_shows_its_errors_and_where_the_prior_is_kept(merged: Path) -> None:
+    record = json.loads((merged / FILE).read_text())
+    first, second, *_ = record["modules"]
+    fits = {
+        first: {"tokens": 9, "prior": 0.5, "fitted": 0.25, "kept": False, "lost": 0.02},
+        second: {"tokens": 9, "prior": 0.75, "fitted": 0.8, "kept": True},
+    }
+    fit = {"prior": "iso", "ridge": 0.3, "outputs_lost": 0.01, "modules": fits}
+    record |= {"made": "fitted to 9 inputs", "fit": fit, "input_kept": {}}
+    (merged / FILE).write_text(json.dumps(record))
+    page = report_page(merged)
+    said = text(page)
+    assert "How well it is fitted" in said and "On average 0.5; the prior's (iso) 0.625" in said
+    assert "q_proj, 0: 0.25 (the prior's: 0.50)" in said and "v_proj, 0: 0.75 (the prior's: 0.75, kept)" in said
+    assert page.count('class="ring"') == 1
+    assert f"1 of 2 modules keep the prior: {second}" in said
+    assert f"No input reached {len(record['modules']) - 2} of {len(record['modules'])} modules" in said
+    assert "q_proj, 0: 0.020" in said
+    assert "tsv (rank=4) keeps" not in said
+    assert "the cut to rank loses 1.0 % of the merged outputs" in said
+    fits[first]["checked"] = fits[second]["checked"] = False
+    (merged / FILE).write_text(json.dumps(record))
+    said = text(report_page(merged))
+    assert f"Too few inputs to hold some out for 2 of 2 modules: {first}, {second}" in said
+    assert "error on held-out inputs" not in said
 
 
 def test_the_numbers_are_those_of_the_diagnostics(merged: Path) -> None:
@@ -141,15 +209,26 @@ def test_weights_are_drawn_by_adapter_block_and_step(merged: Path) -> None:
         assert words in text(page)
 
 
-def test_scores_are_drawn(merged: Path) -> None:
+def test_scores_are_drawn_with_their_units_intervals_and_worst_task(merged: Path) -> None:
     rows = [
-        {"label": "no adapter", "mean": 0.5, "margin": 0.1, "raw": {"t": 0.4}, "normalised": {"t": 0.5}},
+        {"label": "no adapter", "mean": 0.5, "margin": 0.1, "raw": {"t": 0.4, "u": 1.0},
+         "normalised": {"t": 0.5, "u": 0.25}, "intervals": {"t": [0.35, 0.47]}},
         {"label": "OUT", "mean": None, "margin": None, "raw": {"t": 0.7}, "normalised": {}},
-    ]
-    Path("s.json").write_text(json.dumps({"name": "set", "split": "test", "tasks": {"t": {}}, "rows": rows}))
+    ]  # fmt: skip
+    tasks = {"t": {"kind": "classification", "metric": "accuracy", "rows": 400}, "u": {"rows": None}}
+    Path("s.json").write_text(json.dumps({"name": "set", "split": "test", "tasks": tasks, "rows": rows}))
     said = text(report_page(merged, scores="s.json"))
     assert "Scores set, test rows" in said
-    assert "no adapter: 0.500 (0.400 to 0.600)" in said
+    assert "no adapter: 0.500 (0.400 to 0.600)" in said and "whiskers: its 95 % interval" in said
+    assert "normalised as measured mean worst in task t accuracy, 400 rows u" in said
+    assert "no adapter 0.500 ± 0.100 0.250 u 0.400 ± 0.060 1.000 OUT 0.700" in said
+
+
+def test_scores_without_adapters_to_compare_with_are_a_table_alone(merged: Path) -> None:
+    rows = [{"label": "OUT", "mean": None, "margin": None, "raw": {"t": 0.7}, "normalised": {}}]
+    Path("s.json").write_text(json.dumps({"name": "set", "split": "test", "tasks": {"t": {}}, "rows": rows}))
+    said = text(report_page(merged, scores="s.json"))
+    assert "as measured t OUT 0.700" in said and "worst" not in said
 
 
 def test_a_merged_model_has_a_report_too(merged: Path) -> None:
@@ -181,9 +260,12 @@ def test_a_hostile_record_is_only_text_everywhere(merged: Path) -> None:
     for key in ("version", "dtype", "base_model", "made"):
         record[key] = NASTY
     record |= {"notes": [NASTY], "warnings": [NASTY], "command": [NASTY], "extras": {NASTY: NASTY}}
+    record |= {"input_kept": {NASTY: 0.5}}
+    module = f"layers.0.{NASTY.replace('.', '')}"
+    record["fit"] = {"prior": NASTY, "modules": {module: {"prior": 1.0, "fitted": 2.0, "kept": True, "lost": 0.5}}}
     for entry in record["inputs"]:
         entry |= {"name": NASTY, "type": NASTY, "revision": NASTY}
-    record["modules"] |= {f"layers.0.{NASTY.replace('.', '')}": next(iter(record["modules"].values()))}
+    record["modules"] |= {module: next(iter(record["modules"].values()))}
     (merged / FILE).write_text(json.dumps(record))
     scores = {"name": NASTY, "split": NASTY, "tasks": [NASTY], "rows": [
         {"label": NASTY, "mean": 0.5, "margin": 0.1, "raw": {NASTY: 0.5}, "normalised": {NASTY: 0.5}}]}  # fmt: skip
@@ -201,6 +283,7 @@ def test_a_hostile_record_is_only_text_everywhere(merged: Path) -> None:
         ({"inputs": [{"name": ["a"]}]}, r"inputs\.0\.name: not a whole record"),
         ({"recipe": {}}, r"recipe\.space: not a whole record"),
         ({"modules": {"x": {"norm": "1", "rank": 1, "input_norm": 1.0}}}, r"modules\.x\.norm: not a whole record"),
+        ({"fit": {"prior": "iso", "modules": {"x": {}}}}, r"fit\.modules\.x\.prior: not a whole record"),
         ({"modules": {}}, "q_proj: the record beside it does not know this module"),
     ],
 )
@@ -250,6 +333,29 @@ def test_places_are_blocks_and_short_kinds() -> None:
         "h.0.attn.proj": (0, "attn.proj"), "h.0.mlp.proj": (0, "mlp.proj"), "h.1.attn.q": (1, "q"),
         "head": (None, "head"),
     }  # fmt: skip
+
+
+def test_stacks_of_blocks_share_no_place() -> None:
+    t5 = [f"{stack}.block.0.layer.0.SelfAttention.q" for stack in ("encoder", "decoder")]
+    assert [place.stack for place in places_of(t5).values()] == ["encoder", "decoder"]
+    llava = ["model.language_model.layers.0.q_proj", "model.vision_tower.encoder.layers.0.q_proj", "model.head.linear"]
+    assert [(p.stack, p.layer, p.label) for p in places_of(llava).values()] == [
+        ("language_model", 0, "language_model q_proj"), ("vision_tower", 0, "vision_tower q_proj"),
+        ("", None, "linear"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stacks", "short"),
+    [
+        (["a", "a.b"], ["a", "b"]),
+        (["a.x", "b.x", "b.y"], ["a", "b.x", "y"]),
+        (["a", "b", "b.a"], ["a", "b", "b.a"]),
+        (["x.a", "x.a.c", "y.b"], ["x.a", "c", "y"]),
+    ],
+)
+def test_stacks_are_told_apart(stacks: list[str], short: list[str]) -> None:
+    assert [place.stack for place in places_of([f"{stack}.0.q" for stack in stacks]).values()] == short
 
 
 def test_spectra_are_means_over_blocks() -> None:

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from coremerge.report.svg import HUES, Range, bars, heatmap, legend, lines, ticks
+from coremerge.report.svg import HUES, Column, Range, bars, heatmap, legend, lines, ticks
 
 EVIL = '<script>"&'
 
@@ -24,6 +24,32 @@ def test_a_heat_map_has_a_cell_for_each_value_and_says_it_on_hovering() -> None:
     opacities = re.findall(r'class="(positive|negative)"[^>]*fill-opacity="([\d.]+)"', picture)
     assert opacities == [("positive", "0.500"), ("negative", "0.250"), ("positive", "1.000")]
     assert ">.50<" in picture and ">-.25<" in picture
+
+
+def test_heads_that_fit_stand_upright_and_words_that_do_not_lean() -> None:
+    layers = [str(i) for i in range(12)]
+    assert "rotate" not in heatmap(["a"], layers, [[0.5] * 12], Range(0, 1))
+    assert heatmap(["a"], [*layers, "lm_head"], [[0.5] * 13], Range(0, 1)).count("rotate") == 1
+    assert heatmap(["a"], ["a", "a longer name"], [[0.5] * 2], Range(0, 1)).count("rotate") == 2
+
+
+def test_numbers_over_small_cells_are_thinned_out() -> None:
+    picture = heatmap(["a"], [str(i) for i in range(80)], [[0.5] * 80], Range(0, 1), cell=9)
+    assert "rotate" not in picture
+    assert ">78<" in picture and ">79<" not in picture and ">1<" not in picture
+
+
+def test_stacks_stand_over_their_columns() -> None:
+    columns = [Column("encoder 0", "0", "encoder"), Column("decoder 0", "0", "decoder"), Column("head", "head")]
+    picture = heatmap(["a"], columns, [[0.5, 0.6, 0.7]], Range(0, 1))
+    assert titles(picture) == ["a, encoder 0: 0.50", "a, decoder 0: 0.60", "a, head: 0.70"]
+    assert picture.count(">encoder<") == picture.count(">decoder<") == 1
+
+
+def test_more_can_be_said_of_a_cell_and_a_ring_drawn_around_it() -> None:
+    picture = heatmap(["a"], ["x", "y"], [[0.5, None]], Range(0, 1), said={(0, 0): "<b>"}, ringed=[(0, 1)])
+    assert titles(picture) == ["a, x: 0.50 (<b>)", "a, y: none"]
+    assert picture.count('class="ring"') == 1 and "<b>" not in picture
 
 
 def test_small_cells_have_no_numbers_and_zero_has_no_sign() -> None:

@@ -107,6 +107,14 @@ def recipe_line(recipe: Recipe) -> str:
     return f"{_named({recipe.method: recipe.parameters})}{steps}, in {_named(recipe.space)} space{basis}"
 
 
+def cut_facts(recipe: Recipe, kept: Mapping[str, float] | None = None) -> Iterator[tuple[str, str]]:
+    """What a recipe cuts by itself; ``kept``: adapter → share of its energy that the method keeps."""
+    from coremerge.report.cuts import cuts_of
+
+    for text in cuts_of(recipe.method, recipe.parameters, recipe.steps, kept):
+        yield "cut", text
+
+
 def _named(spec: object) -> str:
     """A spec as ``name (key=value, …)``."""
     from coremerge.registry import parse_spec
@@ -133,6 +141,7 @@ def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> It
 
     plan, recipe = prepared.plan, prepared.plan.recipe
     yield "method", recipe_line(recipe)
+    yield from cut_facts(recipe)
     yield "scale", "auto: set from norms once the cores are merged" if recipe.scale == "auto" else recipe.scale
     if prepared.into_plan:
         yield "into", prepared.into

@@ -305,7 +305,7 @@ def _show_result(merged: Merged, as_json: bool, quiet: bool) -> None:
 
 
 def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
-    from coremerge.cli._describe import recipe_line
+    from coremerge.cli._describe import cut_facts, recipe_line
     from coremerge.pipeline import dtype_name
 
     plan, report, saved = merged.plan, merged.report, merged.saved
@@ -319,6 +319,7 @@ def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
     else:
         yield "into", merged.into
     yield "energy lost", f"{report.lost:.2%}" if report.lost else "none"
+    yield from cut_facts(plan.recipe, report.input_kept)
     yield "size", f"{size(saved.bytes)}, {dtype_name(saved.dtype)}"
     yield "time", f"{duration(merged.seconds)}, of which merging {duration(report.seconds)}"
     yield "written to", saved.path

@@ -83,7 +83,7 @@ class CardInput:
         scale: the overall factor that was applied.
         energy_lost: share of the merged update's energy that the cut to ``rank`` lost.
         dtype: of the result.
-        notes: what was dropped or normalised, in plain words.
+        notes: what was cut, dropped or normalised, in plain words.
         refused_by_vllm: why vLLM does not load it, if it does not.
         version: of coremerge.
         license: of the result, as the hub spells it.
@@ -130,8 +130,12 @@ def describe(
     """
     from coremerge import __version__
     from coremerge.recipe import write_recipe
+    from coremerge.report.cuts import cut_to_rank, cuts_of
 
     plan, report, info = result.plan, result.report, result.adapter.info
+    recipe = plan.recipe
+    cuts = [] if report.made else [*cuts_of(recipe.method, recipe.parameters, recipe.steps, report.input_kept)]
+    cuts += cut_to_rank(report.rank, report.lost, report.warnings)
     own = [f"{name}: {note}" for name, adapter in plan.adapters.items() for note in adapter.info.notes]
     if per_module(plan.recipe):
         own.append(f"one weight per module: the recipe shows each adapter's mean, {WEIGHTS_FILE} has them all")
@@ -152,7 +156,7 @@ def describe(
         scale=report.scale,
         energy_lost=None if report.made else report.lost,
         dtype=dtype or str(plan.dtype).removeprefix("torch."),
-        notes=[*dict.fromkeys([*plan.warnings, *report.warnings, *own, *notes])],
+        notes=[*dict.fromkeys([*cuts, *plan.warnings, *report.warnings, *own, *notes])],
         refused_by_vllm=_why_not_vllm(info, bool(result.adapter.biases)),
         version=__version__,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,22 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module is: its block, if it is in one, and what it is there."""
+    """Where a module is.
+
+    Attributes:
+        layer: its block, if it is in one.
+        kind: what it is there.
+        stack: which stack of blocks that is, where the model has several.
+    """
 
     layer: int | None
     kind: str
+    stack: str = ""
+
+    @property
+    def label(self) -> str:
+        """Of its kind, which other stacks may have, too."""
+        return f"{self.stack} {self.kind}".strip()
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Numbers:
 
     Attributes:
         places: module → where it is.
-        spectra: kind → name (inputs, "merged") → singular values, averaged over the kind's modules.
+        spectra: label of a kind → name (inputs, "merged") → singular values, averaged over the kind's modules.
         alignment: of the inputs; None where they could not be read.
         kept: input → module → what :func:`~coremerge.diagnostics.retain_module` found.
         missing: why inputs could not be read, in plain words.
@@ -114,25 +127,37 @@ def read_inputs(
 
 
 def places_of(names: Sequence[str]) -> dict[str, Place]:
-    """Block and kind of each module; kinds as short as tells them apart.
+    """Stack, block and kind of each module; kinds and stacks as short as tells them apart.
 
     Example:
         >>> places_of(["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"])["model.layers.1.mlp.up_proj"]
-        Place(layer=1, kind='up_proj')
+        Place(layer=1, kind='up_proj', stack='')
     """
     split = {name: _split(name) for name in names}
-    rests = {rest for _, rest in split.values()}
-    short = {rest: rest.rsplit(".", 1)[-1] for rest in rests}
-    clashing = {label for label in short.values() if list(short.values()).count(label) > 1}
-    return {
-        name: Place(layer, rest if short[rest] in clashing else short[rest]) for name, (layer, rest) in split.items()
-    }
+    short = _short_kinds({kind for _, _, kind in split.values()})
+    stacks = _short_stacks(dict.fromkeys(stack for stack, layer, _ in split.values() if layer is not None))
+    return {name: Place(layer, short[kind], stacks.get(stack, "")) for name, (stack, layer, kind) in split.items()}
 
 
-def _split(name: str) -> tuple[int | None, str]:
+def _split(name: str) -> tuple[str, int | None, str]:
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal() and i + 1 < len(parts)), None)
-    return (None, name) if at is None else (int(parts[at]), ".".join(parts[at + 1 :]))
+    return ("", None, name) if at is None else (".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :]))
+
+
+def _short_kinds(kinds: Collection[str]) -> dict[str, str]:
+    short = {kind: kind.rsplit(".", 1)[-1] for kind in kinds}
+    count = Counter(short.values())
+    return {kind: kind if count[label] > 1 else label for kind, label in short.items()}
+
+
+def _short_stacks(stacks: Collection[str]) -> dict[str, str]:
+    """The first part of each path that no other has there; the whole path where there is none."""
+    if len(stacks) == 1:
+        return dict.fromkeys(stacks, "")
+    count = Counter(at for stack in stacks for at in enumerate(stack.split(".")))
+    short = {stack: next((at[1] for at in enumerate(stack.split(".")) if count[at] == 1), stack) for stack in stacks}
+    return short if len(set(short.values())) == len(short) else {stack: stack for stack in stacks}
 
 
 def _spectra(
@@ -150,10 +175,11 @@ def _spectra(
 
     sums: dict[str, dict[str, list[list[float]]]] = {}
     for done, ((name, module), found) in enumerate(zip(work, local.run(values, work, threads), strict=True), 1):
-        sums.setdefault(places[module].kind, {}).setdefault(name, []).append(found)
+        sums.setdefault(places[module].label, {}).setdefault(name, []).append(found)
         progress(done, len(work))
     return {
-        kind: {name: _mean(listed) for name, listed in by_name.items() if any(listed)} for kind, by_name in sums.items()
+        label: {name: _mean(listed) for name, listed in by_name.items() if any(listed)}
+        for label, by_name in sums.items()
     }
 
 

@@ -79,7 +79,8 @@ class _Input(BaseModel):
 class _Recipe(BaseModel):
     space: str | dict[str, Any]
     method: str
-    steps: list[str | Annotated[dict[str, Any], Field(min_length=1)]]
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    steps: list[str | Annotated[dict[str, dict[str, Any] | None], Field(min_length=1, max_length=1)]]
     scale: float | str
     weights: list[float] | dict[str, float | dict[str, float | list[float]]] | None
 
@@ -88,6 +89,21 @@ class _Module(BaseModel):
     rank: int
     norm: float
     input_norm: float | None
+    lost: float = 0.0
+
+
+class _ModuleFit(BaseModel):
+    prior: float
+    fitted: float
+    kept: bool
+    checked: bool = True
+    lost: float = 0.0
+
+
+class _Fit(BaseModel):
+    prior: str
+    outputs_lost: float = 0.0
+    modules: dict[str, _ModuleFit]
 
 
 class _Record(BaseModel):
@@ -108,6 +124,8 @@ class _Record(BaseModel):
     notes: list[str]
     warnings: list[str]
     made: str | None = None
+    input_kept: dict[str, float] = Field(default_factory=dict)
+    fit: _Fit | None = None
 
 
 def changes(
