@@ -86,9 +86,36 @@ def test_each_module_at_its_own_rank(fit):
     assert result.exit_code == 2 and "--into" in result.stderr
 
 
+def test_mean_and_largest_rank_are_said(fit):
+    result = fit(*DATA, "-o", "OUT", "--rank-budget", "3", "--rank", "4")
+    assert result.exit_code == 0 and "4 at most, 3 on average" in result.stdout
+    result = fit(*DATA, "-o", "NO", "--rank-budget", "3", "--rank", "2")
+    assert result.exit_code == 1 and "no module is to have more than rank 2" in result.stderr
+
+
+def test_what_a_cut_takes_is_said(fit):
+    assert "outputs lost" not in fit(*DATA, "-o", "WHOLE").stdout
+    result = fit(*DATA, "-o", "CUT", "--rank", "1")
+    assert "by the cut to rank, on average over modules" in result.stdout
+    assert "warning: the cut to rank loses" in result.stderr
+    said = json.loads(Path("CUT/coremerge.json").read_text())["fit"]
+    lost = [module["lost"] for module in said["modules"].values()]
+    assert said["outputs_lost"] == pytest.approx(sum(lost) / len(lost)) and min(lost) > 0
+
+
+def test_errors_that_were_not_measured_are_not_printed(fit, run):
+    result = fit(*DATA, "-o", "OUT", "--inputs", "1")
+    assert "held-out error" not in result.stdout and "too few inputs to hold some out" in result.stderr
+    result = run("fit", "A", "--base", "base", *DATA[:2], "-o", "ONE")
+    assert "keep the prior" not in result.stdout + result.stderr
+    assert "a single adapter comes back as it is" in result.stderr
+
+
 def test_json_and_dry_run(fit):
     said = json.loads(fit(*DATA, "-o", "OUT", "--dry-run", "--json").stdout)
     assert said["inputs"] == {"A": 4, "B": 4} and not Path("OUT").exists()
+    half = json.loads(fit(*DATA, "-o", "OUT", "--dry-run", "--json", "--base-dtype", "bfloat16").stdout)["states"]
+    assert said["states"]["where"] == "memory" and 0.5 < half["bytes"] / said["states"]["bytes"] < 0.8
     assert "not written: dry run" in fit(*DATA, "-o", "OUT", "--dry-run").stdout
     said = json.loads(fit(*DATA, "-o", "OUT", "--json", "--prior", "router", "--ridge", "0.1").stdout)
     assert said["report"]["fit"]["prior"] == "router" and said["output"]["path"] == "OUT"

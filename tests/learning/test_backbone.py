@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from coremerge.learning.backbone import blocks, token_mask
+from coremerge.learning.backbone import blocks, seeded, token_mask
 from families import FAMILIES, make_model
 
 
@@ -21,3 +21,16 @@ def test_masks():
     assert token_mask(batch, torch.zeros(6, 4)).shape == (6,)
     assert token_mask(batch, torch.zeros(2, 9, 4)) is None
     assert token_mask({**batch, "token_mask": torch.zeros(2, 3)}, torch.zeros(2, 3, 4)).sum() == 0
+
+
+def test_random_numbers_from_a_seed_leave_the_callers_where_they_were():
+    torch.manual_seed(1)
+    expected = torch.rand(4)
+    torch.manual_seed(1)
+    first, drawn = torch.rand(2), []
+    for _ in range(2):
+        with seeded(7):
+            drawn.append(torch.rand(3))
+    assert torch.equal(torch.cat([first, torch.rand(2)]), expected) and torch.equal(*drawn)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), drawn[0])

@@ -12,6 +12,7 @@ from coremerge.learning.leastsquares import (
     cut,
     demands,
     gains,
+    lost,
     means_of,
     metric,
     regmean,
@@ -186,6 +187,9 @@ def test_gains_are_what_a_cut_loses(asked):
     for rank in (1, 2, 3):
         rest = core - cut(asked, core, rank, 0.0)
         assert float((rest @ inputs * rest).sum()) / size == pytest.approx(float(shares[rank:].sum()), rel=1e-5)
+        assert lost(shares, rank) == pytest.approx(float(shares[rank:].sum() / shares.sum()))
+    assert lost(shares, None) == lost(shares, Q) == lost(torch.zeros(3), 1) == 0.0
+    assert lost(torch.tensor([1.0, 1e-30]), 1) == 0.0  # rounding
 
 
 def test_a_budget_goes_to_the_largest_shares():
@@ -197,3 +201,5 @@ def test_a_budget_goes_to_the_largest_shares():
     assert allot(shares, 1) == {"a": 1, "b": 1, "c": 1}
     assert allot(shares, 2) == {"a": 3, "b": 1, "c": 2}
     assert allot(shares, 99) == {"a": 4, "b": 3, "c": 2}
+    assert allot(shares, 2, 2) == {"a": 2, "b": 2, "c": 2}
+    assert allot(shares, 1, 1) == allot(shares, 1)

@@ -347,3 +347,10 @@ def test_a_model_spread_by_accelerate(adapters, data, place, tmp_path):
         expected = learn_weights(make_model("bert"), adapters, data, objective=objective, steps=3)
         torch.testing.assert_close(found.path, expected.path)
         assert not torch.equal(found.path[0], found.path[-1])
+
+
+def test_the_callers_random_numbers_are_left_alone(adapters, data):
+    torch.manual_seed(5)
+    model, before = make_model("bert"), torch.get_rng_state()
+    learn_weights(model, adapters, data, steps=1)
+    assert torch.equal(torch.get_rng_state(), before)

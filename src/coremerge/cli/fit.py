@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -34,9 +34,9 @@ def fit(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="OUT")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Of the result. Default: as it comes out.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result, at most. Default: as it comes out.")] = None,
     rank_budget: Annotated[
-        int | None, typer.Option(min=1, help="Instead: the modules' mean rank, given where it brings most.")
+        int | None, typer.Option(min=1, help="The modules' mean rank, given where it brings most.")
     ] = None,
     rank_pattern: Annotated[
         bool, typer.Option("--rank-pattern", help="Write each module at its own rank (PEFT reads it, vLLM does not).")
@@ -156,7 +156,8 @@ def fit(
             if report:
                 draw(out, None, None, bar)
     if dry_run:
-        _show_plan(prepared, batches, base, spill, as_json=as_json, quiet=quiet)
+        states = _states(prepared.plan, batches, base, base_dtype)
+        _show_plan(prepared, batches, states, spill, as_json=as_json, quiet=quiet)
     else:
         _show(merged, as_json, quiet)
 
@@ -173,15 +174,27 @@ def _solver(
     return solve
 
 
+def _states(plan: Plan, batches: Mapping[str, Any], base: str, dtype: str) -> int:
+    """Bytes of hidden states, about."""
+    import torch
+
+    from coremerge.learning.files import read_config
+    from coremerge.learning.room import state_bytes
+
+    config = read_config(base)
+    named = getattr(config, "dtype", None) if dtype == "auto" else dtype
+    kind = getattr(torch, str(named).removeprefix("torch."), None) or torch.float32
+    return state_bytes(config, plan, [batch for listed in batches.values() for batch in listed], kind.itemsize)
+
+
 def _show_plan(
-    prepared: Prepared, batches: Mapping[str, Any], base: str, spill: Path | None, *, as_json: bool, quiet: bool
+    prepared: Prepared, batches: Mapping[str, Any], states: int, spill: Path | None, *, as_json: bool, quiet: bool
 ) -> None:
     from coremerge.cli._describe import adapters_table, extras_table, planned_modules_table
-    from coremerge.learning.files import read_config
-    from coremerge.learning.passes import SPILL_BYTES, rows_of, state_bytes
+    from coremerge.learning.given import rows_of
+    from coremerge.learning.room import SPILL_BYTES
 
     inputs = {name: sum(map(rows_of, listed)) for name, listed in batches.items()}
-    states = state_bytes(read_config(base), [batch for listed in batches.values() for batch in listed])
     where = "disk" if spill is not None or states > SPILL_BYTES else "memory"
     if as_json:
         print_json({**prepared.to_dict(), "inputs": inputs, "states": {"bytes": states, "where": where}})
@@ -218,17 +231,29 @@ def _show(merged: Merged, as_json: bool, quiet: bool) -> None:
 def _facts(merged: Merged) -> Iterator[tuple[str, object]]:
     report = cast("FitReport", merged.report)
     fits = report.fits.values()
+    checked = [fit for fit in fits if fit.checked] if len(merged.plan.adapters) > 1 else []
     yield "merged", f"{len(merged.plan.adapters)} adapters: {', '.join(merged.plan.adapters)}"
     yield "method", report.made
-    if fits:
-        before, after = (sum(values) / len(fits) for values in zip(*((f.prior, f.fitted) for f in fits), strict=True))
+    if checked:
+        before, after = (sum(x) / len(checked) for x in zip(*((f.prior, f.fitted) for f in checked), strict=True))
         yield "held-out error", f"{number(after)} of what no update leaves; the prior's: {number(before)}"
         yield "modules", f"{len(report.modules)}, of which {sum(f.kept for f in fits)} keep the prior"
+    if report.outputs_lost:
+        most = max(fit.lost for fit in fits)
+        yield (
+            "outputs lost",
+            f"{report.outputs_lost:.2%} by the cut to rank, on average over modules; at most {most:.2%}",
+        )
     if merged.into is None:
-        yield "rank", report.rank
+        yield "rank", _ranks([module.rank for module in report.modules.values()])
     else:
         yield "into", merged.into
     yield "hidden states", "in memory" if report.states == "memory" else "on disk"
     yield "size", f"{size_of(merged.saved.bytes)}, {str(merged.saved.dtype).removeprefix('torch.')}"
     yield "time", f"{duration(merged.seconds)}, of which fitting {duration(report.seconds)}"
     yield "written to", merged.saved.path
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    mean = sum(ranks) / len(ranks)
+    return f"{ranks[0]}" if len(set(ranks)) == 1 else f"{max(ranks)} at most, {number(mean)} on average"

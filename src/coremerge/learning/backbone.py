@@ -82,6 +82,17 @@ def frozen(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed``; the caller's go on afterwards where they were, on GPUs, too."""
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs that are first used later
+        if gpus:
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode; every part of it in its own mode again afterwards."""
     modes = {module: module.training for module in model.modules()}

@@ -7,21 +7,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from coremerge.adapter import Adapter
-from coremerge.errors import ConfigError, InputError, MismatchError, UnsupportedError
+from coremerge.errors import ConfigError, MismatchError, UnsupportedError
 from coremerge.executors import Executor, Group, shares
 from coremerge.executors.local import Here
-from coremerge.learning.backbone import Batch
+from coremerge.learning.backbone import Batch, seeded
 from coremerge.learning.cores import Cores
-from coremerge.learning.fitting import Drawn, Fitting, ModuleFit, Progress
+from coremerge.learning.fitting import Drawn, Fitting, ModuleFit, Progress, mean_lost
+from coremerge.learning.given import check_adapters, check_data, first_row, listed, rows_of
 from coremerge.learning.kept import Kept, mark_of
 from coremerge.learning.leastsquares import ASIDE, allot
-from coremerge.learning.passes import Layout, Opening, first_row, lots_of, rows_of
+from coremerge.learning.passes import Layout, Opening, lots_of
 from coremerge.learning.weights import check_names
 from coremerge.merging import MergeResult, Report, execute, lifted, report_of
 from coremerge.plan import Plan, make_plan
@@ -58,11 +60,17 @@ class FitReport(Report):
     ridge: float = 0.0
     states: str = "memory"
 
+    @property
+    def outputs_lost(self) -> float:
+        """What cuts to ranks lost of the merged outputs on the inputs, on average over the modules of ``fits``."""
+        return mean_lost(self.fits)
+
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         modules = {name: vars(fit) for name, fit in self.fits.items()}
         ridge = self.ridge if math.isfinite(self.ridge) else None
-        return super().to_dict() | {"fit": {"prior": self.prior, "ridge": ridge, "modules": modules}}
+        said = {"prior": self.prior, "ridge": ridge, "outputs_lost": self.outputs_lost, "modules": modules}
+        return super().to_dict() | {"fit": said}
 
 
 def fit(
@@ -97,8 +105,8 @@ def fit(
             through the prior alone.
         rank: of the result; each module is cut in the metric of its own inputs before the next one is fitted. None: as
             high as the fit comes out.
-        rank_budget: in place of ``rank``: the modules' mean rank, higher where it brings more to the outputs. The file
-            has the largest of them for all, with zero rows. Costs a second fit.
+        rank_budget: the modules' mean rank, higher where it brings more to the outputs; ``rank`` is then the most that
+            one of them has. The file has the largest of them for all, with zero rows. Costs a second fit.
         prior: what the cores are drawn to: a name of :data:`PRIORS` (by default ``"iso"``: the sum, isotropized, at
             automatic scale), a recipe, whose merge it is, or an adapter (as far as the adapters' factors span it).
         ridge: how strongly, as a share of the inputs' mean second moment, 0.3 by default; infinite: the prior alone.
@@ -120,8 +128,8 @@ def fit(
         the merged adapter, and a :class:`FitReport`.
 
     Raises:
-        ConfigError: an unknown prior, a task that is no adapter, no inputs; a ``resume`` of something else.
-        InputError: a task without inputs.
+        ConfigError: a setting that means nothing, a task that is no adapter, no inputs; a ``resume`` of something else.
+        InputError: a task without inputs; what is no adapter, or no batch.
         MismatchError: the model (or an adapter that is the prior) lacks a module, or has it in another shape.
         UnsupportedError: a module that cannot be hooked, biases in the adapters, or inputs that take other ways through
             the merged model than through their own (experts).
@@ -129,11 +137,20 @@ def fit(
     Source: ours; its neighbours are RegMean (2212.09849), SSR-Merge (2606.10617) and CtM (2606.03723).
     """
     output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
-    plan = make_plan(adapters, prior_recipe(PRIOR if prior is None else prior).model_copy(update=output))
+    check_adapters(adapters)
+    plan = make_plan(adapters, _recipe(PRIOR if prior is None else prior, output))
     given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside, "preferences": preferences}
     return fit_plan(
         model, plan, data, prior=prior, spill=spill, resume=resume, executor=executor, progress=progress, **given
     )
+
+
+def _recipe(prior: str | Recipe | Adapter, output: Mapping[str, Any]) -> Recipe:
+    """:func:`prior_recipe`, with what is asked of the result in place of what it says."""
+    for key in ("rank", "seed"):
+        if isinstance(output[key], bool):  # to pydantic, True is 1
+            raise ConfigError("a whole number is needed", key=key, value=output[key])
+    return Recipe(**{**prior_recipe(prior).model_dump(exclude_unset=True), **output})
 
 
 def prior_recipe(prior: str | Recipe | Adapter) -> Recipe:
@@ -146,7 +163,7 @@ def prior_recipe(prior: str | Recipe | Adapter) -> Recipe:
         return prior
     if isinstance(prior, Adapter):
         return Recipe(method="sum")
-    if prior not in PRIORS:
+    if not isinstance(prior, str) or prior not in PRIORS:
         known = ", ".join(PRIORS)
         remedy = f"Known: {known}; a recipe, or an adapter"
         raise ConfigError("no such prior", key="prior", value=prior, remedy=remedy)
@@ -171,22 +188,26 @@ def fit_plan(
     """:func:`fit` with a plan: its recipe is :func:`prior_recipe`, its rank that of the result."""
     start = time.perf_counter()
     prior, ridge = PRIOR if prior is None else prior, RIDGE if ridge is None else ridge
+    likes = dict(preferences or {})
+    check_data(data)
     check_names("data", data, plan.adapters)
-    likes = {task: float(x) for task, x in (preferences or {}).items()}
     check_names("preferences", likes, plan.adapters)
-    batches = {name: list(data[name]) for name in plan.adapters if name in data}
+    batches = {name: [_unlabelled(b) for b in listed(data[name], name)] for name in plan.adapters if name in data}
     rank = plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
-    _check(plan, batches, ridge, aside, likes)
-    if rank_budget is not None and (rank is not None or rank_budget < 1 or math.isinf(ridge)):
-        raise ConfigError("at least 1, instead of rank, and with a finite ridge", key="rank_budget", value=rank_budget)
+    _check(plan, ridge, aside, likes)
+    _check_budget(rank_budget, rank, ridge)
+    if not any(likes.get(task, 1.0) for task in batches):
+        remedy = "Give inputs of at least one adapter's task, and a preference"
+        raise ConfigError("no task to fit to", key="data", remedy=remedy)
     drawn = Drawn(_prior(prior, plan), ridge, aside, rank, likes)
-    name = prior if isinstance(prior, str) else prior.name if isinstance(prior, Adapter) else f"merge by {prior.method}"
+    name = _called(drawn.prior if len(plan.adapters) == 1 else prior)
     recipe = plan.recipe.model_dump(mode="json")
     settings = {"recipe": recipe, "prior": name, "ridge": ridge, "aside": aside, "preferences": likes}
     others = {"(prior)": prior} if isinstance(prior, Adapter) else {}
     cores = Cores(plan)
     with ExitStack() as undo:
-        sample = first_row(max((listed[0] for listed in batches.values()), key=len))
+        undo.enter_context(seeded(plan.recipe.seed))
+        sample = first_row(max((given[0] for given in batches.values()), key=len))
         place = str(spill) if isinstance(spill, Path) else spill
         group = _group(Opening(model, plan, sample, place, drawn.own_inputs_do), batches, cores, executor)
         undo.callback(group.close)
@@ -201,13 +222,13 @@ def fit_plan(
             return run
 
         if rank_budget is not None:
-            exact = run_with(drawn, mark, ".exact")
-            drawn = replace(drawn, rank=_allotted(exact, rank_budget))
+            exact = run_with(replace(drawn, rank=None), mark, ".exact")
+            drawn = replace(drawn, rank=_allotted(exact, rank_budget, rank))
             mark += f" {rank_budget}"
         run = run_with(drawn, mark)
     reports = {name: run.solved[name].report for name in plan.modules}
     plain = vars(report_of(plan, reports, 1.0, time.perf_counter() - start))
-    inputs = sum(rows_of(batch) for listed in batches.values() for batch in listed)
+    inputs = sum(rows_of(batch) for given in batches.values() for batch in given)
     tasks = f"{len(batches)} task{'s' if len(batches) != 1 else ''}"
     made = f"fitted to {inputs} inputs of {tasks}; prior: {name}, ridge {ridge:g}"
     report = FitReport(
@@ -223,27 +244,28 @@ def _group(opening: Opening, batches: Mapping[str, Sequence[Batch]], cores: Core
     return executor.hold(opening, shares(lots, executor.replicas)) if executor else Here(opening(lots, cores))
 
 
-def _allotted(exact: Fitting, budget: int) -> dict[str, int]:
+def _allotted(exact: Fitting, budget: int, most: int | None) -> dict[str, int]:
     """The ranks of a second fit; a module that no input reaches has the budget."""
-    return dict.fromkeys(exact.layout.targets, budget) | allot(exact.gains, budget)
+    return dict.fromkeys(exact.layout.targets, budget) | allot(exact.gains, budget, most)
 
 
-def _check(
-    plan: Plan, batches: Mapping[str, Sequence[Batch]], ridge: float, aside: float, likes: Mapping[str, float]
-) -> None:
-    if not any(likes.get(task, 1.0) for task in batches):
-        raise ConfigError(
-            "no task to fit to", key="data", remedy="Give inputs of at least one adapter's task, and a preference"
-        )
-    for name, listed in batches.items():
-        if not listed:
-            raise InputError("no inputs", key=name, remedy="Give at least one batch")
-    if not ridge >= 0:
+def _called(prior: str | Recipe | Adapter) -> str:
+    if isinstance(prior, Adapter):
+        return prior.name
+    return f"merge by {prior.method}" if isinstance(prior, Recipe) else prior
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "labels"} if "labels" in batch else batch
+
+
+def _check(plan: Plan, ridge: float, aside: float, likes: Mapping[str, float]) -> None:
+    if not (_is(Real, ridge) and ridge >= 0):
         raise ConfigError("a number of at least zero is needed", key="ridge", value=ridge)
-    wrong = next((task for task, x in likes.items() if not 0 <= x < math.inf), None)
-    if wrong:
+    wrong = next((task for task, x in likes.items() if not (_is(Real, x) and 0 <= x < math.inf)), None)
+    if wrong is not None:
         raise ConfigError("a finite number of at least zero is needed", key=f"preferences.{wrong}", value=likes[wrong])
-    if not LEAST_ASIDE <= aside <= 1:
+    if not (_is(Real, aside) and LEAST_ASIDE <= aside <= 1):
         raise ConfigError(f"at least {LEAST_ASIDE:g}, at most 1", key="aside", value=aside)
     biased = next((name for name, adapter in plan.adapters.items() if adapter.biases), None)
     if biased:
@@ -251,6 +273,25 @@ def _check(
             "its updates have biases (lora_bias), which a core does not hold", key=biased,
             remedy="Learn weights instead: coremerge learn-weights",
         )  # fmt: skip
+
+
+def _check_budget(budget: int | None, rank: int | None, ridge: float) -> None:
+    if budget is None:
+        return
+    if not (_is(Integral, budget) and budget >= 1):
+        raise ConfigError("a whole number from 1 on is needed", key="rank_budget", value=budget)
+    if math.isinf(ridge):
+        remedy = "Give a finite ridge, or a rank instead"
+        raise ConfigError("a prior alone has no errors to share ranks out by", key="rank_budget", remedy=remedy)
+    if rank is not None and rank < budget:
+        raise ConfigError(
+            f"no module is to have more than rank {rank}, so that they cannot have {budget} on average",
+            key="rank_budget", remedy="Give a higher rank, or one of the two",
+        )  # fmt: skip
+
+
+def _is(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _prior(prior: str | Recipe | Adapter, plan: Plan) -> str | Adapter:

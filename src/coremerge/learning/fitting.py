@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from heapq import merge
 from typing import Any
 
@@ -21,6 +21,7 @@ from coremerge.learning.leastsquares import (
     cut,
     demands,
     gains,
+    lost,
     means_of,
     regmean,
     relative,
@@ -46,6 +47,9 @@ INPUTS_RIDGE = 1e-2
 ROUGH = 1e-3
 """How exactly the fits are solved that are only compared with the prior."""
 
+NOTABLE = 1e-2
+"""A cut that loses more than this share of the outputs, on average over modules, is warned of."""
+
 
 @dataclass(frozen=True)
 class ModuleFit:
@@ -56,12 +60,16 @@ class ModuleFit:
         prior: held-out residual of the prior, as a share of what no update leaves.
         fitted: that of the fit.
         kept: the prior was kept, as the fit is not better.
+        checked: there were inputs to hold out; else both residuals are 0.
+        lost: share of the merged outputs on the inputs, in squares, that the cut to a rank lost.
     """
 
     tokens: int
     prior: float
     fitted: float
     kept: bool
+    checked: bool = True
+    lost: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class Drawn:
     def own_inputs_do(self) -> bool:
         """Nothing is asked of the merged model."""
         return self.alone and self.prior != IN_MERGED
+
+    def as_it_is(self, plan: Plan) -> bool:
+        """A single adapter is drawn to itself: there is nothing to fit."""
+        return len(plan.adapters) == 1 and self.prior is next(iter(plan.adapters.values()))
 
     def rank_of(self, name: str) -> int | None:
         """Of one module."""
@@ -148,26 +160,47 @@ class Fitting:
                 self._tell_all("pass_on", at)
         for name in self.layout.targets:
             if name not in self.solved:
-                self.kept.cores[name] = self._cut_plainly(name, self._prior(name, self.cores[name], {}))
+                self.kept.put(name, *self._cut_plainly(name, self._prior(name, self.cores[name], {})))
                 self._take([name])
         self._tell(progress)
 
     def warnings(self) -> list[str]:
         """What the person should know."""
-        said: list[str] = []
         if self.drawn.alone:
-            return said
-        kept, away = sum(one.kept for one in self.fits.values()), len(self.layout.targets) - len(self.fits)
-        if kept:
-            said.append(f"{kept} of {len(self.fits)} modules keep the prior: the fit is not better on held-out inputs")
-        if away:
-            said.append(f"{away} of {len(self.layout.targets)} modules keep the prior: no input reaches them")
+            return []
+        if self.drawn.as_it_is(self.plan):
+            but = ", but for the cut to a rank" if mean_lost(self.fits) else ""
+            return [f"a single adapter comes back as it is{but}", *self._cuts()]
+        said = [*self._priors(), *self._cuts()]
         without = [name for name in self.plan.adapters if name not in self.tasks]
         if without:
             said.append(f"no inputs for {', '.join(without)}: these count through the prior alone")
         if self.layout.apart:
             said.append(f"{', '.join(self.layout.apart)} cannot be run block by block: whole passes for each module")
         return said
+
+    def _priors(self) -> Iterator[str]:
+        """Where priors stand, or might have to."""
+        fits, targets = self.fits.values(), len(self.layout.targets)
+        kept, unchecked = sum(one.kept for one in fits), sum(not one.checked for one in fits)
+        if kept:
+            yield f"{kept} of {len(fits)} modules keep the prior: the fit is not better on held-out inputs"
+        if unchecked:
+            yield (
+                f"too few inputs to hold some out: {unchecked} of {len(fits)} modules are not checked against the prior"
+            )
+        if targets > len(fits):
+            yield f"{targets - len(fits)} of {targets} modules keep the prior: no input reaches them"
+
+    def _cuts(self) -> Iterator[str]:
+        """What ranks took away, where it is notable."""
+        mean = mean_lost(self.fits)
+        if mean > NOTABLE:
+            name, most = max(self.fits.items(), key=lambda one: one[1].lost)
+            yield (
+                f"the cut to rank loses {mean:.1%} of the merged outputs on the inputs, on average over modules; most"
+                f" in {name}: {most.lost:.1%}"
+            )
 
     def _tell(self, progress: Progress | None) -> None:
         if progress and progress(len(self.solved), len(self.layout.targets)) is False:
@@ -199,7 +232,7 @@ class Fitting:
         """The modules of one stage."""
         if self.drawn.own_inputs_do:
             for name in stage:
-                self.kept.put(name, self._cut_plainly(name, self._prior(name, self.cores[name], moments[name])), {})
+                self.kept.put(name, *self._cut_plainly(name, self._prior(name, self.cores[name], moments[name])))
             return self.kept.write()
         sums = self._sums(at, stage)
         for name in stage:
@@ -238,23 +271,30 @@ class Fitting:
         weights = weights_of(means_of(sums, metrics), self.drawn.preferences)
         asked = demands(sums, metrics, weights)
         if not asked or self.drawn.alone:
-            return self._cut_plainly(name, prior), {}
+            return self._cut_plainly(name, prior)
         ridge, rank = self.drawn.ridge, self.drawn.rank_of(name)
         before = after = 0.0
+        checked = False
         for held in parts:
             others = shared([part for part in parts if part is not held])
             seen, rest = demands(held, metrics, weights), demands(others, metrics, weights)
             if seen and rest:
+                checked = True
                 before += relative(seen, prior) / FOLDS
                 after += relative(seen, solve(rest, prior, ridge, exact=ROUGH)) / FOLDS
-        said = ModuleFit(sum(s.count for s in sums.values()), before, after, kept=after > before)
-        found = prior if said.kept else solve(asked, prior, ridge)
-        told = {"fit": asdict(said), "gains": gains(asked, found, ridge).tolist()}
+        kept = after > before
+        found = prior if kept else solve(asked, prior, ridge)
+        gained = gains(asked, found, ridge)
+        said = ModuleFit(sum(s.count for s in sums.values()), before, after, kept, checked, lost(gained, rank))
+        told = {"fit": asdict(said), "gains": gained.tolist()}
         return (found if rank is None else cut(asked, found, rank, ridge)), told
 
-    def _cut_plainly(self, name: str, core: Tensor) -> Tensor:
+    def _cut_plainly(self, name: str, core: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """A core that no inputs say how to cut, and the energy that it had."""
         rank = self.drawn.rank_of(name)
-        return core if rank is None else thin_svd(core).truncate(rank).dense()
+        if rank is None or rank >= min(core.shape):
+            return core, {}
+        return thin_svd(core).truncate(rank).dense(), {"energy": float(core.square().sum())}
 
     def _prior(self, name: str, core: Core, moments: Mapping[str, Tensor]) -> Tensor:
         if isinstance(self.drawn.prior, Adapter):
@@ -267,8 +307,20 @@ class Fitting:
     def _take(self, names: Sequence[str]) -> None:
         """Cores that are done."""
         for name in names:
-            found, said = self.kept.cores[name], self.kept.said.get(name)
-            (self.solved[name],) = solved_of((name,), self.cores[name].coordinates, thin_svd(found).cut(), self.plan)
-            if said:
+            found, said = self.kept.cores[name], self.kept.said[name]
+            (solved,) = solved_of((name,), self.cores[name].coordinates, thin_svd(found).cut(), self.plan)
+            self.solved[name] = _with_energy(solved, said["energy"]) if said.get("energy") else solved
+            if "fit" in said:
                 self.fits[name] = ModuleFit(**said["fit"])
                 self.gains[name] = torch.tensor(said["gains"], dtype=torch.float64)
+
+
+def mean_lost(fits: Mapping[str, ModuleFit]) -> float:
+    """Of all modules, see :class:`ModuleFit`."""
+    return sum(one.lost for one in fits.values()) / len(fits) if fits else 0.0
+
+
+def _with_energy(solved: Solved, energy: float) -> Solved:
+    """What was cut before it was solved, with the ``energy`` that it had."""
+    left = solved.report.energy
+    return replace(solved, report=replace(solved.report, energy=energy, lost=max(0.0, 1 - left / energy)))

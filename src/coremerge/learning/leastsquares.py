@@ -221,6 +221,13 @@ def gains(asked: Sequence[Demand], core: Tensor, ridge: float) -> Tensor:
     return sizes.square() / size if size else torch.zeros_like(sizes)
 
 
+def lost(gains: Tensor, rank: int | None) -> float:
+    """The share of a core's outputs that a cut to ``rank`` loses, by its :func:`gains`; None: it is not cut."""
+    whole = float(gains.sum())
+    share = float(gains[rank:].sum()) / whole if rank is not None and whole else 0.0
+    return share if share > linalg.NOISE else 0.0
+
+
 def _root(asked: Sequence[Demand], core: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Eigenvectors (q, q) of S, and the roots (q) of its eigenvalues."""
     zz = sum((demand.zz for demand in asked), torch.zeros(core.shape[-1], core.shape[-1], dtype=torch.float64))
@@ -230,13 +237,14 @@ def _root(asked: Sequence[Demand], core: Tensor, ridge: float) -> tuple[Tensor, 
     return vectors, level.sqrt()
 
 
-def allot(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+def allot(shares: Mapping[str, Tensor], budget: int, most: int | None = None) -> dict[str, int]:
     """Module → rank, ``budget`` on average, so that the components that are kept have the largest ``shares``.
 
-    Every module keeps at least one. Source: ours; greedy, which is optimal as shares descend within a module.
+    Every module keeps at least one, and none more than ``most``. Source: ours; greedy, which is optimal as shares
+    descend within a module.
     """
     ranks = dict.fromkeys(shares, 1)
-    listed = [(float(x), name) for name, values in shares.items() for x in values[1:]]
+    listed = [(float(x), name) for name, values in shares.items() for x in values[1:most]]
     for _, name in sorted(listed, key=lambda one: -one[0])[: (budget - 1) * len(shares)]:
         ranks[name] += 1
     return ranks

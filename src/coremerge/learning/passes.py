@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from coremerge.errors import UnsupportedError
-from coremerge.learning.backbone import Batch, frozen, token_mask
+from coremerge.learning.backbone import Batch, frozen, seeded, token_mask
 from coremerge.learning.cores import Cores
 from coremerge.learning.forward import MergedModel, Target
+from coremerge.learning.given import moved, rows_of
 from coremerge.learning.kept import mark_of_model
 from coremerge.learning.leastsquares import Sums
+from coremerge.learning.room import SPILL_BYTES, state_bytes
 from coremerge.learning.states import States
 from coremerge.learning.stream import Segment, Stream, Updates, Watch
 from coremerge.lowrank import LowRank
@@ -32,12 +34,6 @@ FOLDS = 4
 
 LOTS = 4
 """Parts of a task's batches whose sums are made apart and then added, whoever makes them: the same bytes everywhere."""
-
-IMAGE_TOKENS = 256
-"""Of an image, where hidden states are only estimated."""
-
-SPILL_BYTES = 1 << 30
-"""Hidden states that are expected to take more go to disk, unless it is said where."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ class Passes:
         self._mark = mark_of_model(model)
         with ExitStack() as undo:
             undo.enter_context(frozen(model))
-            torch.manual_seed(self.plan.recipe.seed)
+            undo.enter_context(seeded(self.plan.recipe.seed))
             self.targets = MergedModel(model, self.plan.adapters).targets
             device = next(iter(self.targets.values())).left.device if self.targets else None
             self.lots = [lot.on(device) for lot in lots]
@@ -152,7 +148,7 @@ class Passes:
         if spill is None:
             itemsize = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
             batches = [batch for lot in self.lots for _, _, batch in lot.batches]
-            spill = state_bytes(getattr(model, "config", None), batches, itemsize) > SPILL_BYTES
+            spill = state_bytes(getattr(model, "config", None), self.plan, batches, itemsize) > SPILL_BYTES
         return nullcontext() if spill is False else TemporaryDirectory(dir=None if spill is True else spill)
 
     def layout(self) -> Layout:
@@ -288,23 +284,6 @@ class Passes:
                 yield numbered
 
 
-def moved(batch: Batch, device: torch.device | None) -> Batch:
-    """``batch`` where the model takes it."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def state_bytes(config: Any, batches: Sequence[Batch], itemsize: int = 4) -> int:
-    """What hidden states take, about: one of the model's width for each token, of both ways through it."""
-    text = getattr(config, "text_config", config)
-    width = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0) or 1024)
-    return 2 * sum(map(_tokens_of, batches)) * width * itemsize
-
-
-def _tokens_of(batch: Batch) -> int:
-    ids = batch.get("input_ids")
-    return ids.numel() if isinstance(ids, Tensor) else IMAGE_TOKENS * rows_of(batch)
-
-
 def in_basis(x: Tensor, basis: Tensor) -> Tensor:
     """``x`` (tokens, m) in the orthonormal ``basis`` (m, p), at least in float32."""
     kind = torch.promote_types(x.dtype, torch.float32)
@@ -314,19 +293,6 @@ def in_basis(x: Tensor, basis: Tensor) -> Tensor:
 def in_model(update: LowRank, target: Target) -> LowRank:
     """As the model's module runs."""
     return LowRank(update.left.to(target.left), update.right.to(target.left))
-
-
-def rows_of(batch: Batch) -> int:
-    """Inputs of a batch."""
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
-
-
-def first_row(batch: Batch) -> Batch:
-    """The batch with one input, where its tensors are all of as many rows."""
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    if any(len(value) != rows_of(batch) for value in tensors.values()):
-        return batch
-    return {key: value[:1] if key in tensors else value for key, value in batch.items()}
 
 
 def _tokens(batch: Batch, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
 from coremerge.errors import InputError
-from coremerge.learning.backbone import Batch, frozen
+from coremerge.learning.backbone import Batch, frozen, seeded
 from coremerge.learning.blocks import choose_modules
 from coremerge.learning.forward import MergedModel, Target
+from coremerge.learning.given import moved
 from coremerge.learning.objectives import Entropy, Match, NullSpace, Objective
-from coremerge.learning.passes import moved
 from coremerge.learning.settings import Per, Settings
 
 Heads = Mapping[str, Callable[[Any, Batch], Tensor]]
@@ -120,8 +120,8 @@ class Slopes:
 
     def __init__(self, model: nn.Module, opening: Descending, tasks: Sequence[tuple[str, Sequence[Batch]]]) -> None:
         self.opening = opening
-        torch.manual_seed(opening.seed)
         with ExitStack() as undo:
+            undo.enter_context(seeded(opening.seed))
             undo.enter_context(frozen(model, checkpointing=opening.checkpointing))
             merged = MergedModel(model, opening.adapters)
             device = next(iter(merged.targets.values())).left.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import reduce
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
-from coremerge.errors import ConfigError, InputError
+from coremerge.errors import ConfigError
 from coremerge.executors import Executor, Group, shares
 from coremerge.executors.local import Here
-from coremerge.learning.backbone import Batch
+from coremerge.learning.backbone import Batch, seeded
+from coremerge.learning.given import check_adapters, check_data, listed
 from coremerge.learning.result import Weights
 from coremerge.learning.settings import Settings, settle
 from coremerge.learning.slopes import Descending, Heads, Places
@@ -67,13 +68,15 @@ def learn_weights(
 
     Raises:
         ConfigError: an unknown setting, task or objective; no module is measured.
-        InputError: a task without inputs.
+        InputError: a task without inputs; what is no adapter, or no batch.
         MismatchError: the model lacks a module, or has it in another shape.
         UnsupportedError: a module that cannot be hooked.
     """
+    check_adapters(adapters)
+    check_data(data)
     settings = settle(objective, preset, changes, len(adapters))
     tasks = _tasks(adapters, data, preferences or {}, heads if settings.objective == "entropy" else None)
-    listed = [(task, _listed(data[task], task)) for task in tasks]
+    given = [(task, listed(data[task], task)) for task in tasks]
     whole = sum(tasks.values())
     opening = Descending(
         model,
@@ -85,13 +88,17 @@ def learn_weights(
         autocast,
         checkpointing,
     )
-    group = executor.hold(opening, shares(listed, executor.replicas)) if executor else Here(opening(listed))
-    with closing(group):
+    with seeded(seed), closing(_group(opening, given, executor)) as group:
         run = _Descent(group, settings, tuple(tasks))
         if resume is not None:
             run.take_up(resume)
         run.descend(progress)
     return run.result(seed)
+
+
+def _group(opening: Descending, given: Sequence[tuple[str, Sequence[Batch]]], executor: Executor | None) -> Group:
+    """The tasks: here, or shared out among models that an executor has room for."""
+    return executor.hold(opening, shares(given, executor.replicas)) if executor else Here(opening(given))
 
 
 def check_names(key: str, named: Iterable[str], adapters: Iterable[str]) -> None:
@@ -125,13 +132,6 @@ def _tasks(
     ):
         raise ConfigError("no task to learn from", key="data", remedy="Give inputs, and preferences of at least zero")
     return tasks
-
-
-def _listed(batches: Iterable[Batch], task: str) -> list[Batch]:
-    listed = list(batches)
-    if not listed:
-        raise InputError("no inputs", key=task, remedy="Give at least one batch")
-    return listed
 
 
 class _Descent:
