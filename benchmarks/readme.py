@@ -75,7 +75,7 @@ def paper(known: Known) -> str:
     rows: list[list[object]] = []
     for label, modules, read, written, operations, hours, handing, workers, peak in known[PAPER]["numbers"]:
         sizes = [f"{modules:,}", f"{read:,.0f}", f"{written:,.0f}", f"{operations:.1e}"]
-        rows.append([label, *sizes, f"{hours:,.1f}", f"{handing:,.2f}", f"{workers:,}", f"{peak:.1f}"])
+        rows.append([label, *sizes, f"{hours:,.2f}", f"{handing:,.3f}", f"{workers:,}", f"{peak:.1f}"])
     head = ["merge", "modules", "GB read", "GB written", "operations", "processor h", "handing out, h", "workers", "GB"]
     return results.table(head, rows)
 

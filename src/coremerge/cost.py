@@ -10,7 +10,7 @@ from typing import Any
 
 from coremerge.plan import Plan
 
-TALL, CORE, BYTE, MODULE, DENSE, START = 4e-11, 2e-9, 1.8e-9, 3e-3, 8e-10, 2.0
+TALL, CORE, BYTE, MODULE, DENSE, START = 2e-11, 2.3e-9, 1.7e-9, 1.6e-3, 8e-10, 1.4
 """Seconds of one processor: for an operation on tall factors, on cores and on whole updates, for a byte that is read,
 converted or written, for a module, and to begin."""
 

@@ -126,7 +126,7 @@ class Plan:
 
     def _work(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape
-        factors = 4 * total * (m + n) + 8 * total * total
+        factors = 4 * total * (m + n) + 32 * total * total  # of the second term, decompositions take most
         entries = (len(planned.ranks) + 4) * m * n if self.is_dense else 0
         return 8 * (factors + entries)
 
