@@ -53,7 +53,7 @@ class Set(_Part):
     """Adapters to merge; a list of them, or these keys, which are those of :func:`coremerge.pipeline.merge_files`.
 
     Attributes:
-        models: folders, files or hub ids.
+        models: folders, files, URLs or hub ids.
         base: the base model, for a VeRA adapter that needs it.
         vera_width: in place of ``base``.
         initial: label or source of a PiSSA-like adapter → where its initial adapter is.

@@ -122,7 +122,7 @@ def merge_files(
     """Merge the adapters in ``sources`` and write the result into the directory ``out``, complete or not at all.
 
     Args:
-        sources: folders, files or hub ids: see :func:`coremerge.load`.
+        sources: folders, files, URLs or hub ids: see :func:`coremerge.load`.
         out: a directory.
         recipe: the defaults of :class:`~coremerge.Recipe` when None. Weights and ``extras`` may name an adapter by its
             label or by its source.

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def fit(
     adapters: Annotated[
-        list[str], typer.Argument(help="Adapters: folders, files or hub ids.", metavar="ADAPTER", show_default=False)
+        list[str],
+        typer.Argument(help="Adapters: folders, files, URLs or hub ids.", metavar="ADAPTER", show_default=False),
     ],
     *,
     base: Annotated[str, typer.Option(help="The base model: a folder or a hub id.", metavar="MODEL")],

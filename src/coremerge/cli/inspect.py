@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def inspect(
     adapters: Annotated[
-        list[str], typer.Argument(help="Adapters: folders, files or hub ids.", metavar="ADAPTER", show_default=False)
+        list[str],
+        typer.Argument(help="Adapters: folders, files, URLs or hub ids.", metavar="ADAPTER", show_default=False),
     ],
     *,
     merged: Annotated[

@@ -22,7 +22,8 @@ SHOWN = 4
 
 def learn_weights(
     adapters: Annotated[
-        list[str], typer.Argument(help="Adapters: folders, files or hub ids.", metavar="ADAPTER", show_default=False)
+        list[str],
+        typer.Argument(help="Adapters: folders, files, URLs or hub ids.", metavar="ADAPTER", show_default=False),
     ],
     *,
     base: Annotated[str, typer.Option(help="The base model: a folder or a hub id.", metavar="MODEL")],

@@ -25,7 +25,7 @@ def merge(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Adapters: folders, files or hub ids (org/name, org/name@revision, org/name:subfolder).",
+            help="Adapters: folders, files, URLs or hub ids (org/name, org/name@revision, org/name:subfolder).",
             metavar="ADAPTER",
             show_default=False,
         ),

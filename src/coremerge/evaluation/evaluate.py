@@ -94,7 +94,7 @@ def evaluate(
     """Score ``sources`` on every task, beside no adapter and each task's own.
 
     Args:
-        sources: adapters (folders, files or hub ids), or folders of whole models.
+        sources: adapters (folders, files, URLs or hub ids), or folders of whole models.
         tasks: a task set: see :func:`~coremerge.evaluation.read_taskset`.
         base: the base model, if it is not the task set's: a folder or a hub id.
         split: ``"test"`` or ``"validation"``.
