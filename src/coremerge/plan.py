@@ -23,6 +23,9 @@ from coremerge.weighting import Table, fold_components, in_order, weight_table
 IMPORT_BYTES = 300_000_000
 """What a process holds once torch is imported."""
 
+ENTRY_BYTES = 4_000
+"""Of each module of each adapter: its names, shapes and places in files, and what is said of it."""
+
 BATCH_BYTES = 24 << 20
 """Stacked factors, as float64, that one CPU thread works on at once; a single module may have more."""
 
@@ -109,7 +112,8 @@ class Plan:
         """Bytes of the process, and of each thread."""
         work = max((self._work(p) * (batch or self.cpu_batch(p)) for p in self.modules.values()), default=0)
         kept = sum(self._kept(p) for p in self.modules.values())
-        return IMPORT_BYTES + min(kept, CORE_BYTES) + self._extra_bytes(), work
+        entries = ENTRY_BYTES * sum(len(adapter.modules) for adapter in self.adapters.values())
+        return IMPORT_BYTES + entries + min(kept, CORE_BYTES) + self._extra_bytes(), work
 
     def _extra_bytes(self) -> int:
         """Of whole tensors: what the adapters' files hold beside their factors, as several copies in float64."""
