@@ -67,6 +67,10 @@ class PostedGroup:
                     tell(one, *before)
         return iter([tell(one, *self.told[-1]) for one in self.held])
 
+    def ask(self, method: str, *given: Any) -> Iterator[Any]:
+        said = method, pickle.dumps(given)
+        return iter([tell(one, *said) for one in self.held])
+
     def close(self) -> None:
         for one in self.held:
             one.close()

@@ -107,6 +107,15 @@ def test_other_files_under_the_same_name_are_refused(sources: list[Path], change
         opened(order)
 
 
+def test_another_base_under_the_same_name_is_refused(sources: list[Path], tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", 3)
+    order = order_of(prepare(sources, Recipe(), into=base), "cpu")
+    held = load_file(base / "model.safetensors")
+    save_file({k: t + 1 for k, t in held.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match="other content on"):
+        opened(order)
+
+
 def test_another_version_is_refused(sources: list[Path]) -> None:
     order = order_of(prepare(sources, Recipe()), "cpu")
     with pytest.raises(ConfigError, match="has coremerge"):

@@ -46,14 +46,15 @@ class Order:
         given: the files.
         recipe: what to do.
         device: of the linear algebra.
-        stamps: adapter name → what tells its files from others.
+        stamps: of each adapter, and of the base model that is written into: its source, and what tells its files from
+            others.
         version: of coremerge.
     """
 
     given: Given
     recipe: Recipe
     device: str
-    stamps: Mapping[str, Sequence[str]]
+    stamps: Sequence[tuple[str, Sequence[str]]]
     version: str = __version__
 
 
@@ -63,9 +64,10 @@ def order_of(prepared: Prepared, device: str) -> Order:
     given = prepared.given
     sources = tuple(_fixed(source, a.info.revision) for source, a in zip(given.sources, adapters.values(), strict=True))
     places = {name: _place(getattr(given, name)) for name in ("base", "into")}
-    initial = {name: _place(place) for name, place in (given.initial or {}).items()}
+    places_of = dict(zip(map(str, given.sources), sources, strict=True))
+    initial = {places_of.get(name, name): _place(place) for name, place in (given.initial or {}).items()}
     fixed = replace(given, sources=sources, initial=initial, **places)
-    return Order(fixed, prepared.plan.recipe, device, _stamps(adapters))
+    return Order(fixed, prepared.plan.recipe, device, _stamps(prepared))
 
 
 def _fixed(source: str | Path, revision: str | None) -> str:
@@ -81,8 +83,12 @@ def _place(source: Any) -> Any:
     return None if source is None else in_full(source)
 
 
-def _stamps(adapters: Mapping[str, Adapter]) -> dict[str, list[str]]:
-    return {name: [_stamp(file) for file in adapter.info.files] for name, adapter in adapters.items()}
+def _stamps(prepared: Prepared) -> list[tuple[str, list[str]]]:
+    """What is read, by the name it has for people, and what tells its files from others."""
+    adapters, into = prepared.plan.adapters, prepared.into_plan
+    read = [(adapter.info.source or name, list(adapter.info.files)) for name, adapter in adapters.items()]
+    read += [(str(into.base.source), list(into.base.files))] if into else []
+    return [(source, [_stamp(file) for file in files]) for source, files in read]
 
 
 def _stamp(file: Path) -> str:
@@ -112,12 +118,11 @@ def opened(order: Order) -> Prepared:
         )  # fmt: skip
     given = vars(order.given)
     prepared = prepare(given["sources"], order.recipe, **{k: v for k, v in given.items() if k != "sources"})
-    adapters = prepared.plan.adapters
-    for (name, expected), found in zip(order.stamps.items(), _stamps(adapters).values(), strict=True):
-        if list(expected) != found:
+    for (source, expected), (_, found) in zip(order.stamps, _stamps(prepared), strict=True):
+        if expected != found:
             raise MismatchError(
                 f"has other content on {here} than where the merge was planned",
-                file=adapters[name].info.source or name,
+                file=source,
                 remedy="Give all machines the same files: on a disk that they share, or on the hub",
             )  # fmt: skip
     return prepared

@@ -71,10 +71,10 @@ def test_what_they_were_told_survives_their_processes(executor: Ray) -> None:
     assert executor.replicas == 2
     group = executor.hold(counting(), [1, 10, 100])
     assert list(group.call("add", 1)) == [2, 11, 101] and next(group.call("each")) == [0, 1]
-    before = list(group.call("process"))
+    before = list(group.ask("process"))
     os.kill(before[1], signal.SIGKILL)
     assert list(group.call("add", 5)) == [7, 16, 106]
-    after = list(group.call("process"))
+    after = list(group.ask("process"))
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
     group.close()
 
@@ -83,7 +83,7 @@ def test_errors_are_theirs(executor: Ray, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("coremerge.executors.ray.RETRIES", 1)
     group = executor.hold(counting(), [1])
     with pytest.raises(InputError, match="k: no"):
-        list(group.call("refuse"))
+        list(group.ask("refuse"))
     assert list(group.call("add", 1)) == [2]
     with pytest.raises(CoremergeError, match="lost a part"):
         list(group.call("die"))

@@ -169,3 +169,14 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match="coremerge\\[ray\\]"):
         Ray()
+
+
+def test_an_address_where_nothing_listens_is_said_at_once() -> None:
+    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+        _knocked("127.0.0.1:9")
+
+
+def _knocked(address: str) -> None:
+    from coremerge.executors import ray as module
+
+    module._start(ray, address)

@@ -230,6 +230,12 @@ def test_the_same_bytes_again_in_memory_on_disk_and_after_a_stop(model, adapters
     assert some < 0.8 * len(passes)
 
 
+def test_states_that_were_on_disk_give_the_same_bytes_at_any_size_of_a_batch(adapters, tmp_path):
+    data = {k: [{n: v[:2] for n, v in b.items()} for b in batches("bert", 6, seed=i)] for i, k in enumerate("ab", 1)}
+    memory, disk = (fit(make_model("bert"), adapters, data, spill=spill) for spill in (False, True))
+    assert same_bytes(memory, disk, tmp_path) and disk.report.states == "disk"
+
+
 def test_a_kept_file_of_something_else(model, adapters, data, tmp_path):
     kept = tmp_path / "kept.safetensors"
     fit(model, adapters, data, rank=4, resume=kept)

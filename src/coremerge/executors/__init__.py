@@ -19,6 +19,9 @@ C = TypeVar("C")
 class Group(Protocol):
     """Objects that stay where they are, here or in other processes, and are told things."""
 
+    def ask(self, method: str, *given: Any) -> Iterator[Any]:
+        """As :meth:`call`, of a method that changes nothing: one in the place of another is not asked it again."""
+
     def call(self, method: str, *given: Any) -> Iterator[Any]:
         """What each one's ``method`` gives for ``given``, in order; what it yields comes as a list.
 

@@ -10,6 +10,9 @@ from coremerge.executors.local import default_threads
 
 A = TypeVar("A")
 
+Said = tuple[str, Any]
+"""A method's name, and a reference to what it is given."""
+
 SPREAD = "SPREAD"
 """Ray's name for as few on one machine as can be."""
 
@@ -59,18 +62,28 @@ class Holders:
         room = {"num_gpus": gpus} if gpus else {}
         self._kind = ray.remote(Holder).options(scheduling_strategy=SPREAD, max_restarts=0, **room)
         self._make, self._items = ray.put(make), [ray.put(item) for item in items]
-        self._told: list[tuple[str, Any]] = []
+        self._told: list[Said] = []
         self._live: list[Any] = [None] * len(items)
-        self._begun: list[Any] = [None] * len(items)
+        self._begun: list[list[Any]] = [[] for _ in items]
         self._lost = [0] * len(items)
         for at in range(len(items)):
             self._begin(at)
 
     def call(self, method: str, *given: Any) -> Iterator[Any]:
         """See :class:`~coremerge.executors.Group`."""
-        self._told.append((method, self._ray.put(given)))
-        waiting = [self._ask(at) for at in range(len(self._live))]
-        return (self._answer(at, reference) for at, reference in enumerate(waiting))
+        said = method, self._ray.put(given)
+        found = self._answers(said)
+        self._told.append(said)
+        return found
+
+    def ask(self, method: str, *given: Any) -> Iterator[Any]:
+        """See :class:`~coremerge.executors.Group`."""
+        return self._answers((method, self._ray.put(given)))
+
+    def _answers(self, said: Said) -> Iterator[Any]:
+        before = list(self._told)
+        waiting = [self._live[at].call.remote(*said) for at in range(len(self._live))]
+        return (self._answer(at, reference, said, before) for at, reference in enumerate(waiting))
 
     def close(self) -> None:
         """See :class:`~coremerge.executors.Group`."""
@@ -81,29 +94,24 @@ class Holders:
 
     def _begin(self, at: int) -> None:
         self._live[at] = self._kind.remote()
-        self._begun[at] = self._live[at].begin.remote(self._make, self._items[at])
+        self._begun[at] = [self._live[at].begin.remote(self._make, self._items[at])]
 
-    def _ask(self, at: int) -> Any:
-        method, given = self._told[-1]
-        return self._live[at].call.remote(method, given)
-
-    def _answer(self, at: int, reference: Any) -> Any:
+    def _answer(self, at: int, reference: Any, said: Said, before: Sequence[Said]) -> Any:
         errors = self._ray.exceptions
         while True:
             try:
-                return self._ray.get(reference)
+                return self._ray.get([*self._begun[at], reference])[-1]
             except (errors.RayActorError, errors.ObjectLostError):
                 self._lost[at] += 1
                 if self._lost[at] > self._tries:
                     return self._result(reference)
             except errors.RayError:
-                self._result(self._begun[at])  # what went wrong first
-                return self._result(reference)
-            reference = self._anew(at)
+                return [self._result(one) for one in (*self._begun[at], reference)][-1]  # what went wrong first
+            reference = self._anew(at, said, before)
 
-    def _anew(self, at: int) -> Any:
-        """One in the place of one that was lost: what it answers to the last call."""
+    def _anew(self, at: int, said: Said, before: Sequence[Said]) -> Any:
+        """One in the place of one that was lost: what it answers to what was said last."""
         self._begin(at)
-        before = self._told[:-1]
-        self._live[at].again.remote([method for method, _ in before], *(given for _, given in before))
-        return self._ask(at)
+        methods, given = [method for method, _ in before], [one for _, one in before]
+        self._begun[at].append(self._live[at].again.remote(methods, *given))
+        return self._live[at].call.remote(*said)

@@ -25,6 +25,8 @@ class Here:
         """See :class:`~coremerge.executors.Group`; what the method yields is taken as it comes."""
         return iter([getattr(self._held, method)(*given)])
 
+    ask = call
+
     def close(self) -> None:
         """See :class:`~coremerge.executors.Group`."""
         self._held.close()

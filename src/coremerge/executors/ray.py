@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
@@ -29,6 +30,12 @@ AHEAD = 3
 
 RETRIES = 8
 """Times that a task whose worker died is tried again before it is to blame itself."""
+
+PATIENCE = 5.0
+"""Seconds for a cluster to take a connection."""
+
+END_SECONDS = 30.0
+"""That what is cancelled is waited for."""
 
 
 class LostError(CoremergeError):
@@ -116,8 +123,14 @@ class Ray:
             while waiting:
                 yield from self._results(*waiting.popleft(), lost)
         finally:
-            for one, _ in waiting:
-                self._ray.cancel(one)
+            self._end([one for one, _ in waiting])
+
+    def _end(self, references: list[Any]) -> None:
+        """Cancel, and wait for those that are at work: they may have files open in a folder that is removed next."""
+        for one in references:
+            self._ray.cancel(one)
+        if references:
+            self._ray.wait(references, num_returns=len(references), timeout=END_SECONDS)
 
     def _results(
         self, reference: Any, bundle: Sequence[A], lost: Callable[[A, CoremergeError], C] | None
@@ -141,7 +154,7 @@ class Ray:
                     "its workers cannot load coremerge", key="executor", value="ray",
                     remedy="Install the same version on all machines",
                 ) from None  # fmt: skip
-            raise (cause if isinstance(cause, CoremergeError) else error) from None
+            raise (cause if isinstance(cause, (CoremergeError, OSError, MemoryError)) else error) from None
         except errors.RayError as error:
             first = str(error).strip().partition("\n")[0]
             raise LostError(
@@ -157,10 +170,18 @@ def _each(function: Callable[[A], B], items: list[A]) -> list[B]:
 
 def _start(ray: Any, address: str | None) -> None:
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"no Ray cluster answers: {first}", key="address", value=address,
             remedy="Start one with 'ray start --head', or leave the address out for one on this machine",
         ) from None  # fmt: skip
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError where nothing listens at ``host:port``: Ray itself tries for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()

@@ -208,10 +208,10 @@ def fit_plan(
     with ExitStack() as undo:
         undo.enter_context(seeded(plan.recipe.seed))
         sample = first_row(max((given[0] for given in batches.values()), key=len))
-        place = str(spill) if isinstance(spill, Path) else spill
+        place = spill if spill is None or isinstance(spill, bool) else str(Path(spill).expanduser().absolute())
         group = _group(Opening(model, plan, sample, place, drawn.own_inputs_do), batches, cores, executor)
         undo.callback(group.close)
-        layout: Layout = next(group.call("layout"))
+        layout: Layout = next(group.ask("layout"))
         mark = mark_of(layout.mark, {**plan.adapters, **others}, batches, settings)
 
         def run_with(drawn: Drawn, mark: str, suffix: str = "") -> Fitting:

@@ -74,8 +74,8 @@ def _check_batch(batch: Any, key: str) -> None:
         if not isinstance(batch.get(name), Tensor | None):
             kind = type(batch[name]).__name__
             raise InputError(f"a tensor is needed, not a {kind}", key=f"{key}.{name}", remedy=GIVE)
-    rows = next((value for value in batch.values() if isinstance(value, Tensor)), None)
-    if rows is None or not rows.ndim or not len(rows):
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if not tensors or not all(value.ndim for value in tensors) or not len(tensors[0]):
         raise InputError("a batch without inputs", key=key, remedy=GIVE)
 
 

@@ -149,7 +149,9 @@ class Passes:
             itemsize = next((p.dtype.itemsize for p in model.parameters() if p.is_floating_point()), 4)
             batches = [batch for lot in self.lots for _, _, batch in lot.batches]
             spill = state_bytes(getattr(model, "config", None), self.plan, batches, itemsize) > SPILL_BYTES
-        return nullcontext() if spill is False else TemporaryDirectory(dir=None if spill is True else spill)
+        if spill is False:
+            return nullcontext()
+        return TemporaryDirectory(prefix="coremerge-states-", dir=None if spill is True else spill)
 
     def layout(self) -> Layout:
         """See :class:`Layout`."""

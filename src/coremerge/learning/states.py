@@ -51,7 +51,8 @@ class States:
             return _put_together(shape, held)
         path, devices = held
         read = load_file(path)
-        return _put_together(shape, [read[str(i)].to(device) for i, device in enumerate(devices)])
+        # a copy: files do not lie in memory as torch lays its own tensors out, which products of matrices can tell
+        return _put_together(shape, [read[str(i)].to(device, copy=True) for i, device in enumerate(devices)])
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept

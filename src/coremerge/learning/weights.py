@@ -139,7 +139,7 @@ class _Descent:
 
     def __init__(self, group: Group, settings: Settings, tasks: tuple[str, ...]) -> None:
         self.group, self.settings, self.tasks = group, settings, tasks
-        owners, *_ = group.call("owners")
+        owners, *_ = group.ask("owners")
         self.places = Places(owners, settings.per)
         self.values = nn.Parameter(torch.full((self.places.count,), float(settings.start or 0.0)))
         self.touched = torch.zeros(self.places.count, dtype=torch.bool)
@@ -161,7 +161,7 @@ class _Descent:
     def descend(self, progress: Progress | None) -> None:
         """Steps until the last one, or until it stops paying."""
         while len(self.history) < self.settings.steps and not self._stalled():
-            found = self.group.call("slopes", self.values.detach(), len(self.history))
+            found = self.group.ask("slopes", self.values.detach(), len(self.history))
             slopes = [one for listed in found for one in listed]
             losses = {task: loss for task, loss, _ in slopes}
             self.history.append(list(losses.values()))
