@@ -10,7 +10,8 @@ from torch import Tensor
 
 from coremerge.errors import SourceError
 from coremerge.formats.journal import Journal, Part
-from coremerge.merging import ModuleReport, Solved
+from coremerge.merging import Solved
+from coremerge.outcome import ModuleReport
 from coremerge.plan import CORE_BYTES
 from coremerge.spaces import Combination
 
@@ -24,7 +25,7 @@ class Held(Mapping[str, Solved]):
         most: bytes of cores that stay in memory.
 
     Attributes:
-        reports: module name → :class:`~coremerge.merging.ModuleReport`.
+        reports: module name → :class:`~coremerge.outcome.ModuleReport`.
 
     Raises:
         OutputError: the cores cannot be written.

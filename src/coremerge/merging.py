@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
-from coremerge.errors import ConfigError, TensorError
+from coremerge.errors import TensorError
 from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd, total
 from coremerge.methods import Site
+from coremerge.outcome import ModuleReport, Report, report_of, scale_of
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Parts, Recipe
+from coremerge.sizes import SHORT, beyond_short, check_finite, check_scales, check_sizes, sizes_of
 from coremerge.spaces import Combination, Coordinates
 
 if TYPE_CHECKING:
@@ -35,96 +37,8 @@ Group = tuple[str, ...]
 Progress = Callable[[int, int], None]
 """Called with the modules done and their number."""
 
-CANCELLED = 1e-12
-"""A merge whose norm is below this share of its inputs' is rounding error: ``scale="auto"`` does not blow it up."""
-
-MOST = 450
-"""Updates and scales between 2^-MOST and 2^MOST have squares and products that float64 holds; others are refused."""
-
-SHORT = 60
-"""Matrices with norms between 2^-SHORT and 2^SHORT may be multiplied in float32: no product comes near its ends."""
-
 SHORT_ERROR = 1e-5
 """A lift in float32 is at most this far, relative to its factors' norms, from one in float64."""
-
-FLAT = 0.1
-"""A cut to ``rank`` that loses more than this share of the energy is warned of."""
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """What happened to one module.
-
-    Attributes:
-        shape: (out, in).
-        ranks: adapter name → rank.
-        merged_rank: numerical rank of the merged update.
-        rank: of the written update.
-        energy: squared Frobenius norm of the merged update, before the overall scale.
-        lost: share of the energy that the cut to ``rank`` lost.
-        input_norm: mean spectral norm of the inputs' updates, of those that are not zero next to the largest.
-        input_frobenius: their mean Frobenius norm.
-        norm: spectral norm of the merged update, before the overall scale.
-        input_energy: adapter name → squared Frobenius norm of its update, where the method keeps only some directions.
-        input_kept: adapter name → of that, what those directions have.
-    """
-
-    shape: tuple[int, int]
-    ranks: Mapping[str, int]
-    merged_rank: int
-    rank: int
-    energy: float
-    lost: float
-    input_norm: float
-    input_frobenius: float
-    norm: float
-    input_energy: Mapping[str, float] = field(default_factory=dict)
-    input_kept: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a merge did.
-
-    Attributes:
-        scale: the overall factor that was applied.
-        rank: the result's (largest) rank.
-        lost: share of the whole energy that the cut to ``rank`` lost.
-        seconds: spent on the cores (reading and lifting the factors happens when the adapter is used or saved).
-        modules: module name → :class:`ModuleReport`.
-        warnings: in plain words.
-        made: how, where it was not by the plan's recipe alone.
-    """
-
-    scale: float
-    rank: int
-    lost: float
-    seconds: float
-    modules: Mapping[str, ModuleReport]
-    warnings: tuple[str, ...]
-    made: str | None = None
-
-    @property
-    def input_kept(self) -> dict[str, float]:
-        """Adapter name → share of its energy in the directions that the method keeps of it; empty: it keeps all."""
-        modules = self.modules.values()
-        names = dict.fromkeys(name for module in modules for name in module.input_energy)
-        energy = {name: sum(module.input_energy.get(name, 0.0) for module in modules) for name in names}
-        kept = {name: sum(module.input_kept.get(name, 0.0) for module in modules) for name in names}
-        return {name: kept[name] / whole if whole else 1.0 for name, whole in energy.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {
-            "scale": self.scale,
-            "rank": self.rank,
-            "energy_lost": self.lost,
-            "input_kept": self.input_kept,
-            "seconds": self.seconds,
-            "modules": {name: vars(module) | {"ranks": dict(module.ranks)} for name, module in self.modules.items()},
-            "warnings": list(self.warnings),
-            "made": self.made,
-        }
 
 
 @dataclass(frozen=True)
@@ -211,7 +125,7 @@ def execute(
     start = time.perf_counter()
     parts = plan.recipe.parts()
     held = Held() if held is None else held
-    _check_scales(plan)
+    check_scales(plan)
     groups = [g for g in _groups(plan, batch or (None if device == "cpu" else 32)) if not held.keys() >= set(g)]
 
     def here(names: Group) -> dict[str, Solved]:
@@ -222,48 +136,9 @@ def execute(
         if progress:
             progress(len(held), len(plan.modules))
     reports = {name: held.reports[name] for name in plan.modules}
-    scale = _auto_scale(plan, reports) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
+    scale = scale_of(plan, reports) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
     report = report_of(plan, reports, scale, time.perf_counter() - start)
     return MergeResult(lifted(plan, parts, held, reports, scale=scale, device=device), report, plan)
-
-
-def _check_scales(plan: Plan) -> None:
-    """Refuse an alpha of a size at which factors would vanish or overflow while they are read."""
-    for key, adapter in plan.adapters.items():
-        for name, module in adapter.modules.items():
-            if module.scale and abs(math.frexp(module.scale)[1]) > MOST:
-                raise ConfigError(
-                    f"module {name} counts {module.scale:.3g} times: no update is of such a size",
-                    file=adapter.info.source or key, key="lora_alpha", remedy="Check lora_alpha in its config",
-                )  # fmt: skip
-
-
-def _auto_scale(plan: Plan, reports: Mapping[str, ModuleReport]) -> float:
-    heaviest = max((abs(weight) for modules in plan.weights.values() for weight in modules.values()), default=1.0)
-    scale = auto_scale(reports.values(), heaviest)
-    if math.isfinite(scale) and scale:
-        return scale
-    raise ConfigError(
-        "weights or updates of too many sizes: no factor brings the merge to its inputs' size",
-        key="scale", value="auto", remedy="Check the weights, or give a --scale",
-    )  # fmt: skip
-
-
-def auto_scale(reports: Iterable[ModuleReport], heaviest: float = 1.0) -> float:
-    """The factor that makes the product of two ratios 1: of spectral and of Frobenius norms, merged over inputs' mean.
-
-    Each ratio is a mean over modules; those without any update do not count. A flat spectrum has a large Frobenius
-    norm for its spectral one, a merge of few adapters small ones of both: one norm alone does not see both.
-    ``heaviest`` is the largest weight: what has cancelled out next to it has no size to bring up.
-
-    Source: ours; docs/evidence.md compares it with scales tuned on labels.
-    """
-    reports = [report for report in reports if report.input_norm > 0]
-    if not reports:
-        return 1.0
-    spectral = sum(r.norm / r.input_norm for r in reports) / len(reports)
-    frobenius = sum(r.energy**0.5 / r.input_frobenius for r in reports) / len(reports)
-    return 1 / (spectral * frobenius) ** 0.5 if spectral > CANCELLED * heaviest else 1.0
 
 
 def _groups(plan: Plan, batch: int | None) -> Iterator[Group]:
@@ -315,17 +190,17 @@ def solve(
     try:
         updates = read_updates(names, plan, parts, device, dtype)
         coordinates = parts.space(updates)
-        sizes = _sizes(coordinates.cores)
-        if dtype is None and _beyond_short(updates, sizes):
+        sizes = sizes_of(coordinates.cores)
+        if dtype is None and beyond_short(updates, sizes):
             return solve(names, plan, parts, device, torch.float64)
-        _check_sizes(names, sizes, plan)
+        check_sizes(names, sizes, plan)
         merged = _merged(names, coordinates, plan, parts)
         directions = directions_of(plan.recipe) if coordinates.rows is None else None
         return dict(zip(names, solved_of(names, coordinates, merged, plan, directions), strict=True))
     except RaggedRankError:
         return _one_by_one(names, plan, parts, device, dtype)
     except LinAlgError:
-        _check_finite(names, plan)
+        check_finite(names, plan)
         if dtype is None or len(names) > 1:
             return _one_by_one(names, plan, parts, device, torch.float64)
         raise TensorError(
@@ -335,56 +210,6 @@ def solve(
 
 def _one_by_one(names: Group, plan: Plan, parts: Parts, device: str, dtype: torch.dtype | None) -> dict[str, Solved]:
     return {name: solve((name,), plan, parts, device, dtype)[name] for name in names}
-
-
-def _sizes(cores: Sequence[LowRank]) -> Tensor:
-    """(2, T, ...): of both factors of each core the largest entry, as a power of two."""
-    sides = [core.left for core in cores], [core.right for core in cores]
-    return torch.stack([torch.stack([_octave(x) for x in side]) for side in sides])
-
-
-def _octave(x: Tensor) -> Tensor:
-    return x.abs().amax((-2, -1)).log2() if x.numel() else x.new_full(x.shape[:-2], -math.inf)
-
-
-def _beyond_short(updates: Sequence[LowRank], sizes: Tensor) -> bool:
-    """Whether factors that were read in float32 came near its ends, and may have lost something there."""
-    odd = ~(sizes.abs() <= SHORT) & (sizes != -math.inf)
-    return any(bool(odd[:, i].any()) for i, update in enumerate(updates) if update.dtype == torch.float32)
-
-
-def _check_sizes(names: Sequence[str], sizes: Tensor, plan: Plan) -> None:
-    """Refuse updates, as they are or weighted, whose squares float64 does not hold."""
-    updates = sizes.sum(0).reshape(len(plan.adapters), len(names)).cpu()
-    odd = (updates.isfinite() & (updates.abs() > MOST)).nonzero().tolist()
-    for at, i in odd[:1]:
-        key, adapter = list(plan.adapters.items())[at]
-        raise TensorError(
-            f"an update of size {_decimal(updates[at, i])} cannot be computed with", file=adapter.info.source or key,
-            key=names[i], remedy="Check lora_alpha in its config, and the values of its factors",
-        )  # fmt: skip
-    weights = [[plan.weights[key].get(name, 0.0) for name in names] for key in plan.adapters]
-    weighted = (updates + torch.tensor(weights, dtype=torch.float64).abs().log2()).amax(0)
-    for i in (weighted.isfinite() & (weighted.abs() > MOST)).nonzero().flatten().tolist()[:1]:
-        raise ConfigError(
-            f"module {names[i]} becomes one of size {_decimal(weighted[i])}, which cannot be computed with",
-            key="weights", remedy="Give weights nearer to 1",
-        )  # fmt: skip
-
-
-def _decimal(octave: Tensor) -> str:
-    return f"1e{float(octave) * math.log10(2):+.0f}"
-
-
-def _check_finite(names: Sequence[str], plan: Plan) -> None:
-    for key, adapter in plan.adapters.items():
-        for name in adapter.keys() & set(names):
-            update = adapter[name]
-            if not bool(update.left.isfinite().all() & update.right.isfinite().all()):
-                raise TensorError(
-                    f"module {name} has NaN or infinite values", file=adapter.info.source or key,
-                    remedy="Check its factors, and lora_alpha in its config",
-                )  # fmt: skip
 
 
 def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: Parts) -> ThinSVD:
@@ -568,17 +393,3 @@ def _biases(plan: Plan, scale: float) -> Mapping[str, Tensor]:
         return factor * sum((plan.weights[key][name] * bias for key, bias in having.items()), torch.zeros(()))
 
     return Lazy(names, load)
-
-
-def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, seconds: float) -> Report:
-    """What there is to say of all of the plan's ``modules``."""
-    energy = sum(m.energy for m in modules.values())
-    lost = sum(m.lost * m.energy for m in modules.values()) / energy if energy else 0.0
-    rank = max(m.rank for m in modules.values())
-    warnings = list(plan.warnings)
-    if lost > FLAT:
-        warnings.append(
-            f"the cut to rank {rank} loses {lost:.0%} of the merged update's energy: a flat spectrum does not"
-            " truncate well; give a higher --rank, or a method without isotropize"
-        )
-    return Report(scale, rank, lost, seconds, dict(modules), tuple(warnings))

@@ -28,7 +28,8 @@ from coremerge.hashing import Hashes, check_unchanged, stamps
 from coremerge.held import Held
 from coremerge.inputs import Progress, files_of, hashes_of, read_adapters, with_labels
 from coremerge.lowrank import LowRank
-from coremerge.merging import MergeResult, Report, execute
+from coremerge.merging import MergeResult, execute
+from coremerge.outcome import Report
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Recipe
 from coremerge.report.record import FILE as RECORD

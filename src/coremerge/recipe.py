@@ -48,7 +48,7 @@ class Recipe(BaseModel):
             none of the names are matched by order.
         normalize: divide the weights by their sum, per module.
         scale: the one factor of the whole merge; ``"auto"`` sets it from norms: see
-            :func:`coremerge.merging.auto_scale`.
+            :func:`coremerge.outcome.auto_scale`.
         rank: of the output: a number, ``"exact"``, or None: the default, exact.
         seed: for methods that draw random masks.
         dtype: of the output; by default the inputs' own.

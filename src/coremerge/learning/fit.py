@@ -25,7 +25,8 @@ from coremerge.learning.kept import Kept, mark_of
 from coremerge.learning.leastsquares import ASIDE, allot
 from coremerge.learning.passes import Layout, Opening, lots_of
 from coremerge.learning.weights import check_names
-from coremerge.merging import MergeResult, Report, execute, lifted, report_of
+from coremerge.merging import MergeResult, execute, lifted
+from coremerge.outcome import Report, report_of
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Recipe
 
@@ -46,7 +47,7 @@ LEAST_ASIDE = 1e-6
 
 @dataclass(frozen=True)
 class FitReport(Report):
-    """What a fit did: as :class:`~coremerge.merging.Report`, and how.
+    """What a fit did: as :class:`~coremerge.outcome.Report`, and how.
 
     Attributes:
         fits: module name → :class:`~coremerge.learning.fitting.ModuleFit`; modules that no input reached are absent.
@@ -189,16 +190,10 @@ def fit_plan(
     start = time.perf_counter()
     prior, ridge = PRIOR if prior is None else prior, RIDGE if ridge is None else ridge
     likes = dict(preferences or {})
-    check_data(data)
-    check_names("data", data, plan.adapters)
-    check_names("preferences", likes, plan.adapters)
-    batches = {name: [_unlabelled(b) for b in listed(data[name], name)] for name in plan.adapters if name in data}
     rank = plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
     _check(plan, ridge, aside, likes)
     _check_budget(rank_budget, rank, ridge)
-    if not any(likes.get(task, 1.0) for task in batches):
-        remedy = "Give inputs of at least one adapter's task, and a preference"
-        raise ConfigError("no task to fit to", key="data", remedy=remedy)
+    batches = _batches(plan, data, likes)
     drawn = Drawn(_prior(prior, plan), ridge, aside, rank, likes)
     name = _called(drawn.prior if len(plan.adapters) == 1 else prior)
     recipe = plan.recipe.model_dump(mode="json")
@@ -227,15 +222,30 @@ def fit_plan(
             mark += f" {rank_budget}"
         run = run_with(drawn, mark)
     reports = {name: run.solved[name].report for name in plan.modules}
-    plain = vars(report_of(plan, reports, 1.0, time.perf_counter() - start))
-    inputs = sum(rows_of(batch) for given in batches.values() for batch in given)
-    tasks = f"{len(batches)} task{'s' if len(batches) != 1 else ''}"
-    made = f"fitted to {inputs} inputs of {tasks}; prior: {name}, ridge {ridge:g}"
-    report = FitReport(
-        **plain | {"warnings": (*plain["warnings"], *run.warnings()), "made": made},
-        fits=run.fits, prior=name, ridge=ridge, states=layout.states,
-    )  # fmt: skip
+    plain = report_of(plan, reports, 1.0, time.perf_counter() - start)
+    report = _told(plain, run, f"fitted to {_counted(batches)}; prior: {name}, ridge {ridge:g}", name, ridge)
     return MergeResult(lifted(plan, cores.parts, run.solved, reports), report, plan)
+
+
+def _batches(plan: Plan, data: Mapping[str, Iterable[Batch]], likes: Mapping[str, float]) -> dict[str, list[Batch]]:
+    """The inputs of each task, in the adapters' order, without labels."""
+    check_data(data)
+    check_names("data", data, plan.adapters)
+    found = {name: [_unlabelled(b) for b in listed(data[name], name)] for name in plan.adapters if name in data}
+    if not any(likes.get(task, 1.0) for task in found):
+        remedy = "Give inputs of at least one adapter's task, and a preference"
+        raise ConfigError("no task to fit to", key="data", remedy=remedy)
+    return found
+
+
+def _told(plain: Report, run: Fitting, made: str, prior: str, ridge: float) -> FitReport:
+    said = vars(plain) | {"warnings": (*plain.warnings, *run.warnings()), "made": made}
+    return FitReport(**said, fits=run.fits, prior=prior, ridge=ridge, states=run.layout.states)
+
+
+def _counted(batches: Mapping[str, Sequence[Batch]]) -> str:
+    inputs = sum(rows_of(batch) for listed in batches.values() for batch in listed)
+    return f"{inputs} inputs of {len(batches)} task{'s' if len(batches) != 1 else ''}"
 
 
 def _group(opening: Opening, batches: Mapping[str, Sequence[Batch]], cores: Cores, executor: Executor | None) -> Group:
@@ -262,6 +272,7 @@ def _unlabelled(batch: Batch) -> Batch:
 def _check(plan: Plan, ridge: float, aside: float, likes: Mapping[str, float]) -> None:
     if not (_is(Real, ridge) and ridge >= 0):
         raise ConfigError("a number of at least zero is needed", key="ridge", value=ridge)
+    check_names("preferences", likes, plan.adapters)
     wrong = next((task for task, x in likes.items() if not (_is(Real, x) and 0 <= x < math.inf)), None)
     if wrong is not None:
         raise ConfigError("a finite number of at least zero is needed", key=f"preferences.{wrong}", value=likes[wrong])

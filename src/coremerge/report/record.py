@@ -13,7 +13,7 @@ from coremerge.errors import SourceError
 from coremerge.text import redacted, redacted_words, visible_json
 
 if TYPE_CHECKING:
-    from coremerge.merging import Report
+    from coremerge.outcome import Report
     from coremerge.plan import Plan
 
 FILE = "coremerge.json"
