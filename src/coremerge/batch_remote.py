@@ -19,11 +19,12 @@ from pathlib import Path
 
 from coremerge import __version__
 from coremerge.batch import Job, Row, Shared, run_job
-from coremerge.errors import ConfigError, CoremergeError, OutputError, SourceError
+from coremerge.errors import CoremergeError, OutputError, SourceError
 from coremerge.executors import Executor, remembered
 from coremerge.formats.safetensors_layout import writing
 from coremerge.formats.source import in_full, local_path
 from coremerge.hashing import Stamp, stamp_of
+from coremerge.remote import check_version
 from coremerge.report.record import FILE as RECORD
 from coremerge.report.record import read_record
 
@@ -178,11 +179,7 @@ def _standing(home: Home) -> Iterator[None]:
 def _check(home: Home, places: Mapping[str, str]) -> None:
     """Refuse to work where the batch means other files."""
     here = socket.gethostname()
-    if home.version != __version__:
-        raise ConfigError(
-            f"the worker on {here} has coremerge {__version__}", key="version", value=home.version,
-            remedy="Install the same version on all machines",
-        )  # fmt: skip
+    check_version(home.version)
     if not home.mark.is_dir():
         raise OutputError(f"cannot be seen on {here}", file=home.out, remedy="Write to a disk that all machines share")
     for said, place in places.items():

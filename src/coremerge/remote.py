@@ -101,6 +101,15 @@ def _stamp(file: Path) -> str:
     return f"{size}:{digest.hexdigest()}"
 
 
+def check_version(wanted: str) -> None:
+    """Refuse to work for another version of coremerge than that of this process."""
+    if wanted != __version__:
+        raise ConfigError(
+            f"the worker on {socket.gethostname()} has coremerge {__version__}", key="version", value=wanted,
+            remedy="Install the same version on all machines",
+        )  # fmt: skip
+
+
 @remembered
 def opened(order: Order) -> Prepared:
     """What the order's files say, read in this process.
@@ -111,11 +120,7 @@ def opened(order: Order) -> Prepared:
         CoremergeError: see :func:`~coremerge.pipeline.prepare`.
     """
     here = socket.gethostname()
-    if order.version != __version__:
-        raise ConfigError(
-            f"the worker on {here} has coremerge {__version__}", key="version", value=order.version,
-            remedy="Install the same version on all machines",
-        )  # fmt: skip
+    check_version(order.version)
     given = vars(order.given)
     prepared = prepare(given["sources"], order.recipe, **{k: v for k, v in given.items() if k != "sources"})
     for (source, expected), (_, found) in zip(order.stamps, _stamps(prepared), strict=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from coremerge.cli._cluster import Address, ExecutorName
 from coremerge.cli._output import duration, facts, fail, print_json, progress_bar, remark, size, table
 
 if TYPE_CHECKING:
@@ -36,15 +37,8 @@ def batch(
         int | None,
         typer.Option(min=1, help="Modules of a job side by side. Default: all processors; on a cluster 1."),
     ] = None,
-    executor: Annotated[
-        str, typer.Option(help="Who does the work: local, one job after the other, or ray, a cluster.", metavar="NAME")
-    ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
-        ),
-    ] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coremerge.cli._cluster import Address, ExecutorName
 from coremerge.cli._output import print_json, printable, progress_bar, remark, say, table
 
 if TYPE_CHECKING:
@@ -40,15 +41,8 @@ def evaluate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there already.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
-    executor: Annotated[
-        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
-    ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
-        ),
-    ] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read legacy .bin files, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from coremerge.cli._cluster import Address, ExecutorName, Gpus
 from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say
 from coremerge.cli._output import size as size_of
 
@@ -67,18 +68,9 @@ def fit(
         str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.", metavar="DTYPE")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
-    executor: Annotated[
-        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
-    ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
-        ),
-    ] = None,
-    gpus: Annotated[
-        int, typer.Option(min=1, help="Of each copy of the model on a cluster, with --device auto or cuda.")
-    ] = 1,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    gpus: Gpus = 1,
     seed: Annotated[int, typer.Option(help="Of the draw of inputs.")] = 0,
     extras: Annotated[
         str | None,

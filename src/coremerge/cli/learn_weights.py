@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coremerge.cli._cluster import Address, ExecutorName, Gpus
 from coremerge.cli._output import facts, number, print_json, progress_bar, remark, say, table
 
 if TYPE_CHECKING:
@@ -73,18 +74,9 @@ def learn_weights(
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
-    executor: Annotated[
-        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
-    ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
-        ),
-    ] = None,
-    gpus: Annotated[
-        int, typer.Option(min=1, help="Of each copy of the model on a cluster, with --device auto or cuda.")
-    ] = 1,
+    executor: ExecutorName = "local",
+    address: Address = None,
+    gpus: Gpus = 1,
     seed: Annotated[int, typer.Option(help="Of the draw of inputs.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="Go on from a file that was written before.", metavar="WEIGHTS.safetensors")

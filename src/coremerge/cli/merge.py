@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coremerge.cli._cluster import Address, ExecutorName
 from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say, size
 from coremerge.hashing import Hashes
 
@@ -138,15 +139,8 @@ def merge(
         typer.Option(min=1, help="Modules of one shape that go together. Default: 1 to 4 on the CPU, else 32."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules side by side. Default: all processors.")] = None,
-    executor: Annotated[
-        str, typer.Option(help="Who does the work: local, this process's threads, or ray, a cluster.", metavar="NAME")
-    ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
-        ),
-    ] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
     max_memory: Annotated[
         str | None,
         typer.Option(

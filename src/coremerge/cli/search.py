@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coremerge.cli._cluster import Address, ExecutorName
 from coremerge.cli._output import facts, number, print_json, progress_bar, remark, say, table
 
 if TYPE_CHECKING:
@@ -45,15 +46,8 @@ def search(
     validation: Annotated[int | None, typer.Option(min=1, help="Validation rows of each task. Default: all.")] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Test rows of each task. Default: all.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
-    executor: Annotated[
-        str, typer.Option(help="Who does the work: local, or ray, a cluster.", metavar="NAME")
-    ] = "local",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the Ray cluster; default: the one at hand, else one on this machine.", metavar="HOST:PORT"
-        ),
-    ] = None,
+    executor: ExecutorName = "local",
+    address: Address = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it is there already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all that was tried.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
