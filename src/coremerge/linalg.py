@@ -24,6 +24,17 @@ The basis it gives is then orthonormal to about ``eps / GRAM_CONDITION`` = 2e-10
 NOISE = 1e-12
 """What is lost below this share of a whole is rounding error, or does not show in it."""
 
+LEAST_ROUNDING = 1e-10
+"""Relative errors are taken to be at least this: decompositions in float64 do not tell smaller ones from their own."""
+
+MARGIN = 2.0
+"""A direction counts if it is so many times larger than the largest that rounding errors alone would show."""
+
+LEVEL = 3.0
+"""Singular values that are no more than so many times the noise are errors: :data:`MARGIN` times what the largest of a
+random p × q matrix of rank r is, next to what it does to one direction: 1 + √(r/p), 1.5 for a quarter of the
+dimensions."""
+
 SQUARES = 2.0**900
 """A Gram matrix is used only where its largest entry lies between this and its inverse: what is smaller loses digits
 below the smallest float64, what is larger may overflow."""
@@ -70,8 +81,12 @@ def _empty_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_zeros(*batch, m, 0), x.new_zeros(*batch, 0), x.new_zeros(*batch, 0, n)
 
 
-def numerical_rank(values: Tensor, rtol: float = RTOL, largest: Tensor | None = None) -> int:
+def numerical_rank(
+    values: Tensor, rtol: float = RTOL, largest: Tensor | None = None, noise: Tensor | None = None
+) -> int:
     """How many of the descending ``values`` (..., k) exceed ``rtol`` times the ``largest`` (...): the first, if None.
+
+    With ``noise`` (...), they have to exceed :data:`LEVEL` times that, too.
 
     Raises:
         RaggedRankError: the batch elements disagree.
@@ -82,7 +97,11 @@ def numerical_rank(values: Tensor, rtol: float = RTOL, largest: Tensor | None = 
     largest = values[..., 0] if largest is None else largest
     if not bool(largest.isfinite().all()):
         raise LinAlgError("singular values that are not finite")
-    counts = (values > rtol * largest.unsqueeze(-1)).sum(-1)
+    least = rtol * largest if noise is None else (rtol * largest).maximum(LEVEL * noise.to(values))
+    return _one_rank((values > least.unsqueeze(-1)).sum(-1))
+
+
+def _one_rank(counts: Tensor) -> int:
     rank = int(counts.max())
     if rank != int(counts.min()):
         raise RaggedRankError
@@ -121,14 +140,24 @@ def solve(x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
+def spectral_norm(x: Tensor) -> Tensor:
+    """Of ``x`` (..., r, n), by the Gram matrix of its few rows → (...); not finite where ``x`` is not."""
+    size = x.abs().amax((-2, -1)) if x.numel() else x.new_zeros(x.shape[:-2])
+    unit = (x / size[..., None, None]).nan_to_num(0, 0, 0)
+    squares: Tensor = torch.linalg.eigvalsh(unit @ unit.mT)[..., -1] if x.shape[-2] else size
+    return size * squares.clamp_min(0).sqrt()
+
+
 def qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """Reduced QR of ``x`` (..., m, n)."""
     q, r = torch.linalg.qr(x)
     return q, r
 
 
-def polar(x: Tensor, rtol: float = RTOL) -> tuple[Tensor, bool]:
+def polar(x: Tensor, rtol: float = RTOL, rounding: Tensor | None = None) -> tuple[Tensor, bool]:
     """The polar factor P Qᵀ of ``x`` = P S Qᵀ (..., m, n), over its numerical rank.
+
+    ``rounding`` (..., n), if given, is the relative error of each column: what is no larger than that is no direction.
 
     Returns:
         The factor, and whether its columns are orthonormal: it is then the nearest such matrix to ``x``.
@@ -136,6 +165,9 @@ def polar(x: Tensor, rtol: float = RTOL) -> tuple[Tensor, bool]:
     m, n = x.shape[-2:]
     if 0 in (m, n):
         return x, n == 0
+    if rounding is not None and (above := basis_above_rounding(x, rounding)):
+        inner, _ = polar(above.coordinates, rtol)
+        return x @ (above.transform @ inner), False
     if n <= m:
         values, vectors = torch.linalg.eigh(x.mT @ x)
         if _well_conditioned(values):
@@ -167,7 +199,14 @@ class Basis:
         return self.transform.shape[-1]
 
 
-def column_basis(stack: Tensor, rtol: float = RTOL, *, singular: bool = True, beside: Tensor | None = None) -> Basis:
+def column_basis(
+    stack: Tensor,
+    rtol: float = RTOL,
+    *,
+    singular: bool = True,
+    beside: Tensor | None = None,
+    rounding: Tensor | None = None,
+) -> Basis:
     """The left singular vectors of ``stack`` (..., m, R) whose singular values exceed ``rtol`` times the first.
 
     A well-conditioned stack needs its Gram matrix only; any other takes a QR and a small SVD; both in float64, whatever
@@ -177,9 +216,15 @@ def column_basis(stack: Tensor, rtol: float = RTOL, *, singular: bool = True, be
     Column j of ``beside`` (..., n, R), if given, is what column j of ``stack`` is multiplied by: a small column may
     carry much of the product. Where the cut, or rounding, would lose more of it than :data:`NOISE`, and than ``rtol``²
     (what is lost where columns are as large as their partners), they are made as large as their partners beforehand.
+
+    ``rounding`` (..., R), if given, is the relative error of each column: directions that are no larger than such
+    errors are cut, too: see :func:`basis_above_rounding`.
     """
     stack = stack.double()
-    basis, lost = _cut_basis(stack, rtol, singular)
+    gram = _gram(stack)
+    if rounding is not None and (above := _above_rounding(stack, gram, rounding)):
+        return _rotated(above)  # those of X̃ are arbitrary where columns are copies of each other
+    basis, lost = _cut_basis(stack, gram, rtol, singular)
     if lost is None or beside is None:
         return basis
     own, other = (x.abs().amax(-2).double() for x in (stack, beside))
@@ -188,24 +233,106 @@ def column_basis(stack: Tensor, rtol: float = RTOL, *, singular: bool = True, be
     return _evened(stack, (other.log2() - own.log2()).nan_to_num(0, 0, 0), rtol, singular)
 
 
+def basis_above_rounding(stack: Tensor, rounding: Tensor) -> Basis | None:
+    """An orthonormal basis of what ``stack`` (..., m, R) has beside rounding errors; None: that is all of it.
+
+    Column j is known to a relative error of ``rounding`` (..., R), in the mean. Divided by their errors, the columns
+    are X̃ with noise of norm 1 in each; the largest singular value of such noise alone is about 1 + √(R/m)
+    (Marchenko and Pastur). A direction of X̃ counts if it is :data:`MARGIN` times larger than that.
+
+    Raises:
+        RaggedRankError: the batch elements disagree.
+        LinAlgError: columns that are not finite.
+    """
+    stack = stack.double()
+    return _above_rounding(stack, _gram(stack), rounding)
+
+
+def above_rounding(stack: Tensor, rounding: Tensor | None) -> tuple[Tensor, int]:
+    """``stack`` (..., m, R) without its directions that are rounding errors, and how many dimensions it has."""
+    stack = stack.double()
+    basis = None if rounding is None else basis_above_rounding(stack, rounding)
+    if basis is None:
+        return stack, min(stack.shape[-2:])
+    return stack @ (basis.transform @ basis.coordinates), basis.rank
+
+
+def _above_rounding(stack: Tensor, gram: Tensor | None, rounding: Tensor) -> Basis | None:
+    m, width = stack.shape[-2:]
+    if 0 in stack.shape:
+        return None
+    errors = rounding.to(stack).clamp_min(LEAST_ROUNDING) * column_norms(stack)
+    scale = torch.where(errors > 0, 1 / errors, 0.0)
+    level = MARGIN * (1 + (width / m) ** 0.5)
+    if gram is not None and _is_above(gram * (scale.unsqueeze(-1) * scale.unsqueeze(-2)), level):
+        return None
+    _, small = _tall_qr(stack * scale.unsqueeze(-2))
+    _, sigma, vh = svd(small)
+    most = (errors > 0).sum(-1).clamp_max(m)
+    if not bool(sigma.isfinite().all()):
+        raise LinAlgError("columns that are not finite")
+    counts = (sigma > level).sum(-1)
+    if bool((counts == most).all()):
+        return None
+    rank = _one_rank(counts)
+    values, right = sigma[..., :rank], vh[..., :rank, :]
+    transform = scale.unsqueeze(-1) * right.mT / values.unsqueeze(-2)
+    return Basis(transform, values.unsqueeze(-1) * right * errors.unsqueeze(-2))
+
+
+def _is_above(gram: Tensor, level: float) -> bool:
+    """Whether all singular values of X exceed ``level``: with ``gram`` = XᵀX = R Rᵀ they are at least 1/‖R⁻¹‖_F.
+
+    Where the Gram matrix is too ill-conditioned to tell, they are not said to.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed.any()):
+        return False
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(gram.shape[-1]).to(gram).expand_as(gram), upper=False)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return bool((inverse.square().sum((-2, -1)) * (level**2 + GRAM_CONDITION * trace) < 1).all())
+
+
+def column_norms(x: Tensor) -> Tensor:
+    """Norms (..., R) of the columns, safe where squares would overflow."""
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-2], x.shape[-1])
+    largest = x.abs().amax(-2, keepdim=True)
+    unit = torch.where(largest > 0, x / largest, 0.0)
+    return unit.square().sum(-2).sqrt() * largest.squeeze(-2)
+
+
+def _gram(stack: Tensor) -> Tensor | None:
+    """``stack``ᵀ ``stack``, where it is smaller than the stack and holds its squares."""
+    m, width = stack.shape[-2:]
+    if 0 in stack.shape or width > m:
+        return None
+    gram = stack.mT @ stack
+    return gram if _squares(gram) else None
+
+
 def _evened(stack: Tensor, octaves: Tensor, rtol: float, singular: bool) -> Basis:
     """From ``stack`` with its columns times 2^½``octaves`` (..., R): the same span, of which other parts are small."""
     scale = (octaves / 2).round().exp2()
-    basis, _ = _cut_basis(stack * scale.unsqueeze(-2), rtol, singular)
-    transform, coordinates = scale.unsqueeze(-1) * basis.transform, basis.coordinates / scale.unsqueeze(-2)
-    if not singular:
-        return Basis(transform, coordinates)
-    vectors, _, _ = svd(coordinates)
-    return Basis(transform @ vectors, vectors.mT @ coordinates)
+    evened = stack * scale.unsqueeze(-2)
+    basis, _ = _cut_basis(evened, _gram(evened), rtol, singular)
+    even = Basis(scale.unsqueeze(-1) * basis.transform, basis.coordinates / scale.unsqueeze(-2))
+    return _rotated(even) if singular else even
 
 
-def _cut_basis(stack: Tensor, rtol: float, singular: bool) -> tuple[Basis, Tensor | None]:
+def _rotated(basis: Basis) -> Basis:
+    """The singular vectors of the same span."""
+    vectors, _, _ = svd(basis.coordinates)
+    return Basis(basis.transform @ vectors, vectors.mT @ basis.coordinates)
+
+
+def _cut_basis(stack: Tensor, gram: Tensor | None, rtol: float, singular: bool) -> tuple[Basis, Tensor | None]:
     """The basis, and what (..., R) each column at most lost to the cut or to rounding; None: next to nothing."""
-    m, width = stack.shape[-2:]
+    width = stack.shape[-1]
     if 0 in stack.shape:
         empty = stack.new_zeros(*stack.shape[:-2], width, 0)
         return Basis(empty, empty.mT), None
-    if width <= m and _squares(gram := stack.mT @ stack):
+    if gram is not None:
         triangular = None if singular else _triangular_basis(gram)
         if triangular is not None:
             return triangular, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +20,8 @@ class LowRank:
     Args:
         left: (..., m, r), any scale already folded in.
         right: (..., r, n), of the same dtype and device.
+        rounding: (..., r), float64: the relative error of the numbers of each column of ``left`` and row of ``right``,
+            as they were rounded when they were stored; None: they count as exact.
 
     Raises:
         TensorError: the factors do not fit each other or are not floating point.
@@ -32,6 +34,7 @@ class LowRank:
 
     left: Tensor
     right: Tensor
+    rounding: Tensor | None = None
 
     def __post_init__(self) -> None:
         left, right = self.left, self.right
@@ -67,13 +70,13 @@ class LowRank:
     @property
     def mT(self) -> LowRank:  # noqa: N802 - torch's name
         """The transpose."""
-        return LowRank(self.right.mT, self.left.mT)
+        return LowRank(self.right.mT, self.left.mT, self.rounding)
 
     def __add__(self, other: LowRank) -> LowRank:
-        return LowRank(torch.cat([self.left, other.left], -1), torch.cat([self.right, other.right], -2))
+        return total([self, other])
 
     def __mul__(self, scalar: float | Tensor) -> LowRank:
-        return LowRank(self.left * scalar, self.right)
+        return LowRank(self.left * scalar, self.right, self.rounding)
 
     __rmul__ = __mul__
 
@@ -89,12 +92,42 @@ class LowRank:
 
     def to(self, where: torch.dtype | torch.device | str) -> LowRank:
         """The same matrix in another dtype or on another device."""
-        return self if where in (self.dtype, self.left.device) else LowRank(self.left.to(where), self.right.to(where))
+        if where in (self.dtype, self.left.device):
+            return self
+        on = None if self.rounding is None else self.rounding.to(self.left.to(where).device)
+        return LowRank(self.left.to(where), self.right.to(where), on)
+
+    def rounded(self, rounding: Tensor | None) -> LowRank:
+        """The same matrix, its numbers known to that relative error."""
+        return LowRank(self.left, self.right, rounding)
+
+    @cached_property
+    def noise(self) -> Tensor | None:
+        """How far (...) the errors of the stored numbers move a direction of the product; None: it is exact.
+
+        Column j of ``left`` is off by a random vector of norm ρ_j‖left_j‖, ρ the :attr:`rounding`; so the product is by
+        one that takes a unit vector v to Σ_j ρ_j‖left_j‖ (right_j · v), at most ‖diag(ρ_j‖left_j‖) right‖₂, and
+        likewise on the other side.
+        """
+        if self.rounding is None:
+            return None
+        left, right = self.left.double(), self.right.double()
+        sizes = self.rounding * linalg.column_norms(left), self.rounding * linalg.column_norms(right.mT)
+        sides = sizes[0].unsqueeze(-1) * right, (sizes[1].unsqueeze(-2) * left).mT
+        return torch.hypot(*(linalg.spectral_norm(side) for side in sides))
+
+    @property
+    def error(self) -> Tensor | None:
+        """The Frobenius norm (...) that the errors of the stored numbers have in the product; None: it is exact."""
+        if self.rounding is None:
+            return None
+        sizes = linalg.column_norms(self.left.double()) * linalg.column_norms(self.right.mT.double())
+        return 2**0.5 * (self.rounding * sizes).square().sum(-1).sqrt()
 
     @cached_property
     def svd(self) -> ThinSVD:
         """Thin SVD, from QR of the factors and an r × r SVD; of width min(m, r, n)."""
-        return ThinSVD(*linalg.product_svd(self.left, self.right))
+        return ThinSVD(*linalg.product_svd(self.left, self.right), self.noise)
 
     def norm(self) -> Tensor:
         """Frobenius norm (...)."""
@@ -105,8 +138,15 @@ class LowRank:
         return ((self.left.mT @ other.left) * (self.right @ other.right.mT)).sum((-2, -1))
 
     def balanced(self) -> LowRank:
-        """The same matrix as U√S, √S Vᵀ: depends on the product only, not on its factors."""
-        return self.svd.lowrank()
+        """The same matrix as U√S, √S Vᵀ: depends on the product only, not on its factors.
+
+        Directions that are no larger than the errors of the factors become zero.
+        """
+        svd = self.svd
+        if svd.noise is None:
+            return svd.lowrank()
+        least = linalg.LEVEL * svd.noise.unsqueeze(-1)
+        return replace(svd, values=torch.where(svd.values > least, svd.values, 0.0)).lowrank()
 
     def truncate(self, rank: int) -> LowRank:
         """The best approximation of rank at most ``rank`` (Eckart–Young), balanced."""
@@ -115,11 +155,15 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class ThinSVD:
-    """left · diag(values) · right, ``left`` (..., m, k) and ``right`` (..., k, n) orthonormal, values in any order."""
+    """left · diag(values) · right, ``left`` (..., m, k) and ``right`` (..., k, n) orthonormal, values in any order.
+
+    ``noise`` (...): how far the errors of the stored numbers move a direction: see :attr:`LowRank.noise`.
+    """
 
     left: Tensor
     values: Tensor
     right: Tensor
+    noise: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,8 +176,8 @@ class ThinSVD:
         return self
 
     def rank(self, rtol: float = linalg.RTOL) -> int:
-        """Numerical rank."""
-        return linalg.numerical_rank(self.descending.values, rtol)
+        """Numerical rank: how many values are above the errors of what was stored, and ``rtol`` times the largest."""
+        return linalg.numerical_rank(self.descending.values, rtol, noise=self.noise)
 
     @property
     def descending(self) -> ThinSVD:
@@ -145,6 +189,7 @@ class ThinSVD:
             self.left.gather(-1, order.unsqueeze(-2).expand_as(self.left)),
             values,
             self.right.gather(-2, order.unsqueeze(-1).expand_as(self.right)),
+            self.noise,
         )
 
     def truncate(self, rank: int) -> ThinSVD:
@@ -152,19 +197,30 @@ class ThinSVD:
         return self.descending._first(rank)
 
     def cut(self, rtol: float = linalg.RTOL) -> ThinSVD:
-        """Only the components that count: truncated at the numerical rank."""
+        """Only the components that are not zero: above ``rtol`` times the largest."""
         best = self.descending
         return best._first(linalg.numerical_rank(best.values, rtol))
+
+    def significant(self, rtol: float = linalg.RTOL) -> ThinSVD:
+        """Only the components that are directions: truncated at the :meth:`rank`."""
+        return self.descending._first(self.rank(rtol))
 
     def _first(self, count: int) -> ThinSVD:
         if count >= self.values.shape[-1]:
             return self
-        return ThinSVD(self.left[..., :count], self.values[..., :count], self.right[..., :count, :])
+        return ThinSVD(self.left[..., :count], self.values[..., :count], self.right[..., :count, :], self.noise)
 
     def lowrank(self) -> LowRank:
-        """As balanced factors U√S and √S Vᵀ."""
+        """As balanced factors U√S and √S Vᵀ; the noise moves u_i and v_i by its share of σ_i."""
         root = self.values.sqrt()
-        return LowRank(self.left * root.unsqueeze(-2), root.unsqueeze(-1) * self.right)
+        return LowRank(self.left * root.unsqueeze(-2), root.unsqueeze(-1) * self.right, self._rounding)
+
+    @property
+    def _rounding(self) -> Tensor | None:
+        if self.noise is None:
+            return None
+        each = self.noise.unsqueeze(-1) / 2**0.5
+        return torch.where(self.values > 0, each / self.values, 0.0)
 
     def dense(self) -> Tensor:
         """The matrix itself (..., m, n)."""
@@ -192,15 +248,35 @@ def svds(matrices: Sequence[LowRank]) -> list[ThinSVD]:
     if len(matrices) > 1 and alike and not any("svd" in vars(m) for m in matrices):
         left, right = torch.stack([m.left for m in matrices]), torch.stack([m.right for m in matrices])
         for matrix, *parts in zip(matrices, *linalg.product_svd(left, right), strict=True):
-            vars(matrix)["svd"] = ThinSVD(*parts)
+            vars(matrix)["svd"] = ThinSVD(*parts, matrix.noise)
     return [matrix.svd for matrix in matrices]
 
 
 def total(matrices: Sequence[LowRank], dtype: torch.dtype | None = None) -> LowRank:
     """The exact sum of ``matrices``: factors side by side, rank Σ r; in ``dtype``, if given."""
     return LowRank(
-        _side_by_side([m.left for m in matrices], -1, dtype), _side_by_side([m.right for m in matrices], -2, dtype)
+        _side_by_side([m.left for m in matrices], -1, dtype),
+        _side_by_side([m.right for m in matrices], -2, dtype),
+        _roundings(matrices),
     )
+
+
+def noise_of_sum(matrices: Sequence[LowRank]) -> Tensor | None:
+    """The :attr:`LowRank.noise` (...) of the sum of ``matrices``, whose errors are independent; None: all are exact."""
+    noises = [matrix.noise for matrix in matrices if matrix.noise is not None]
+    return torch.stack(noises).square().sum(0).sqrt() if noises else None
+
+
+def _roundings(matrices: Sequence[LowRank]) -> Tensor | None:
+    """Of all columns; those that count as exact have none."""
+    if all(m.rounding is None for m in matrices):
+        return None
+    return torch.cat([_zeros(m) if m.rounding is None else m.rounding for m in matrices], -1)
+
+
+def _zeros(matrix: LowRank) -> Tensor:
+    left = matrix.left
+    return torch.zeros(*left.shape[:-2], left.shape[-1], dtype=torch.float64, device=left.device)
 
 
 def _side_by_side(parts: Sequence[Tensor], dim: int, dtype: torch.dtype | None) -> Tensor:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
+from coremerge.copies import holders, join_copies
 from coremerge.errors import TensorError
 from coremerge.executors import local
-from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError
-from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd, total
+from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
+from coremerge.lowrank import LowRank, Matrix, ThinSVD, noise_of_sum, thin_svd, total
 from coremerge.methods import Site
 from coremerge.outcome import ModuleReport, Report, report_of, scale_of
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Parts, Recipe
+from coremerge.rounding import stored_rounding
 from coremerge.sizes import SHORT, beyond_short, check_finite, check_scales, check_sizes, sizes_of
 from coremerge.spaces import Combination, Coordinates
 
@@ -163,7 +165,7 @@ def read_updates(
     dtype = torch.float64 if parts.before else dtype
     updates = []
     for adapter in plan.adapters.values():
-        held = [adapter.read(name, dtype) if name in adapter else zeros for name in names]
+        held = [_known(adapter, name, dtype, parts.linear) if name in adapter else zeros for name in names]
         held = [update.to(torch.device(device)) for update in held]
         for step in parts.before:  # one by one: the lift must see the very same factors, and batched SVDs may differ
             held = [step(update) for update in held]
@@ -171,10 +173,25 @@ def read_updates(
     return updates
 
 
+def _known(adapter: Adapter, name: str, dtype: torch.dtype | None, exact: bool) -> LowRank:
+    """An adapter's update with the precision of its numbers; ``exact``: these do not matter, all directions count."""
+    update = adapter.read(name, dtype)
+    if exact:
+        return update.rounded(None)
+    if update.rounding is not None:
+        return update
+    return update.rounded(stored_rounding(update.left, update.right, adapter.modules[name].dtype))
+
+
 def _stacked(updates: Sequence[LowRank]) -> LowRank:
     dtypes = {u.dtype for u in updates}
     updates = [u.to(torch.float64) for u in updates] if len(dtypes) > 1 else updates
-    return LowRank(torch.stack([u.left for u in updates]), torch.stack([u.right for u in updates]))
+    roundings = [u.rounding for u in updates if u.rounding is not None]
+    return LowRank(
+        torch.stack([u.left for u in updates]),
+        torch.stack([u.right for u in updates]),
+        torch.stack(roundings) if roundings else None,
+    )
 
 
 def solve(
@@ -189,13 +206,17 @@ def solve(
     """
     try:
         updates = read_updates(names, plan, parts, device, dtype)
+        if single := parts.alone is not None and holders(updates) == 1:
+            updates = updates if parts.alone.after else [update.rounded(None) for update in updates]
         coordinates = parts.space(updates)
         sizes = sizes_of(coordinates.cores)
         if dtype is None and beyond_short(updates, sizes):
             return solve(names, plan, parts, device, torch.float64)
         check_sizes(names, sizes, plan)
-        merged = _merged(names, coordinates, plan, parts)
-        directions = directions_of(plan.recipe) if coordinates.rows is None else None
+        coordinates, distinct = join_copies(coordinates)
+        alone = parts.alone if single or distinct == 1 else None
+        merged = _merged(names, coordinates, plan, alone or parts)
+        directions = None if alone or coordinates.rows is not None else directions_of(plan.recipe)
         return dict(zip(names, solved_of(names, coordinates, merged, plan, directions), strict=True))
     except RaggedRankError:
         return _one_by_one(names, plan, parts, device, dtype)
@@ -219,14 +240,25 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
         _weighted(core, [plan.weights[key].get(name, 1.0) for name in names])
         for key, core in zip(plan.adapters, coordinates.cores, strict=True)
     ]
+    noise = noise_of_sum(cores)
     if rows is not None:
-        cores = [LowRank(core.left / rows.unsqueeze(-1), core.right) for core in cores]
+        cores = [_over_rows(core, rows) for core in cores]
     merged = parts.method(cores, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters)))
     if rows is not None:
         merged = _scale_rows(merged, rows)
+    merged = replace(thin_svd(merged), noise=noise)
     for step in parts.after:
-        merged = step(merged)
-    return thin_svd(merged).cut(NOISE)
+        merged = thin_svd(step(merged))
+    return merged.cut(NOISE)
+
+
+def _over_rows(core: LowRank, rows: Tensor) -> LowRank:
+    """``core`` (..., p, q) with its rows divided by ``rows`` (..., p), and their errors, which are alike in all."""
+    left = core.left / rows.unsqueeze(-1)
+    if core.rounding is None:
+        return LowRank(left, core.right)
+    grown = column_norms(core.left) * rows.square().reciprocal().mean(-1, keepdim=True).sqrt()
+    return LowRank(left, core.right, core.rounding * (grown / column_norms(left)).nan_to_num(0, 0, 0))
 
 
 def _weighted(core: LowRank, weights: Sequence[float]) -> LowRank:

@@ -142,6 +142,7 @@ class Recipe(BaseModel):
             METHODS[self.method].make(self.parameters),
             tuple(s.apply for s in steps if isinstance(s, Before)),
             tuple(s.apply for s in steps if isinstance(s, After)),
+            METHODS[self.method].linear and not any(isinstance(s, After) for s in steps),
         )
 
 
@@ -153,6 +154,8 @@ class Parts:
     method: Method
     before: tuple[Callable[[LowRank], LowRank], ...]
     after: tuple[Callable[[Matrix], Matrix], ...]
+    linear: bool = False
+    alone: Parts | None = None
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,8 @@ def _reweighted(adapter: Adapter, name: str, fine: Mapping[str, Sequence[float]]
         update = adapter.read(module, dtype)
         if module not in fine:
             return update
-        return LowRank(update.left.double() * torch.tensor(fine[module]).double(), update.right.double()).to(
-            dtype or torch.float64
-        )
+        left = update.left.double() * torch.tensor(fine[module]).double()
+        return LowRank(left, update.right.double(), update.rounding).to(dtype or torch.float64)
 
     def bias(module: str) -> torch.Tensor:
         own = adapter.biases[module]

@@ -16,6 +16,7 @@ from coremerge.formats.config import Config, as_integer, as_number, refuse_varia
 from coremerge.formats.patterns import Patterns
 from coremerge.formats.safetensors_file import Tensors, dtype_of, read_factor, read_pair
 from coremerge.lowrank import LowRank
+from coremerge.rounding import stored_rounding
 
 TYPES = ("LORA",)
 PARTS = (
@@ -63,9 +64,9 @@ def build(checkpoint: Checkpoint, keys: Keys, found: Mapping[str, Factors], bias
     def read(name: str, dtype: torch.dtype | None = torch.float64) -> LowRank:
         factors = found[name]
         kind = dtype or factors.module.exact_dtype
-        left, right = read_pair(tensors, (factors.left, factors.right), kind)
-        scale = factors.module.scale
-        return LowRank((left if scale == 1 else left.mul_(scale)).flatten(1), right.flatten(1))
+        left, right = (x.flatten(1) for x in read_pair(tensors, (factors.left, factors.right), kind))
+        scale, rounding = factors.module.scale, stored_rounding(left, right, factors.module.dtype)
+        return LowRank(left if scale == 1 else left.mul_(scale), right, rounding)
 
     return Adapter(
         {name: factors.module for name, factors in found.items()},

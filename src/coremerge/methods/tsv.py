@@ -28,7 +28,7 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
     """
 
     def components(core: LowRank, largest: Tensor | None) -> ThinSVD:
-        own = numerical_rank(core.svd.values, largest=largest)
+        own = numerical_rank(core.svd.values, largest=largest, noise=core.svd.noise)
         if rank is not None and pad and rank > own:
             return (core.svd if rank <= core.svd.values.shape[-1] else thin_svd(core.dense())).truncate(rank)
         return core.svd.truncate(own if rank is None else min(own, rank))
@@ -37,11 +37,20 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
         spectra = torch.cat([svd.values for svd in svds(cores)], -1)
         largest = spectra.amax(-1) if spectra.shape[-1] else None
         parts = [components(core, largest) for core in cores]
-        left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1))
-        right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT)
+        rounding = _rounding(parts)
+        left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1), rounding=rounding)
+        right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT, rounding=rounding)
         values = torch.cat([part.values for part in parts], -1)
         if left_orthonormal and right_orthonormal:
             return ThinSVD(left, values, right.mT)
         return LowRank(left * values.unsqueeze(-2), right.mT)
 
     return merge
+
+
+def _rounding(parts: Sequence[ThinSVD]) -> Tensor | None:
+    """The errors of the singular vectors: of u_i and v_i at most ‖E‖ / σ_i, where E are those of X_t."""
+    known = [(part.noise, part.values) for part in parts if part.noise is not None]
+    if len(known) < len(parts):
+        return None
+    return torch.cat([torch.where(s > 0, e.unsqueeze(-1) / s, 1.0).clamp_max(1.0) for e, s in known], -1)

@@ -80,11 +80,24 @@ class Coordinates:
         cores: one per update, all of one shape (..., p, q).
         lift: the way back.
         rows: row scales (..., p) by which a method's inputs are divided and its output multiplied, or None.
+        share: of the errors of the stored numbers, the part that cores have: see :func:`share_of`.
     """
 
     cores: tuple[LowRank, ...]
     lift: Lift
     rows: Tensor | None = None
+    share: float = 1.0
+
+
+def share_of(p: int, q: int, shape: tuple[int, int]) -> float:
+    """What is left of rounding errors, which point anywhere in m and n dimensions (``shape``), in p and q of these."""
+    m, n = shape
+    return ((p / m + q / n) / 2) ** 0.5 if m and n else 1.0
+
+
+def inside(rounding: Tensor | None, share: float) -> Tensor | None:
+    """The relative errors of an update's core."""
+    return None if rounding is None else rounding * share
 
 
 Space = Callable[[Sequence[LowRank]], Coordinates]

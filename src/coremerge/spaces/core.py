@@ -11,7 +11,7 @@ from pydantic import Field
 
 from coremerge.linalg import RTOL, column_basis
 from coremerge.lowrank import LowRank, total
-from coremerge.spaces import SPACES, Coordinates, Lift, Space
+from coremerge.spaces import SPACES, Coordinates, Lift, Space, inside, share_of
 
 
 @SPACES.register("core", source="Core Space merging, arXiv 2509.17786, Definition 1 and appendix A.4")
@@ -29,7 +29,8 @@ def core(
         basis: ``stacked`` as in the paper: element-wise methods then see how each update is split into factors;
             ``balanced`` rewrites each update as U√S, √S Vᵀ first, so that only the updates themselves count.
         rtol: directions below this share of the largest singular value of a stack are cut, unless updates would show
-            it: where one factor makes up for the other's size, both are brought to one size before.
+            it: where one factor makes up for the other's size, both are brought to one size before. What is no larger
+            than the rounding of the stored numbers is cut whatever this is, unless the recipe is linear.
         singular: the singular vectors themselves; else any orthonormal basis of their span, which is quicker. A recipe
             that does not say decides by its method: whether that sees the basis.
     """
@@ -38,16 +39,21 @@ def core(
         given = list(updates)
         if basis == "balanced":
             given = [u.to(torch.float64) for u in given]
-            updates = [u.svd.cut().lowrank() for u in given]
+            updates = [u.svd.significant().lowrank() for u in given]
         stack = total(updates, torch.float64)
         sides = stack.left, stack.right.mT
         left, right = (
-            column_basis(x, rtol, singular=singular, beside=y) for x, y in zip(sides, reversed(sides), strict=True)
+            column_basis(x, rtol, singular=singular, beside=y, rounding=stack.rounding)
+            for x, y in zip(sides, reversed(sides), strict=True)
         )
         edges = list(pairwise(accumulate((u.rank for u in updates), initial=0)))
-        cores = tuple(LowRank(left.coordinates[..., a:b], right.coordinates[..., a:b].mT) for a, b in edges)
+        share = share_of(left.rank, right.rank, stack.shape)
+        cores = tuple(
+            LowRank(left.coordinates[..., a:b], right.coordinates[..., a:b].mT, inside(u.rounding, share))
+            for u, (a, b) in zip(updates, edges, strict=True)
+        )
         lift = Lift(left.transform, right.transform.mT)
-        return Coordinates(cores, lift if basis == "stacked" else _unbalanced(lift, given, updates, edges))
+        return Coordinates(cores, lift if basis == "stacked" else _unbalanced(lift, given, updates, edges), share=share)
 
     return project
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 
-from coremerge.lowrank import LowRank
-from coremerge.spaces import SPACES, Coordinates, Lift, Space
+from coremerge import linalg
+from coremerge.lowrank import LowRank, total
+from coremerge.spaces import SPACES, Coordinates, Lift, Space, inside, share_of
 
 
 @SPACES.register("full")
@@ -15,6 +17,17 @@ def full() -> Space:
     """No change of coordinates: cores are the updates, factored until an element-wise method asks for entries."""
 
     def project(updates: Sequence[LowRank]) -> Coordinates:
-        return Coordinates(tuple(u.to(torch.float64) for u in updates), Lift())
+        updates = [u.to(torch.float64) for u in updates]
+        stack = total(updates)
+        if stack.rounding is None:
+            return Coordinates(tuple(updates), Lift())
+        (lefts, p), (rights, q) = (linalg.above_rounding(x, stack.rounding) for x in (stack.left, stack.right.mT))
+        share = share_of(p, q, stack.shape)
+        edges = pairwise(accumulate((u.rank for u in updates), initial=0))
+        cores = tuple(
+            LowRank(lefts[..., a:b], rights[..., a:b].mT, inside(u.rounding, share))
+            for u, (a, b) in zip(updates, edges, strict=True)
+        )
+        return Coordinates(cores, Lift(), share=share)
 
     return project

@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 import torch
 
 from coremerge import linalg
-from coremerge.lowrank import LowRank, total
-from coremerge.spaces import SPACES, Coordinates, Lift, Space
+from coremerge.lowrank import LowRank, noise_of_sum, total
+from coremerge.spaces import SPACES, Coordinates, Lift, Space, inside, share_of
 
 
 @SPACES.register("knots", source="KnOTS, arXiv 2410.19735")
@@ -27,14 +27,18 @@ def knots(scaled: bool = True) -> Space:
     def project(updates: Sequence[LowRank]) -> Coordinates:
         updates = [u.to(torch.float64) for u in updates]
         stack = total(updates)
-        basis = linalg.column_basis(stack.left, beside=stack.right.mT)
-        edges = accumulate((u.rank for u in updates), initial=0)
-        lefts = [basis.coordinates[..., a:b] for a, b in pairwise(edges)]
-        small = torch.cat([a @ linalg.qr(u.right.mT)[1].mT for a, u in zip(lefts, updates, strict=True)], -1)
+        basis = linalg.column_basis(stack.left, beside=stack.right.mT, rounding=stack.rounding)
+        rows, row_rank = linalg.above_rounding(stack.right.mT, stack.rounding)
+        edges = list(pairwise(accumulate((u.rank for u in updates), initial=0)))
+        lefts, rights = ([x[..., a:b] for a, b in edges] for x in (basis.coordinates, rows))
+        small = torch.cat([a @ linalg.qr(b)[1].mT for a, b in zip(lefts, rights, strict=True)], -1)
         vectors, sigma, _ = linalg.svd(small)
-        rank = linalg.numerical_rank(sigma, linalg.NOISE)
+        share = share_of(basis.rank, row_rank, stack.shape)
+        inner = [inside(u.rounding, share) for u in updates]
+        noise = noise_of_sum([LowRank(a, b.mT, c) for a, b, c in zip(lefts, rights, inner, strict=True)])
+        rank = linalg.numerical_rank(sigma, linalg.NOISE, noise=noise)
         vectors, sigma = vectors[..., :rank], sigma[..., :rank]
-        cores = tuple(LowRank(vectors.mT @ a, u.right) for a, u in zip(lefts, updates, strict=True))
-        return Coordinates(cores, Lift(left=basis.transform @ vectors), None if scaled else sigma)
+        cores = tuple(LowRank(vectors.mT @ a, b.mT, c) for a, b, c in zip(lefts, rights, inner, strict=True))
+        return Coordinates(cores, Lift(left=basis.transform @ vectors), None if scaled else sigma, share)
 
     return project

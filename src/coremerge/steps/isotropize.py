@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coremerge.lowrank import Matrix, ThinSVD, dense, thin_svd
+from coremerge.lowrank import Matrix, ThinSVD, thin_svd
 from coremerge.steps import STEPS, After, Step
 
 
@@ -11,15 +11,19 @@ def isotropize(span: bool = True) -> Step:
     """After merging: every singular value becomes their mean, X = P S Qᵀ → mean(S) · P Qᵀ.
 
     Args:
-        span: over the numerical rank; ``false``: over all min(p, q) directions, zero ones included, as the published
-            full-space code does.
+        span: over the numerical rank, judged by the precision of the stored numbers; ``false``: over all min(p, q)
+            directions, zero ones included, as the published full-space code does.
     """
 
     def apply(core: Matrix) -> ThinSVD:
-        svd = thin_svd(core).cut() if span else thin_svd(dense(core))
+        svd = thin_svd(core).significant() if span else _all_directions(thin_svd(core))
         if svd.values.shape[-1] == 0:
             return svd
         flat = svd.values.mean(-1, keepdim=True).expand_as(svd.values)
-        return ThinSVD(svd.left, flat, svd.right)
+        return ThinSVD(svd.left, flat, svd.right, svd.noise)
 
     return After(apply)
+
+
+def _all_directions(svd: ThinSVD) -> ThinSVD:
+    return svd if svd.values.shape[-1] == min(svd.shape) else thin_svd(svd.dense())

@@ -1,0 +1,102 @@
+"""Updates that are one and the same but for a factor and rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from coremerge.linalg import NOISE, RaggedRankError
+from coremerge.lowrank import LowRank, total
+from coremerge.spaces import Coordinates
+
+LIKELY = 0.98
+"""Cosine from which on two updates are compared in full: even 8-bit floats leave more of a copy."""
+
+NEAR = 3.0
+"""Copies are no farther apart than so many times the mean error: the largest is √6 = 2.45 times the mean."""
+
+
+def holders(updates: Sequence[LowRank]) -> int:
+    """How many of ``updates`` (each (..., m, n)) are not zero.
+
+    Raises:
+        RaggedRankError: the batch elements disagree.
+    """
+    return _agreed(torch.stack([_nonzero(u) for u in updates]).sum(0))
+
+
+def _nonzero(update: LowRank) -> Tensor:
+    return update.left.flatten(-2).any(-1).cpu() & update.right.flatten(-2).any(-1).cpu()
+
+
+def _agreed(counts: Tensor) -> int:
+    if int(counts.max()) != int(counts.min()):
+        raise RaggedRankError
+    return int(counts.max())
+
+
+def join_copies(coordinates: Coordinates) -> tuple[Coordinates, int]:
+    """The same with copies made exact, and how many different updates there are, those that are zero not counted.
+
+    Cores that are multiples of each other, up to the errors of the numbers that were stored, become exact multiples of
+    their mean: a method cannot make anything of the errors then. Where nothing is said of errors, all count as
+    different.
+
+    Raises:
+        RaggedRankError: the batch elements disagree.
+    """
+    cores = list(coordinates.cores)
+    stack = total(cores)
+    if stack.rounding is None:
+        return coordinates, len(cores)
+    inner = _inner_products(stack, [core.rank for core in cores])
+    own = inner.diagonal(dim1=-2, dim2=-1)
+    there = [i for i in range(len(cores)) if _all_or_none(own[..., i] > 0)]
+    groups: list[list[int]] = []
+    for i in there:
+        group = next((g for g in groups if _copies(cores, inner, g[0], i, coordinates.share)), None)
+        group.append(i) if group else groups.append([i])
+    for group in groups:
+        if len(group) > 1:
+            for i, core in zip(group, _multiples([cores[i] for i in group], inner, group), strict=True):
+                cores[i] = core
+    return replace(coordinates, cores=tuple(cores)), len(groups)
+
+
+def _inner_products(stack: LowRank, ranks: Sequence[int]) -> Tensor:
+    """(..., T, T) Frobenius inner products of updates whose factors are side by side in ``stack``."""
+    member = torch.block_diag(*(torch.ones(1, rank, dtype=stack.dtype) for rank in ranks)).to(stack.left)
+    grams = (stack.left.mT @ stack.left) * (stack.right @ stack.right.mT)
+    return member @ grams @ member.mT
+
+
+def _all_or_none(flags: Tensor) -> bool:
+    return bool(_agreed(flags.int().reshape(-1)))
+
+
+def _copies(cores: Sequence[LowRank], inner: Tensor, i: int, j: int, share: float) -> bool:
+    cosine = inner[..., i, j] / (inner[..., i, i] * inner[..., j, j]).sqrt()
+    if not bool((cosine > LIKELY).any()):
+        return False
+    one, other = cores[i] * _column(inner[..., i, j] / inner[..., i, i]), cores[j]
+    difference = other - one
+    assert difference.error is not None
+    distance = difference.svd.values.square().sum(-1).sqrt()
+    near = distance <= NEAR * difference.error / share + NOISE * inner[..., j, j].sqrt()
+    return _all_or_none(near)
+
+
+def _multiples(group: Sequence[LowRank], inner: Tensor, at: Sequence[int]) -> list[LowRank]:
+    """Each as a multiple of the mean of the directions of all."""
+    first = at[0]
+    sizes = [inner[..., first, i] / inner[..., first, first] for i in at]
+    mean = total([core * _column(1 / (len(at) * size)) for core, size in zip(group, sizes, strict=True)])
+    common = mean.svd.significant().lowrank()
+    return [common * _column(size) for size in sizes]
+
+
+def _column(factors: Tensor) -> Tensor:
+    return factors[..., None, None]
