@@ -7,8 +7,9 @@ from hypothesis import given
 import oracles
 from coremerge.adapter import Adapter, Info, Module
 from coremerge.errors import MismatchError, TensorError
-from coremerge.lowrank import LowRank
+from coremerge.lowrank import LowRank, total
 from coremerge.merging import merge
+from coremerge.methods import METHODS, Method
 from coremerge.plan import make_plan
 from coremerge.recipe import Recipe
 from laws import adapter_sets, close, dense, largest, lowrank, merged, named, normal, one, orthogonal, regauged, run
@@ -287,6 +288,21 @@ def test_biases_are_weighted_sums(method: str, share: float) -> None:
     close(result.biases["m"], torch.full((4,), 0.5 * share * (1 - 6)).double())
     close(result.biases["n"], torch.full((4,), 0.5 * share * 12).double())
     assert "m" not in run(named(PAIR), method="sum").adapter.biases
+
+
+def test_biases_follow_any_linear_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))
+
+    @METHODS.register("first_less_others", unitary=True, linear=True, source="none")
+    def first_less_others(share: float = 0.25) -> Method:
+        return lambda cores, site: total([cores[0], *(core * -share for core in cores[1:])])
+
+    def biased(value: float) -> Adapter:
+        return Adapter.from_updates({"m": lowrank(4, 3, 1)}, biases={"m": torch.full((4,), value)})
+
+    recipe = {"method": "first_less_others", "parameters": {"share": "0.5"}, "weights": [2.0, 1.0, 1.0]}
+    result = run([biased(1.0), biased(3.0), one(lowrank(4, 3, 1))], **recipe)
+    close(result.adapter.biases["m"], torch.full((4,), 2.0 - 0.5 * 3).double())
 
 
 # The dtypes of reading and lifting.

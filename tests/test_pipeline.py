@@ -44,9 +44,31 @@ def test_the_bytes_do_not_depend_on_threads(sources, tmp_path):
 def test_preparing_touches_nothing(sources, tmp_path):
     before = sorted(tmp_path.iterdir())
     prepared = prepare(sources, out=tmp_path / "OUT")
-    assert prepared.plan.rank == 10
+    assert prepared.plan.rank == 8  # of each adapter at most four directions
     assert prepared.output_bytes == prepared.plan.output_bytes
     assert sorted(tmp_path.iterdir()) == before
+
+
+SPELLINGS = [
+    {"steps": ["isotropize:span=no"]},
+    {"steps": ["isotropize:span=0"], "method": "sum"},
+    {"steps": [{"isotropize": {"span": "off"}}], "method": "sum", "space": "knots"},
+    {"method": "tsv", "parameters": {"rank": "4.0", "pad": "yes"}},
+    {"method": "tsv", "parameters": {"rank": "None"}},
+    {},
+]
+
+
+@pytest.mark.parametrize("space", ["full", "core"])
+@pytest.mark.parametrize("values", SPELLINGS, ids=str)
+def test_what_is_told_beforehand_is_what_is_written(sources, tmp_path, values, space):
+    recipe = Recipe(**{"space": space, **values})
+    prepared = prepare(sources, recipe)
+    saved = prepared.run(tmp_path / "OUT").saved
+    assert saved.rank == prepared.plan.rank
+    assert prepared.output_bytes <= saved.bytes < prepared.output_bytes + 2000  # the file's header
+    said = (tmp_path / "OUT" / "README.md").read_text() + (tmp_path / "OUT" / "coremerge.json").read_text()
+    assert not any(word in said for word in ("None directions", '"4.0"', '"None"', '"yes"', '"off"', "span=0", "=no"))
 
 
 def test_an_output_is_checked_first(sources):

@@ -1,3 +1,6 @@
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -215,3 +218,82 @@ def test_what_is_written_reads_back(tmp_path: Path, recipe: Recipe, models: tupl
     file = read(tmp_path, write_recipe(recipe, models, base))
     assert (file.models, file.base_model) == (models, base)
     assert file.recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"method": "tsv", "parameters": {"rank": "4.0"}}, {"parameters": {"rank": 4}}),
+        ({"method": "tsv", "parameters": {"rank": "None", "pad": "yes"}}, {"parameters": {"rank": None, "pad": True}}),
+        ({"method": "ties", "parameters": {"density": "0.5"}}, {"parameters": {"density": 0.5}}),
+        ({"steps": ["isotropize:span=no"]}, {"steps": ["isotropize:span=false"]}),
+        ({"steps": [{"isotropize": {"span": 0}}]}, {"steps": [{"isotropize": {"span": False}}]}),
+        ({"steps": ["truncate:rank=3", {"balance": None}]}, {"steps": ["truncate:rank=3", {"balance": None}]}),
+        ({"space": "knots:scaled=off"}, {"space": "knots:scaled=false"}),
+    ],
+)
+def test_values_are_kept_as_validated(given: dict, kept: dict) -> None:
+    recipe = Recipe(**given)
+    said = recipe.model_dump(mode="json")
+    assert {key: said[key] for key in kept} == kept
+    assert str(said) == str(Recipe(**said).model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "tsv", "parameters": {"rank": "4.5"}},
+        {"method": "tsv", "parameters": {"rank": True}},
+        {"method": "tsv", "parameters": {"rank": "no"}},
+        {"steps": [{"truncate": {"rank": "None"}}]},
+        {"steps": ["isotropize:span=maybe"]},
+        {"space": "knots:scaled=2"},
+    ],
+)
+def test_values_that_cannot_be_validated_are_refused(given: dict) -> None:
+    with pytest.raises(ConfigError, match="not a value that"):
+        Recipe(**given)
+
+
+@pytest.mark.parametrize("span", ["no", "0", "off", "false", "False", 0, False])
+def test_dense_work_is_told_by_validated_values(span: object) -> None:
+    flat = Recipe(space="full", method="sum", steps=[{"isotropize": {"span": span}}]).resolve()
+    assert flat.dense and flat.is_full and flat.rank([2, 3], (40, 30)) == 30
+    assert flat == Recipe(space="full", method="sum", steps=[f"isotropize:span={span}"]).resolve()
+
+
+@pytest.mark.parametrize("pad", ["yes", "1", "on", "true", "T", 1, True])
+def test_padding_is_told_by_validated_values(pad: object) -> None:
+    padded = Recipe(space="full", method="tsv", parameters={"rank": 4, "pad": pad}).resolve()
+    assert padded.dense and padded.rank([8, 3], (40, 30)) == 7
+
+
+COPIES: dict[str, Callable[[Recipe], Recipe]] = {
+    "dict": lambda recipe: Recipe(**dict(recipe)),
+    "model_copy": lambda recipe: recipe.model_copy(update={"weights": [1.0]}),
+    "but": lambda recipe: recipe.but(weights=[1.0], seed=3),
+    "pickle": lambda recipe: pickle.loads(pickle.dumps(recipe)),
+    "deepcopy": copy.deepcopy,
+    "twice": lambda recipe: Recipe(**dict(pickle.loads(pickle.dumps(recipe)))),
+}
+
+
+@pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
+def test_copies_know_what_was_named_and_what_are_defaults(again: Callable[[Recipe], Recipe]) -> None:
+    for recipe, parameters, steps in (
+        (Recipe(), set(), False),
+        (Recipe(parameters={"rank": 4}), {"rank"}, False),
+        (Recipe(steps=["isotropize"]), set(), True),
+        (Recipe(method="sum"), set(), False),
+        (Recipe(method="sum", steps=[]), set(), True),
+        (Recipe(method="ties", parameters={"density": 0.5}), {"density"}, False),
+    ):
+        for one in (recipe, again(recipe)):
+            assert (one.named_parameters, one.named_steps) == (parameters, steps)
+            assert (one.method, one.parameters, one.steps) == (recipe.method, recipe.parameters, recipe.steps)
+
+
+def test_what_was_named_makes_no_difference_to_equality_and_records() -> None:
+    named = Recipe(method="tsv", parameters={"rank": 4}, steps=["isotropize"])
+    assert named == Recipe()
+    assert named.model_dump(mode="json") == Recipe().model_dump(mode="json")

@@ -21,7 +21,7 @@ from coremerge.copies import holders, join_copies
 from coremerge.errors import TensorError
 from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
-from coremerge.lowrank import LowRank, Matrix, ThinSVD, noise_of_sum, thin_svd, total
+from coremerge.lowrank import LowRank, Matrix, ThinSVD, dense, noise_of_sum, thin_svd, total
 from coremerge.methods import Site
 from coremerge.outcome import ModuleReport, Report, report_of, scale_of
 from coremerge.plan import Plan, make_plan
@@ -216,7 +216,7 @@ def solve(
         coordinates, distinct = join_copies(coordinates)
         alone = parts.alone if single or distinct == 1 else None
         merged = _merged(names, coordinates, plan, alone or parts)
-        directions = None if alone or coordinates.rows is not None else directions_of(plan.recipe)
+        directions = None if alone or coordinates.rows is not None else plan.resolved.method.keeps
         return dict(zip(names, solved_of(names, coordinates, merged, plan, directions), strict=True))
     except RaggedRankError:
         return _one_by_one(names, plan, parts, device, dtype)
@@ -274,12 +274,6 @@ def _scale_rows(matrix: Matrix, rows: Tensor) -> Matrix:
         return rows.unsqueeze(-1) * matrix
     factors = matrix.lowrank() if isinstance(matrix, ThinSVD) else matrix
     return LowRank(rows.unsqueeze(-1) * factors.left, factors.right)
-
-
-def directions_of(recipe: Recipe) -> int | None:
-    """How many directions of each adapter the method keeps at most; None: of all adapters all."""
-    rank = recipe.parameters.get("rank") if recipe.method == "tsv" else None
-    return None if rank is None or str(rank).lower() in {"none", "null"} else int(rank)
 
 
 def solved_of(
@@ -403,7 +397,7 @@ def lifted(
         read,
         read=read,
         name="merged",
-        biases=_biases(plan, scale),
+        biases=_biases(plan, parts, scale),
         extras=Lazy(tuple(extras), lambda name: extras[name]()),
         info=plan.info,
     )
@@ -415,13 +409,18 @@ def _short_lift_will_do(solved: Solved, dtype: torch.dtype) -> bool:
     return error <= min(SHORT_ERROR, torch.finfo(dtype).eps / 8)
 
 
-def _biases(plan: Plan, scale: float) -> Mapping[str, Tensor]:
-    """Weighted sums of ``lora_bias`` biases (means, for the method ``mean``): they are linear terms of the output."""
-    factor = scale / len(plan.adapters) if plan.recipe.method == "mean" else scale
+def _biases(plan: Plan, parts: Parts, scale: float) -> Mapping[str, Tensor]:
+    """``lora_bias`` biases, which are linear terms of the output: merged by a linear method itself, else summed."""
     names = tuple(name for name in plan.modules if any(name in a.biases for a in plan.adapters.values()))
+    linear = plan.resolved.method.entry.linear
 
     def load(name: str) -> Tensor:
-        having = {key: a.biases[name].double() for key, a in plan.adapters.items() if name in a.biases}
-        return factor * sum((plan.weights[key][name] * bias for key, bias in having.items()), torch.zeros(()))
+        having = {key: plan.weights[key][name] * a.biases[name].double() for key, a in plan.adapters.items()
+                  if name in a.biases}  # fmt: skip
+        if not linear:
+            return scale * sum(having.values(), torch.zeros(()))
+        zeros, one = torch.zeros_like(next(iter(having.values()))), torch.ones(1, 1, dtype=torch.float64)
+        columns = [LowRank(having.get(key, zeros)[:, None], one) for key in plan.adapters]
+        return scale * dense(parts.method(columns, Site(plan.recipe.seed, (name,), tuple(plan.adapters)))).flatten()
 
     return Lazy(names, load)

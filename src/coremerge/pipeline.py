@@ -271,8 +271,7 @@ class Prepared:
 
     def weighted(self, weights: Mapping[str, Any]) -> Prepared:
         """This merge, whose recipe has no weights, with ``weights`` by the adapters' labels."""
-        recipe = Recipe(**{**dict(self.plan.recipe), "weights": weights})
-        return replace(self, plan=make_plan(self.plan.adapters, recipe))
+        return replace(self, plan=make_plan(self.plan.adapters, self.plan.recipe.but(weights=weights)))
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--dry-run --json``."""

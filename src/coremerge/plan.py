@@ -16,8 +16,7 @@ from coremerge.adapter import Adapter, Info, Module
 from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, plan_extras
-from coremerge.recipe import Recipe
-from coremerge.registry import parse_spec
+from coremerge.recipe import Recipe, Resolved
 from coremerge.weighting import Table, fold_components, in_order, weight_table
 
 IMPORT_BYTES = 300_000_000
@@ -136,14 +135,27 @@ class Plan:
 
     def _kept(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape
-        name, _ = parse_spec(self.recipe.space)
-        rows, columns = {"core": (total, total), "knots": (total, n)}.get(name, (m, n))
+        rows, columns = self.resolved.core_shape(total, (m, n))
         return 8 * (planned.module.rank * (rows + columns) + 2 * total * total)
 
     @cached_property
+    def resolved(self) -> Resolved:
+        """The recipe's operators."""
+        return self.recipe.resolve()
+
+    @property
     def is_dense(self) -> bool:
         """Whether the recipe works on all m × n entries of updates."""
-        return _is_dense(self.recipe)
+        return self.resolved.is_full and self.resolved.dense
+
+    def spanning(self) -> Plan:
+        """The same with ranks of all that the adapters span: for a result that is not the recipe's, such as a fit."""
+        most = self.recipe.rank if isinstance(self.recipe.rank, int) else math.inf
+        ranks = {name: min(*p.module.shape, sum(p.ranks.values()), most) for name, p in self.modules.items()}
+        modules = {
+            name: replace(p, module=replace(p.module, rank=int(ranks[name]))) for name, p in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -184,7 +196,8 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
     named = name_adapters(adapters)
     weights = recipe.weights if isinstance(adapters, Mapping) else in_order(recipe.weights, named)
     weights, named = fold_components(weights, named)
-    modules = {name: _planned(name, named, recipe) for name in _module_names(named)}
+    resolved = recipe.resolve()
+    modules = {name: _planned(name, named, recipe, resolved) for name in _module_names(named)}
     _check_shared(named, modules, recipe)
     holders = {name: tuple(p.ranks) for name, p in modules.items()}
     extras = plan_extras(named, recipe.extras)
@@ -242,7 +255,7 @@ def _module_names(adapters: Mapping[str, Adapter]) -> list[str]:
     return sorted({module for adapter in adapters.values() for module in adapter})
 
 
-def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe) -> PlannedModule:
+def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe, resolved: Resolved) -> PlannedModule:
     having = {key: adapter.modules[name] for key, adapter in adapters.items() if name in adapter.modules}
     (first_key, first), *others = having.items()
     for key, module in others:
@@ -253,22 +266,10 @@ def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe) -> Plan
                     file=adapters[key].info.source or key,
                     remedy="Adapters must have been trained on the same base model",
                 )
-    total, (m, n) = sum(module.rank for module in having.values()), first.shape
-    rank = min(m, n) if _is_dense(recipe) else min(m, n, total)
+    rank = resolved.rank([module.rank for module in having.values()], first.shape)
     if isinstance(recipe.rank, int):
         rank = min(rank, recipe.rank)
     return PlannedModule(replace(first, rank=rank, scale=1.0), {key: module.rank for key, module in having.items()})
-
-
-def _is_dense(recipe: Recipe) -> bool:
-    """Whether a method or step works on all m × n entries of an update."""
-    from coremerge.methods import METHODS
-
-    name, _ = parse_spec(recipe.space)
-    steps = [parse_spec(step) for step in recipe.steps]
-    spread = any(step == "isotropize" and str(options.get("span", True)).lower() == "false" for step, options in steps)
-    padded = recipe.method == "tsv" and str(recipe.parameters.get("pad", False)).lower() == "true"
-    return name == "full" and (METHODS[recipe.method].elementwise or spread or padded)
 
 
 def _check_shared(adapters: Mapping[str, Adapter], modules: Mapping[str, PlannedModule], recipe: Recipe) -> None:

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from coremerge.errors import ConfigError
-from coremerge.registry import Spec
+from coremerge.registry import Operator, Spec
 from coremerge.yamlfile import read_mapping
 
 if TYPE_CHECKING:
     from coremerge.lowrank import LowRank, Matrix
     from coremerge.methods import Method
     from coremerge.spaces import Space
+    from coremerge.steps import Step
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
-DEFAULT_STEPS: list[Spec] = ["isotropize"]
-DEFAULT_PARAMETERS = {"rank": 4}
+
+
+class Parameters(dict[str, Any]):
+    """A method's parameters, which know what of them was named.
+
+    Args:
+        values: all of them.
+        named: the keys of those that a person gave; the others come with the default method.
+    """
+
+    def __init__(self, values: Mapping[str, Any], named: Iterable[str]) -> None:
+        super().__init__(values)
+        self.named = frozenset(named)
+
+
+class UnnamedSteps(list[Spec]):
+    """Steps that come with a method and that nobody named."""
+
+
+DEFAULT_STEPS = UnnamedSteps(["isotropize"])
+DEFAULT_PARAMETERS = Parameters({"rank": 4}, named=())
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
@@ -56,6 +86,8 @@ class Recipe(BaseModel):
             None refuses; ``"average"``, ``"drop"``, or the name of the adapter to take them from.
         allow_disjoint: merge adapters none of whose modules coincide.
 
+    Parameters are kept as validated: ``Recipe(method="tsv", parameters={"rank": "4"})`` has the number 4.
+
     Raises:
         ConfigError: a key or a value that means nothing.
 
@@ -85,7 +117,7 @@ class Recipe(BaseModel):
     def __init__(self, **values: Any) -> None:
         named = "method" in values
         if values.get("steps") is None:
-            values["steps"] = [] if named else DEFAULT_STEPS
+            values["steps"] = UnnamedSteps() if named else DEFAULT_STEPS
         if values.get("parameters") is None:
             values["parameters"] = {} if named else DEFAULT_PARAMETERS
         try:
@@ -116,34 +148,153 @@ class Recipe(BaseModel):
         name = str(value).removeprefix("torch.")
         return None if value is None else _DTYPES.get(name, name)
 
+    @field_validator("space")
+    @classmethod
+    def _known_space(cls, value: Spec) -> Spec:
+        from coremerge.spaces import SPACES
+
+        return SPACES.canonical(value)
+
+    @field_validator("parameters", mode="wrap")
+    @classmethod
+    def _validated(cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Parameters:
+        from coremerge.methods import METHODS
+
+        found: dict[str, Any] = check(value)
+        if "method" in info.data:
+            found = METHODS[info.data["method"]].validated(found)
+        return Parameters(found, value.named if isinstance(value, Parameters) else found)
+
+    @field_validator("steps", mode="wrap")
+    @classmethod
+    def _known_steps(cls, value: object, check: ValidatorFunctionWrapHandler) -> list[Spec]:
+        from coremerge.steps import STEPS
+
+        found = [STEPS.canonical(step) for step in check(value)]
+        return UnnamedSteps(found) if isinstance(value, UnnamedSteps) else found
+
     @model_validator(mode="after")
-    def _names_exist(self) -> Recipe:
+    def _can_be_made(self) -> Recipe:
         self.parts()
         return self
 
-    def parts(self) -> Parts:
-        """The recipe's functions, made from the registries.
+    @property
+    def named_parameters(self) -> frozenset[str]:
+        """The method's parameters that a person named; copies of a recipe know it, too."""
+        return self.parameters.named if isinstance(self.parameters, Parameters) else frozenset(self.parameters)
+
+    @property
+    def named_steps(self) -> bool:
+        """Whether a person said which steps there are, be it none."""
+        return not isinstance(self.steps, UnnamedSteps)
+
+    def but(self, **changes: Any) -> Recipe:
+        """This recipe with ``changes``, for the same method: what it leaves to the defaults it still leaves to them.
+
+        Example:
+            >>> Recipe().but(seed=3).named_steps
+            False
+        """
+        return Recipe(**{key: value for key, value in self if key in self.model_fields_set} | changes)
+
+    def resolve(self) -> Resolved:
+        """Its operators with validated parameters, and what they declare of themselves.
 
         Raises:
             ConfigError: an unknown name or parameter.
         """
         from coremerge.methods import METHODS
-        from coremerge.registry import parse_spec
         from coremerge.spaces import SPACES
-        from coremerge.steps import STEPS, After, Before
+        from coremerge.steps import STEPS
 
-        name, options = parse_spec(self.space, "space")
-        steps = [STEPS.build(step) for step in self.steps]
-        if name == "core":
-            unitary = [METHODS[self.method].unitary, *(STEPS[parse_spec(step)[0]].unitary for step in self.steps)]
-            options = {"basis": self.basis, "singular": not all(unitary), **options}
+        space, method = SPACES.resolve(self.space), METHODS.resolve({self.method: self.parameters})
+        steps = tuple(STEPS.resolve(step) for step in self.steps)
+        settings = {
+            "basis": self.basis,
+            "singular": not (method.entry.unitary and all(step.entry.unitary for step in steps)),
+        }
+        taken = {key: value for key, value in settings.items() if key in space.entry.parameters}
+        return Resolved(space, method, steps, taken)
+
+    def parts(self) -> Parts:
+        """The recipe's functions: see :meth:`resolve`."""
+        return self.resolve().parts()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe's operators, with validated parameters.
+
+    Attributes:
+        steps: in their order, before and after.
+        settings: of the space, where it does not say otherwise: those of the whole recipe that it takes.
+    """
+
+    space: Operator[Space]
+    method: Operator[Method]
+    steps: tuple[Operator[Step], ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def basis(self) -> str | None:
+        """Of the space; None: it has no choice of one."""
+        return {**self.settings, **self.space.given}.get("basis")
+
+    @property
+    def dense(self) -> bool:
+        """Whether a method or step works on all entries of cores."""
+        return self.method.dense or any(step.dense for step in self.steps)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether cores are as large as the updates."""
+        return self.space.entry.shape is None
+
+    def core_shape(self, summed: int, update: tuple[int, int]) -> tuple[int, int]:
+        """The most that cores can be, for adapters of ``summed`` ranks and an ``update`` (m, n)."""
+        shape = self.space.entry.shape
+        return update if shape is None else shape(summed, update)
+
+    def rank(self, ranks: Iterable[int], update: tuple[int, int]) -> int:
+        """The most that the merge of updates (m, n) of these ranks can have, before it is cut to the recipe's."""
+        ranks = [_bound(self.before, rank, min(update)) for rank in ranks]
+        largest = min(*update, *self.core_shape(sum(ranks), update))
+        kept = ranks if self.method.keeps is None else [min(rank, self.method.keeps) for rank in ranks]
+        rank = largest if self.method.spreads else min(largest, sum(kept))
+        return _bound(self.after, rank, largest)
+
+    @cached_property
+    def before(self) -> tuple[Operator[Step], ...]:
+        """The steps that act on updates."""
+        from coremerge.steps import Before
+
+        return tuple(step for step in self.steps if isinstance(step.make(), Before))
+
+    @cached_property
+    def after(self) -> tuple[Operator[Step], ...]:
+        """The steps that act on the method's result."""
+        return tuple(step for step in self.steps if step not in self.before)
+
+    def parts(self) -> Parts:
+        """The functions."""
+        from coremerge.steps import After, Before
+
+        steps = [step.make() for step in self.steps]
         return Parts(
-            SPACES[name].make(options),
-            METHODS[self.method].make(self.parameters),
+            self.space.entry.make({**self.settings, **self.space.given}),
+            self.method.make(),
             tuple(s.apply for s in steps if isinstance(s, Before)),
             tuple(s.apply for s in steps if isinstance(s, After)),
             METHODS[self.method].linear and not any(isinstance(s, After) for s in steps),
         )
+
+
+def _bound(steps: Iterable[Operator[Step]], rank: int, largest: int) -> int:
+    """The most that a rank can be after ``steps``."""
+    for step in steps:
+        rank = largest if step.spreads else rank
+        rank = rank if step.keeps is None else min(rank, step.keeps)
+    return rank
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -14,16 +14,27 @@ from coremerge.errors import ConfigError
 
 P = TypeVar("P")
 
+Values = Mapping[str, Any]
+"""All parameters of an operator, validated: those that were given, and the others at their defaults."""
+
 
 @dataclass(frozen=True)
 class Entry(Generic[P]):
-    """One registered factory and what it declares of itself.
+    """One registered factory and what it declares of itself: nobody else has to know its name.
 
     Attributes:
         unitary: f(P Xᵢ Q) = P f(Xᵢ) Q for orthogonal P, Q: the space it works in does not change the result.
         elementwise: works entry by entry, so that the result depends on the basis.
         linear: a weighted sum of its inputs.
         source: the paper.
+        dense: parameters → whether it works on all p × q entries of cores; by default as ``elementwise`` says.
+        spreads: parameters → whether its result can have the rank min(p, q), whatever the inputs' ranks are; by
+            default what is not ``unitary`` does.
+        keeps: parameters → how many directions it keeps at most: a method of each adapter, a step of what it is given;
+            None: all of them.
+        cuts: parameters → what it leaves out, in words that go on from its name; by default what ``keeps`` says.
+        shape: of a space: (R, (m, n)) → the most that p and q can be, R being the sum of the adapters' ranks; by
+            default cores are as large as the updates.
     """
 
     name: str
@@ -33,6 +44,11 @@ class Entry(Generic[P]):
     elementwise: bool = False
     linear: bool = False
     source: str = ""
+    dense: Callable[[Values], bool] | None = None
+    spreads: Callable[[Values], bool] | None = None
+    keeps: Callable[[Values], int | None] | None = None
+    cuts: Callable[[Values], Iterable[str]] | None = None
+    shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None
 
     @property
     def help(self) -> str:
@@ -44,38 +60,110 @@ class Entry(Generic[P]):
         """Parameter names and their defaults."""
         return {name: p.default for name, p in inspect.signature(self.factory).parameters.items()}
 
-    def make(self, parameters: Mapping[str, object] | None = None) -> P:
-        """Call the factory with validated ``parameters`` (strings are converted to the annotated types).
+    def validated(self, parameters: Values | None = None) -> dict[str, Any]:
+        """``parameters`` as the annotated types (strings are converted); those that are not given are not added.
 
         Raises:
             ConfigError: an unknown parameter, a missing one, or a value its annotation does not admit.
         """
-        hints = get_type_hints(self.factory, include_extras=True)
         known = self.parameters
-        values: dict[str, Any] = {}
-        for key, value in (parameters or {}).items():
-            if key not in known:
-                raise ConfigError(
-                    f"{self.kind} {self.name!r} has no parameter {key!r}",
-                    remedy=f"It takes: {', '.join(known) or 'none'}",
-                )
-            try:
-                values[key] = TypeAdapter(hints[key]).validate_python(_null(value))
-            except ValidationError as error:
-                detail = error.errors()[0]["msg"]
-                raise ConfigError(
-                    f"not a value that {self.kind} {self.name!r} takes: {detail}", key=key, value=value
-                ) from None
+        values = {key: self._value(key, value) for key, value in (parameters or {}).items()}
         missing = [key for key, default in known.items() if default is inspect.Parameter.empty and key not in values]
         if missing:
             raise ConfigError(
                 f"{self.kind} {self.name!r} needs {missing[0]!r}", remedy=f"Write {self.name}:{missing[0]}=value"
             )
-        return self.factory(**values)
+        return values
+
+    def make(self, parameters: Values | None = None) -> P:
+        """Call the factory with ``parameters``: see :meth:`validated`."""
+        return self.factory(**self.validated(parameters))
+
+    def _value(self, key: str, value: object) -> Any:
+        if key not in self.parameters:
+            raise ConfigError(
+                f"{self.kind} {self.name!r} has no parameter {key!r}",
+                remedy=f"It takes: {', '.join(self.parameters) or 'none'}",
+            )
+        hint = get_type_hints(self.factory, include_extras=True)[key]
+        try:
+            found = TypeAdapter(hint).validate_python(_null(value))
+        except ValidationError as error:
+            detail = error.errors()[0]["msg"]
+        else:
+            if isinstance(found, bool) or not isinstance(value, bool):
+                return found
+            detail = "true or false says nothing here"  # to pydantic, true is 1
+        raise ConfigError(f"not a value that {self.kind} {self.name!r} takes: {detail}", key=key, value=value)
 
 
 def _null(value: object) -> object:
     return None if isinstance(value, str) and value.lower() in {"none", "null"} else value
+
+
+@dataclass(frozen=True)
+class Operator(Generic[P]):
+    """A registered factory with its parameters, and what it declares of itself with these.
+
+    Attributes:
+        entry: the factory.
+        given: the parameters that were given, validated.
+    """
+
+    entry: Entry[P]
+    given: Values = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """``name (key=value, …)``, of what was given."""
+        shown = ", ".join(f"{key}={text_of(value)}" for key, value in self.given.items())
+        return f"{self.entry.name} ({shown})" if shown else self.entry.name
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All parameters."""
+        return {**self.entry.parameters, **self.given}
+
+    def make(self) -> P:
+        """What the factory makes of them."""
+        return self.entry.factory(**self.given)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it works on all entries of cores."""
+        return self.entry.elementwise if self.entry.dense is None else bool(self.entry.dense(self.values))
+
+    @property
+    def spreads(self) -> bool:
+        """Whether its result can have more directions than its inputs."""
+        return not self.entry.unitary if self.entry.spreads is None else bool(self.entry.spreads(self.values))
+
+    @property
+    def keeps(self) -> int | None:
+        """How many directions it keeps at most; None: all."""
+        return None if self.entry.keeps is None else self.entry.keeps(self.values)
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """What it leaves out, in words that go on from its name."""
+        if self.entry.cuts is not None:
+            return tuple(self.entry.cuts(self.values))
+        of = " of each adapter" if self.entry.kind == "method" else ""
+        return () if self.keeps is None else (f"keeps at most {directions(self.keeps)}{of}",)
+
+
+def directions(count: int) -> str:
+    """``4 directions``."""
+    return f"{count} direction{'s' if count != 1 else ''}"
+
+
+def text_of(value: object) -> str:
+    """A validated value as it is written: ``none``, ``true``, ``4``.
+
+    Example:
+        >>> [text_of(value) for value in (None, True, 4, 0.5, "sum")]
+        ['none', 'true', '4', '0.5', 'sum']
+    """
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass
@@ -86,12 +174,30 @@ class Registry(Generic[P]):
     entries: dict[str, Entry[P]] = field(default_factory=dict)
 
     def register(
-        self, name: str, *, unitary: bool = False, elementwise: bool = False, linear: bool = False, source: str = ""
+        self,
+        name: str,
+        *,
+        unitary: bool = False,
+        elementwise: bool = False,
+        linear: bool = False,
+        source: str = "",
+        dense: Callable[[Values], bool] | None = None,
+        spreads: Callable[[Values], bool] | None = None,
+        keeps: Callable[[Values], int | None] | None = None,
+        cuts: Callable[[Values], Iterable[str]] | None = None,
+        shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None,
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
-        """Decorator: adds the factory under ``name``."""
+        """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
 
         def add(factory: Callable[..., P]) -> Callable[..., P]:
-            self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source)
+            if name in self.entries:
+                raise ConfigError(f"there is a {self.kind} {name!r} already", remedy="Give this one another name")
+            traits = {"dense": dense, "spreads": spreads, "keeps": keeps, "cuts": cuts, "shape": shape}
+            self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, **traits)  # type: ignore[arg-type]
             return factory
 
         return add
@@ -109,17 +215,40 @@ class Registry(Generic[P]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
-    def build(self, spec: Spec) -> P:
-        """Make what ``spec`` asks for: ``"name"``, ``"name:key=value,key=value"`` or ``{"name": {"key": value}}``."""
+    def resolve(self, spec: Spec) -> Operator[P]:
+        """What ``spec`` names, with its parameters validated.
+
+        ``spec``: ``"name"``, ``"name:key=value,key=value"`` or ``{"name": {"key": value}}``.
+
+        Raises:
+            ConfigError: an unknown name, or parameters that are not the factory's.
+        """
         name, parameters = parse_spec(spec, self.kind)
-        return self[name].make(parameters)
+        entry = self[name]
+        return Operator(entry, entry.validated(parameters))
+
+    def build(self, spec: Spec) -> P:
+        """Make what ``spec`` asks for: see :meth:`resolve`."""
+        return self.resolve(spec).make()
+
+    def canonical(self, spec: Spec) -> Spec:
+        """``spec`` as it was spelt, with its values as validated: ``isotropize:span=no`` is ``isotropize:span=false``.
+
+        Raises:
+            ConfigError: see :meth:`resolve`.
+        """
+        found = self.resolve(spec)
+        if not isinstance(spec, str):
+            return {name: dict(found.given) if given else given for name, given in spec.items()}
+        pairs = ",".join(f"{key}={text_of(value)}" for key, value in found.given.items())
+        return f"{found.entry.name}:{pairs}" if pairs else found.entry.name
 
 
 Spec = str | Mapping[str, Mapping[str, Any] | None]
 
 
 def parse_spec(spec: Spec, kind: str = "step") -> tuple[str, dict[str, Any]]:
-    """Name and parameters of ``spec``; see :meth:`Registry.build`."""
+    """Name and parameters of ``spec``; see :meth:`Registry.resolve`."""
     if isinstance(spec, str):
         name, _, rest = spec.partition(":")
         pairs = [part.partition("=") for part in rest.split(",") if part]

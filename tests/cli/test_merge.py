@@ -247,9 +247,9 @@ class TestDryRun:
         assert listing() == before
         lines = result.stdout.splitlines()
         row = next(line for line in lines if line.startswith("model.layers.0.self_attn.q_proj"))
-        assert row.split() == ["model.layers.0.self_attn.q_proj", "1", "24", "x", "24", "linear", "4", "6", "2", "12"]
+        assert row.split() == ["model.layers.0.self_attn.q_proj", "1", "24", "x", "24", "linear", "4", "6", "2", "10"]
         grouped = next(line for line in lines if "[0-1].self_attn.v_proj" in line)
-        assert grouped.split()[1:] == ["2", "12", "x", "24", "linear", "4", "6", "-", "10"]
+        assert grouped.split()[1:] == ["2", "12", "x", "24", "linear", "4", "6", "-", "8"]
         assert "OUT (not written: dry run)" in result.stdout
         assert result.stderr.startswith("warning: C lacks 3 of 4 modules")
 

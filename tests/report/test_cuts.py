@@ -19,6 +19,7 @@ CUTTING = {"rank", "density", "drop_rate"}
     [
         ("tsv", {"rank": 4}, [], "at most 4 directions of each adapter"),
         ("tsv", {"rank": "1"}, ["isotropize"], "at most 1 direction of each adapter"),
+        ("tsv", {"rank": "4.0"}, [], "tsv (rank=4) keeps at most 4 directions of each adapter"),
         ("cart", {}, [], "at most 8 directions of each adapter's deviation from their mean"),
         ("ties", {}, [], "a share of 0.2"),
         ("dare", {"drop_rate": 0.3}, [], "drops entries of each adapter's core with probability 0.3"),
@@ -32,7 +33,16 @@ def test_what_cuts_says_so(method: str, parameters: dict[str, Any], steps: list[
 
 
 @pytest.mark.parametrize(
-    ("method", "parameters"), [("tsv", {}), ("tsv", {"rank": None}), ("sum", {}), ("dare", {"drop_rate": 0}), ("?", {})]
+    ("method", "parameters"),
+    [
+        ("tsv", {}),
+        ("tsv", {"rank": None}),
+        ("tsv", {"rank": "None"}),
+        ("tsv", {"rank": "null"}),
+        ("sum", {}),
+        ("dare", {"drop_rate": 0}),
+        ("?", {}),
+    ],
 )
 def test_what_cuts_nothing_is_silent(method: str, parameters: dict[str, Any]) -> None:
     assert list(cuts_of(method, parameters, ["isotropize"])) == []
@@ -41,7 +51,7 @@ def test_what_cuts_nothing_is_silent(method: str, parameters: dict[str, Any]) ->
 def test_no_method_with_a_parameter_that_cuts_is_silent() -> None:
     for name in METHODS:
         if cutting := CUTTING & METHODS[name].parameters.keys():
-            assert list(cuts_of(name, dict.fromkeys(cutting, 0.5))), name
+            assert list(cuts_of(name, {key: 2 if key == "rank" else 0.5 for key in cutting})), name
 
 
 def test_all_that_is_kept_is_no_cut_and_almost_all_is_one() -> None:

@@ -102,9 +102,10 @@ def _ranks(ranks: tuple[int, ...], wide: bool) -> list[str]:
 
 def recipe_line(recipe: Recipe) -> str:
     """A recipe in words."""
-    steps = "".join(f", then {_named(step)}" for step in recipe.steps)
-    basis = f", {recipe.basis} basis" if _named(recipe.space).startswith("core") else ""
-    return f"{_named({recipe.method: recipe.parameters})}{steps}, in {_named(recipe.space)} space{basis}"
+    resolved = recipe.resolve()
+    steps = "".join(f", then {step}" for step in resolved.steps)
+    basis = f", {resolved.basis} basis" if resolved.basis else ""
+    return f"{resolved.method}{steps}, in {resolved.space} space{basis}"
 
 
 def cut_facts(recipe: Recipe, kept: Mapping[str, float] | None = None) -> Iterator[tuple[str, str]]:
@@ -113,15 +114,6 @@ def cut_facts(recipe: Recipe, kept: Mapping[str, float] | None = None) -> Iterat
 
     for text in cuts_of(recipe.method, recipe.parameters, recipe.steps, kept):
         yield "cut", text
-
-
-def _named(spec: object) -> str:
-    """A spec as ``name (key=value, …)``."""
-    from coremerge.registry import parse_spec
-
-    name, options = parse_spec(spec)  # type: ignore[arg-type]
-    shown = ", ".join(f"{key}={value}" for key, value in options.items())
-    return f"{name} ({shown})" if shown else name
 
 
 def plan_text(prepared: Prepared, out: Path | None, threads: int | None) -> str:

@@ -28,11 +28,13 @@ def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     Another method brings its own parameters; a recipe's steps stay with a method that the recipe names, the default
     ones with the default method. Parameters without a method are added to the recipe's.
     """
-    from coremerge.recipe import Recipe
+    from coremerge.recipe import Parameters, Recipe
 
-    said = recipe.model_dump(exclude_unset=True)
+    said = {key: value for key, value in recipe if key in recipe.model_fields_set}
     if "method" not in options or options["method"] == said.get("method"):
-        options = {**options, "parameters": {**recipe.parameters, **options.get("parameters", {})}}
+        more = options.get("parameters", {})
+        merged = Parameters({**recipe.parameters, **more}, {*recipe.named_parameters, *more})
+        options = {**options, "parameters": merged}
     else:
         said.pop("parameters", None)
         if "method" not in said:

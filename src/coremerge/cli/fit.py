@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -133,6 +134,7 @@ def fit(
             overwrite=overwrite,
             progress=bar,
         )
+        prepared = replace(prepared, plan=prepared.plan.spanning())
         named = by_label(_options.initial(data, "--data"), prepared.plan.adapters, adapters)
         likes = by_label(_options.numbers(preference, "--preference"), prepared.plan.adapters, adapters)
         bar("reading inputs", 0, 1)

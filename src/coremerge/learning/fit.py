@@ -151,7 +151,7 @@ def _recipe(prior: str | Recipe | Adapter, output: Mapping[str, Any]) -> Recipe:
     for key in ("rank", "seed"):
         if isinstance(output[key], bool):  # to pydantic, True is 1
             raise ConfigError("a whole number is needed", key=key, value=output[key])
-    return Recipe(**{**prior_recipe(prior).model_dump(exclude_unset=True), **output})
+    return prior_recipe(prior).but(**output)
 
 
 def prior_recipe(prior: str | Recipe | Adapter) -> Recipe:

@@ -9,11 +9,17 @@ from pydantic import Field
 
 from coremerge.lowrank import LowRank, total
 from coremerge.methods import METHODS, Method, Site
+from coremerge.registry import directions
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-@METHODS.register("cart", unitary=True, source="CART, arXiv 2412.12153")
+@METHODS.register(
+    "cart",
+    unitary=True,
+    source="CART, arXiv 2412.12153",
+    cuts=lambda values: [f"keeps at most {directions(values['rank'])} of each adapter's deviation from their mean"],
+)
 def cart(rank: Annotated[int, Field(ge=1)] = 8, scale: Finite = 1.0) -> Method:
     """mean + ``scale`` · Σ_t truncate_rank(X_t − mean).
 

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, elect, trim
+from coremerge.methods.ties import Density, Reduce, elect, trim, trims
+from coremerge.registry import Values
 
 SOURCE = "DARE, arXiv 2311.03099"
 DropRate = Annotated[float, Field(ge=0, lt=1)]
 
 
-@METHODS.register("dare", elementwise=True, source=SOURCE)
+def _drops(values: Values) -> list[str]:
+    rate = values["drop_rate"]
+    return [f"drops entries of each adapter's core with probability {rate:g}"] if rate else []
+
+
+@METHODS.register("dare", elementwise=True, source=SOURCE, cuts=_drops)
 def dare(drop_rate: DropRate = 0.5) -> Method:
     """Drop each entry with probability ``drop_rate``, divide the rest by 1 − ``drop_rate``, sum.
 
@@ -30,7 +36,7 @@ def dare(drop_rate: DropRate = 0.5) -> Method:
     return merge
 
 
-@METHODS.register("dare_ties", elementwise=True, source=SOURCE)
+@METHODS.register("dare_ties", elementwise=True, source=SOURCE, cuts=lambda v: [*_drops(v), *trims(v)])
 def dare_ties(drop_rate: DropRate = 0.5, density: Density = 0.2, reduce: Reduce = "mean") -> Method:
     """DARE, then TIES."""
 

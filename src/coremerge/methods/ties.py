@@ -11,12 +11,19 @@ from torch import Tensor
 
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site
+from coremerge.registry import Values
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Reduce = Literal["mean", "sum"]
 
 
-@METHODS.register("ties", elementwise=True, source="TIES-Merging, arXiv 2306.01708")
+def trims(values: Values) -> list[str]:
+    """What is left out, in words."""
+    share = values["density"]
+    return [f"keeps the largest entries of each adapter's core, a share of {share:g}, and of them one sign"]
+
+
+@METHODS.register("ties", elementwise=True, source="TIES-Merging, arXiv 2306.01708", cuts=trims)
 def ties(density: Density = 0.2, reduce: Reduce = "mean") -> Method:
     """Keep each task's largest entries, elect the sign of their sum, average the entries that agree with it.
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coremerge.methods import METHODS
-from coremerge.registry import parse_spec
+from coremerge.registry import Operator, parse_spec
+from coremerge.steps import STEPS
 
 ALL = 1 - 1e-6
 """More than this share of the energy is all of it."""
@@ -31,15 +32,13 @@ def cuts_of(
         >>> list(cuts_of("tsv", {"rank": 4}, kept={"a": 0.54, "b": 1.0}))
         ['tsv (rank=4) keeps at most 4 directions of each adapter: of its energy 54 % (a), 100 % (b)']
     """
-    known = METHODS[method].parameters if method in METHODS else {}
-    shown = ", ".join(f"{key}={value}" for key, value in parameters.items())
-    named = f"{method} ({shown})" if shown else method
-    if not kept or min(kept.values()) < ALL:
-        yield from (f"{named} {what}{_shares(kept)}" for what in _of_method(method, {**known, **parameters}))
+    if method in METHODS and (not kept or min(kept.values()) < ALL):
+        operator: Operator[Any] = METHODS.resolve({method: parameters})
+        yield from (f"{operator} {what}{_shares(kept)}" for what in operator.cuts)
     for step in steps:
-        name, options = parse_spec(step)
-        if name == "truncate":
-            yield f"the step truncate keeps at most {_directions(options.get('rank'))} of the merged update"
+        if parse_spec(step)[0] in STEPS:
+            operator = STEPS.resolve(step)
+            yield from (f"the step {operator.entry.name} {what}" for what in operator.cuts)
 
 
 def cut_to_rank(rank: int | None, lost: float | None, warnings: Sequence[str]) -> Iterator[str]:
@@ -56,22 +55,6 @@ def cut_of_fit(lost: float | None, warnings: Sequence[str]) -> Iterator[str]:
 
 def _said(warnings: Sequence[str]) -> bool:
     return any(warning.startswith("the cut to rank") for warning in warnings)
-
-
-def _of_method(method: str, given: Mapping[str, Any]) -> Iterator[str]:
-    rank, density, rate = (given.get(key) for key in ("rank", "density", "drop_rate"))
-    if method == "tsv" and rank not in (None, "none", "null"):
-        yield f"keeps at most {_directions(rank)} of each adapter"
-    if method == "cart":
-        yield f"keeps at most {_directions(rank)} of each adapter's deviation from their mean"
-    if method in ("dare", "dare_ties") and rate:
-        yield f"drops entries of each adapter's core with probability {rate}"
-    if method in ("ties", "dare_ties"):
-        yield f"keeps the largest entries of each adapter's core, a share of {density}, and of them one sign"
-
-
-def _directions(rank: object) -> str:
-    return f"{rank} direction{'s' if str(rank) != '1' else ''}"
 
 
 def _shares(kept: Mapping[str, float] | None) -> str:

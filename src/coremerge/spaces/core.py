@@ -14,7 +14,11 @@ from coremerge.lowrank import LowRank, total
 from coremerge.spaces import SPACES, Coordinates, Lift, Space, inside, share_of
 
 
-@SPACES.register("core", source="Core Space merging, arXiv 2509.17786, Definition 1 and appendix A.4")
+@SPACES.register(
+    "core",
+    source="Core Space merging, arXiv 2509.17786, Definition 1 and appendix A.4",
+    shape=lambda summed, update: (summed, summed),
+)
 def core(
     basis: Literal["stacked", "balanced"] = "stacked",
     rtol: Annotated[float, Field(gt=0, lt=1)] = RTOL,

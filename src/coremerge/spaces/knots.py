@@ -12,7 +12,11 @@ from coremerge.lowrank import LowRank, noise_of_sum, total
 from coremerge.spaces import SPACES, Coordinates, Lift, Space, inside, share_of
 
 
-@SPACES.register("knots", source="KnOTS, arXiv 2410.19735")
+@SPACES.register(
+    "knots",
+    source="KnOTS, arXiv 2410.19735",
+    shape=lambda summed, update: (summed, update[1]),
+)
 def knots(scaled: bool = True) -> Space:
     """Merge S V_t of the SVD [Δ_1 … Δ_T] = U S [V_1 … V_T], taken from the factors: no m × Tn matrix.
 

@@ -6,7 +6,13 @@ from coremerge.lowrank import Matrix, ThinSVD, thin_svd
 from coremerge.steps import STEPS, After, Step
 
 
-@STEPS.register("isotropize", unitary=True, source="Iso-C, arXiv 2502.04959")
+@STEPS.register(
+    "isotropize",
+    unitary=True,
+    source="Iso-C, arXiv 2502.04959",
+    dense=lambda values: not values["span"],
+    spreads=lambda values: not values["span"],
+)
 def isotropize(span: bool = True) -> Step:
     """After merging: every singular value becomes their mean, X = P S Qᵀ → mean(S) · P Qᵀ.
 

@@ -7,10 +7,16 @@ from typing import Annotated
 from pydantic import Field
 
 from coremerge.lowrank import thin_svd
+from coremerge.registry import directions
 from coremerge.steps import STEPS, After, Step
 
 
-@STEPS.register("truncate", unitary=True)
+@STEPS.register(
+    "truncate",
+    unitary=True,
+    keeps=lambda values: values["rank"],
+    cuts=lambda values: [f"keeps at most {directions(values['rank'])} of the merged update"],
+)
 def truncate(rank: Annotated[int, Field(ge=1)]) -> Step:
     """After merging: the best approximation of rank ``rank`` (Eckart–Young).
 
