@@ -199,7 +199,7 @@ def test_what_is_too_small_for_the_file_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_zero_is_not_said_to_be_too_small(tmp_path: Path) -> None:
-    merged = merge_files(two(tmp_path, 0), tmp_path / "out", Recipe(dtype="float16"))
+    merged = merge_files(two(tmp_path, 0), tmp_path / "out", Recipe(dtype="float16", weights=[0, 0]))
     assert not merged.notes and not any(bool(factor.any()) for factor in written(tmp_path / "out"))
     assert not merge_files(two(tmp_path / "out", 2), tmp_path / "scaled", Recipe(dtype="float16", scale=0)).notes
 

@@ -78,7 +78,7 @@ class Held(Mapping[str, Solved]):
         """
         try:
             name, said = str(part.facts["module"]), part.facts["report"]
-            report = ModuleReport(**said | {"shape": tuple(said["shape"])})
+            report = ModuleReport(**said | {"shape": tuple(said["shape"]), "zero": tuple(said["zero"])})
             _, _ = part.facts["of"]
             float(part.facts["amplification"])
         except (KeyError, TypeError, ValueError, OverflowError):

@@ -320,6 +320,7 @@ def solved_of(
             norm=float(values.max()) if len(values) else 0.0,
             input_energy={} if tops is None else _by_adapter(pick(energies), name, plan),
             input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),
+            zero=tuple(key for key, each in _by_adapter(pick(energies), name, plan).items() if not each),
         )
         yield Solved(combination.map(pick), float(pick(amplification)), report)
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from coremerge.errors import ConfigError
 from coremerge.plan import Plan
-
-CANCELLED = 1e-12
-"""A merge whose norm is below this share of its inputs' is rounding error: ``scale="auto"`` does not blow it up."""
+from coremerge.zeros import CANCELLED, found_zeros, heaviest
 
 FLAT = 0.1
 """A cut to ``rank`` that loses more than this share of the energy is warned of."""
@@ -33,6 +31,7 @@ class ModuleReport:
         norm: spectral norm of the merged update, before the overall scale.
         input_energy: adapter name → squared Frobenius norm of its update, where the method keeps only some directions.
         input_kept: adapter name → of that, what those directions have.
+        zero: names of the adapters whose update is zero here.
     """
 
     shape: tuple[int, int]
@@ -46,6 +45,7 @@ class ModuleReport:
     norm: float
     input_energy: Mapping[str, float] = field(default_factory=dict)
     input_kept: Mapping[str, float] = field(default_factory=dict)
+    zero: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,14 @@ class Report:
             "energy_lost": self.lost,
             "input_kept": self.input_kept,
             "seconds": self.seconds,
-            "modules": {name: vars(module) | {"ranks": dict(module.ranks)} for name, module in self.modules.items()},
+            "modules": {name: _plain(module) for name, module in self.modules.items()},
             "warnings": list(self.warnings),
             "made": self.made,
         }
+
+
+def _plain(module: ModuleReport) -> dict[str, Any]:
+    return vars(module) | {"ranks": dict(module.ranks), "zero": list(module.zero)}
 
 
 def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, seconds: float) -> Report:
@@ -98,7 +102,7 @@ def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, sec
     energy = sum(m.energy for m in modules.values())
     lost = sum(m.lost * m.energy for m in modules.values()) / energy if energy else 0.0
     rank = max(m.rank for m in modules.values())
-    warnings = list(plan.warnings)
+    warnings = [*plan.warnings, *found_zeros(plan, modules)]
     if lost > FLAT:
         warnings.append(
             f"the cut to rank {rank} loses {lost:.0%} of the merged update's energy: a flat spectrum does not"
@@ -108,8 +112,7 @@ def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, sec
 
 
 def scale_of(plan: Plan, reports: Mapping[str, ModuleReport]) -> float:
-    heaviest = max((abs(weight) for modules in plan.weights.values() for weight in modules.values()), default=1.0)
-    scale = auto_scale(reports.values(), heaviest)
+    scale = auto_scale(reports.values(), heaviest(plan))
     if math.isfinite(scale) and scale:
         return scale
     raise ConfigError(

@@ -35,6 +35,7 @@ from coremerge.recipe import Recipe
 from coremerge.report.record import FILE as RECORD
 from coremerge.report.record import make_record
 from coremerge.unfinished import tidy
+from coremerge.zeros import check_not_all_zeros
 
 if TYPE_CHECKING:
     from coremerge.executors import Executor
@@ -328,6 +329,7 @@ class Prepared:
                 away = Away(self, executor, device) if executor and not solve else None
                 how |= {"held": held, "solver": away.solve if away else None, "progress": _stage(tell, "merging")}
                 result = solve(self.plan) if solve else execute(self.plan, **how)
+                check_not_all_zeros(self.plan, result.report)
                 sha256 = hashes_of(self.plan.adapters, started)
                 card, record = self._card(result, sha256, command), self._record(result, sha256, command)
                 files = {"README.md": card, RECORD: record} | self._weights_file()

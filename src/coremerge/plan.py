@@ -18,6 +18,7 @@ from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, plan_extras
 from coremerge.recipe import Recipe, Resolved
 from coremerge.weighting import Table, fold_components, in_order, weight_table
+from coremerge.zeros import planned_zeros
 
 IMPORT_BYTES = 300_000_000
 """What a process holds once torch is imported."""
@@ -339,6 +340,7 @@ def _warnings(plan: Plan) -> Iterable[str]:
         missing = len(plan.modules) - len(adapter)
         if missing:
             yield f"{key} lacks {missing} of {len(plan.modules)} modules: it contributes nothing there"
+    yield from planned_zeros(plan)
     if any(adapter.biases for adapter in plan.adapters.values()):
         yield "lora_bias: biases are merged as weighted sums; vLLM refuses adapters with lora_bias"
     yield from (f"{extra.name}: {extra.decision}" for extra in plan.extras.values())

@@ -28,6 +28,11 @@ def test_several_adapters_are_compared(run):
     assert run("inspect", "A", "B", "C", "-q").stderr == ""
 
 
+def test_an_adapter_of_zeros_is_told(run):
+    make_adapter(Path("N"), lora_alpha=0)
+    assert "warning: N is zero in all of its modules: it adds nothing to a merge" in run("inspect", "A", "N").stderr
+
+
 def test_a_merge_that_would_be_refused_is_told(run):
     for i in (1, 2):
         make_adapter(Path(f"H{i}"), seed=i, extra={"score.weight": i * torch.ones(2, 24)}, modules_to_save=["score"])
@@ -75,7 +80,7 @@ def test_json(run):
     pair = found["alignment"]["pairs"][0]
     assert (pair["from"], pair["to"], pair["shared_modules"]) == ("A", "B", 4)
     assert -1 <= pair["cosine"] <= 1 and 0 <= pair["subspace_alignment_ratio"] <= 1
-    assert found["merge"]["plan"]["rank"] == 10
+    assert found["merge"]["plan"]["rank"] == 8  # of each adapter at most four directions
     assert json.loads(run("inspect", "A", "--json").stdout)["alignment"] is None
 
 

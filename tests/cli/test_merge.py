@@ -195,6 +195,22 @@ def test_a_file_is_a_source_and_so_is_a_single_adapter(run):
     close("OUT", dense("A"))
 
 
+class TestZeros:
+    def test_what_adds_nothing_is_one_warning(self, run):
+        make_adapter(Path("N"), lora_alpha=0)
+        result = run("merge", "A", "N", "-o", "OUT")
+        assert result.exit_code == 0
+        assert result.stderr.count("warning: N adds nothing to the merge") == result.stderr.count("\n") == 1
+        assert "N adds nothing" in run("merge", "A", "N", "--dry-run").stderr
+
+    def test_nothing_but_zeros_is_refused_unless_asked_for(self, run):
+        make_adapter(Path("N"), lora_alpha=0)
+        refused(run("merge", "N", "-o", "OUT"), "nothing to merge", "(N)", "lora_alpha")
+        result = run("merge", "A", "B", "-o", "OUT", "--scale", "0")
+        assert "energy lost  all: the result is zero" in result.stdout
+        assert "warning: the scale is 0" in result.stderr
+
+
 class TestRecipeFile:
     @pytest.fixture
     def recipe(self, run):

@@ -71,6 +71,9 @@ def inspect(
     say("\n\n".join(_texts(held, alike, kept, plan)))
     if not quiet:
         _remarks(held, plan, refusal)
+        for name in alike.norms if alike else ():
+            if not alike.norms[name]:
+                remark("warning", f"{name} is zero in all of its modules: it adds nothing to a merge")
 
 
 def _plan(adapters: Mapping[str, Adapter]) -> tuple[Plan | None, str | None]:

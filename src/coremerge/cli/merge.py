@@ -16,6 +16,7 @@ from coremerge.cli._output import Progress, duration, facts, number, print_json,
 from coremerge.hashing import Hashes
 
 if TYPE_CHECKING:
+    from coremerge.outcome import Report
     from coremerge.pipeline import Merged, Prepared
 
 LEARNED = ("nsc-own", "match", "nsc")
@@ -298,6 +299,12 @@ def _show_result(merged: Merged, as_json: bool, quiet: bool) -> None:
     _remarks(merged.report.warnings, merged.notes, {*_decisions(merged)})
 
 
+def _lost(report: Report) -> str:
+    if not report.scale or not any(module.norm for module in report.modules.values()):
+        return "all: the result is zero"
+    return f"{report.lost:.2%}" if report.lost else "none"
+
+
 def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
     from coremerge.cli._describe import cut_facts, recipe_line
     from coremerge.pipeline import dtype_name
@@ -312,7 +319,7 @@ def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
         yield "rank", report.rank
     else:
         yield "into", merged.into
-    yield "energy lost", f"{report.lost:.2%}" if report.lost else "none"
+    yield "energy lost", _lost(report)
     yield from cut_facts(plan.recipe, report.input_kept)
     yield "size", f"{size(saved.bytes)}, {dtype_name(saved.dtype)}"
     yield "time", f"{duration(merged.seconds)}, of which merging {duration(report.seconds)}"
