@@ -19,17 +19,22 @@ NEAR = 3.0
 """Copies are no farther apart than so many times the mean error: the largest is √6 = 2.45 times the mean."""
 
 
-def holders(updates: Sequence[LowRank]) -> int:
-    """How many of ``updates`` (each (..., m, n)) are not zero.
+def holders(updates: Sequence[LowRank], weights: Sequence[Sequence[float]]) -> int:
+    """How many of ``updates`` (each (..., m, n)) are not zero, and have ``weights`` (module by module) that are not.
 
     Raises:
         RaggedRankError: the batch elements disagree.
     """
-    return _agreed(torch.stack([_nonzero(u) for u in updates]).sum(0))
+    there = [_nonzero(update) & _counted(own) for update, own in zip(updates, weights, strict=True)]
+    return _agreed(torch.stack(there).sum(0))
+
+
+def _counted(weights: Sequence[float]) -> Tensor:
+    return torch.tensor(weights) != 0
 
 
 def _nonzero(update: LowRank) -> Tensor:
-    return update.left.flatten(-2).any(-1).cpu() & update.right.flatten(-2).any(-1).cpu()
+    return (update.left.flatten(-2).any(-1) & update.right.flatten(-2).any(-1)).cpu().reshape(-1)
 
 
 def _agreed(counts: Tensor) -> int:
@@ -38,8 +43,8 @@ def _agreed(counts: Tensor) -> int:
     return int(counts.max())
 
 
-def join_copies(coordinates: Coordinates) -> tuple[Coordinates, int]:
-    """The same with copies made exact, and how many different updates there are, those that are zero not counted.
+def join_copies(coordinates: Coordinates, weights: Sequence[Sequence[float]]) -> tuple[Coordinates, int]:
+    """The same with copies made exact, and how many different updates count, as :func:`holders` says.
 
     Cores that are multiples of each other, up to the errors of the numbers that were stored, become exact multiples of
     their mean: a method cannot make anything of the errors then. Where nothing is said of errors, all count as
@@ -54,7 +59,7 @@ def join_copies(coordinates: Coordinates) -> tuple[Coordinates, int]:
         return coordinates, len(cores)
     inner = _inner_products(stack, [core.rank for core in cores])
     own = inner.diagonal(dim1=-2, dim2=-1)
-    there = [i for i in range(len(cores)) if _all_or_none(own[..., i] > 0)]
+    there = [i for i, w in enumerate(weights) if _all_or_none((own[..., i] > 0).cpu().reshape(-1) & _counted(w))]
     groups: list[list[int]] = []
     for i in there:
         group = next((g for g in groups if _copies(cores, inner, g[0], i, coordinates.share)), None)
@@ -68,8 +73,9 @@ def join_copies(coordinates: Coordinates) -> tuple[Coordinates, int]:
 
 def _inner_products(stack: LowRank, ranks: Sequence[int]) -> Tensor:
     """(..., T, T) Frobenius inner products of updates whose factors are side by side in ``stack``."""
-    member = torch.block_diag(*(torch.ones(1, rank, dtype=stack.dtype) for rank in ranks)).to(stack.left)
-    grams = (stack.left.mT @ stack.left) * (stack.right @ stack.right.mT)
+    owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+    member = (owner == torch.arange(len(ranks)).unsqueeze(-1)).to(stack.left)
+    grams: Tensor = (stack.left.mT @ stack.left) * (stack.right @ stack.right.mT)
     return member @ grams @ member.mT
 
 

@@ -248,13 +248,11 @@ def basis_above_rounding(stack: Tensor, rounding: Tensor) -> Basis | None:
     return _above_rounding(stack, _gram(stack), rounding)
 
 
-def above_rounding(stack: Tensor, rounding: Tensor | None) -> tuple[Tensor, int]:
-    """``stack`` (..., m, R) without its directions that are rounding errors, and how many dimensions it has."""
+def above_rounding(stack: Tensor, rounding: Tensor | None) -> Tensor:
+    """``stack`` (..., m, R), in float64, without its directions that are rounding errors."""
     stack = stack.double()
     basis = None if rounding is None else basis_above_rounding(stack, rounding)
-    if basis is None:
-        return stack, min(stack.shape[-2:])
-    return stack @ (basis.transform @ basis.coordinates), basis.rank
+    return stack if basis is None else stack @ (basis.transform @ basis.coordinates)
 
 
 def _above_rounding(stack: Tensor, gram: Tensor | None, rounding: Tensor) -> Basis | None:

@@ -247,8 +247,8 @@ def svds(matrices: Sequence[LowRank]) -> list[ThinSVD]:
     alike = all(m.left.shape == first.left.shape and m.right.shape == first.right.shape for m in matrices)
     if len(matrices) > 1 and alike and not any("svd" in vars(m) for m in matrices):
         left, right = torch.stack([m.left for m in matrices]), torch.stack([m.right for m in matrices])
-        for matrix, *parts in zip(matrices, *linalg.product_svd(left, right), strict=True):
-            vars(matrix)["svd"] = ThinSVD(*parts, matrix.noise)
+        for matrix, u, values, vh in zip(matrices, *linalg.product_svd(left, right), strict=True):
+            vars(matrix)["svd"] = ThinSVD(u, values, vh, matrix.noise)
     return [matrix.svd for matrix in matrices]
 
 

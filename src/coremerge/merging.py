@@ -206,18 +206,21 @@ def solve(
     """
     try:
         updates = read_updates(names, plan, parts, device, dtype)
-        if single := parts.alone is not None and holders(updates) == 1:
-            updates = updates if parts.alone.after else [update.rounded(None) for update in updates]
+        weights = _weights(names, plan)
+        single = holders(updates, weights) == 1
+        if single and parts.alone and not parts.alone.after:
+            updates = [update.rounded(None) for update in updates]
         coordinates = parts.space(updates)
         sizes = sizes_of(coordinates.cores)
         if dtype is None and beyond_short(updates, sizes):
             return solve(names, plan, parts, device, torch.float64)
         check_sizes(names, sizes, plan)
-        coordinates, distinct = join_copies(coordinates)
+        coordinates, distinct = join_copies(coordinates, weights)
         alone = parts.alone if single or distinct == 1 else None
         merged = _merged(names, coordinates, plan, alone or parts)
-        directions = None if alone or coordinates.rows is not None else plan.resolved.method.keeps
-        return dict(zip(names, solved_of(names, coordinates, merged, plan, directions), strict=True))
+        kept = _directions(coordinates, plan, alone=alone is not None)
+        found = solved_of(names, coordinates, merged, plan, directions=kept, alone=alone is not None)
+        return dict(zip(names, found, strict=True))
     except RaggedRankError:
         return _one_by_one(names, plan, parts, device, dtype)
     except LinAlgError:
@@ -229,6 +232,15 @@ def solve(
         ) from None
 
 
+def _directions(coordinates: Coordinates, plan: Plan, *, alone: bool) -> int | None:
+    """How many directions the method keeps of each core; None: all of them, in every module."""
+    resolved = plan.resolved
+    if resolved.method.keeps is None or coordinates.rows is not None:
+        return None
+    kept = resolved.alone.method.keeps if alone and resolved.alone else resolved.method.keeps
+    return max(core.rank for core in coordinates.cores) if kept is None else kept
+
+
 def _one_by_one(names: Group, plan: Plan, parts: Parts, device: str, dtype: torch.dtype | None) -> dict[str, Solved]:
     return {name: solve((name,), plan, parts, device, dtype)[name] for name in names}
 
@@ -236,10 +248,7 @@ def _one_by_one(names: Group, plan: Plan, parts: Parts, device: str, dtype: torc
 def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: Parts) -> ThinSVD:
     """Weights, method and the steps after it; in isometric coordinates, cut at the numerical rank."""
     rows = coordinates.rows
-    cores = [
-        _weighted(core, [plan.weights[key].get(name, 1.0) for name in names])
-        for key, core in zip(plan.adapters, coordinates.cores, strict=True)
-    ]
+    cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
     noise = noise_of_sum(cores)
     if rows is not None:
         cores = [_over_rows(core, rows) for core in cores]
@@ -261,6 +270,11 @@ def _over_rows(core: LowRank, rows: Tensor) -> LowRank:
     return LowRank(left, core.right, core.rounding * (grown / column_norms(left)).nan_to_num(0, 0, 0))
 
 
+def _weights(names: Sequence[str], plan: Plan) -> list[list[float]]:
+    """Adapter by adapter, of each module."""
+    return [[plan.weights[key].get(name, 1.0) for name in names] for key in plan.adapters]
+
+
 def _weighted(core: LowRank, weights: Sequence[float]) -> LowRank:
     if all(w == 1 for w in weights):
         return core
@@ -277,11 +291,18 @@ def _scale_rows(matrix: Matrix, rows: Tensor) -> Matrix:
 
 
 def solved_of(
-    names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan, directions: int | None = None
+    names: Sequence[str],
+    coordinates: Coordinates,
+    merged: ThinSVD,
+    plan: Plan,
+    *,
+    directions: int | None = None,
+    alone: bool = False,
 ) -> Iterator[Solved]:
     """One :class:`Solved` per module, on the CPU, cut to the recipe's rank.
 
-    ``directions``: that the method kept of each core, to say what they have of it.
+    ``directions``: that the method kept of each core, to say what they have of it. ``alone``: there was one update to
+    merge, which was taken as it is.
     """
     wanted = plan.recipe.rank if isinstance(plan.recipe.rank, int) else merged.values.shape[-1]
     kept = merged.truncate(wanted)
@@ -321,6 +342,7 @@ def solved_of(
             input_energy={} if tops is None else _by_adapter(pick(energies), name, plan),
             input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),
             zero=tuple(key for key, each in _by_adapter(pick(energies), name, plan).items() if not each),
+            alone=alone,
         )
         yield Solved(combination.map(pick), float(pick(amplification)), report)
 

@@ -15,6 +15,10 @@ FLAT = 0.1
 """A cut to ``rank`` that loses more than this share of the energy is warned of."""
 
 
+FEW = 0.5
+"""A method that keeps less than this share of an adapter's energy is warned of: most of the adapter is not there."""
+
+
 @dataclass(frozen=True)
 class ModuleReport:
     """What happened to one module.
@@ -32,6 +36,7 @@ class ModuleReport:
         input_energy: adapter name → squared Frobenius norm of its update, where the method keeps only some directions.
         input_kept: adapter name → of that, what those directions have.
         zero: names of the adapters whose update is zero here.
+        alone: there was one update to merge, which was taken as it is but for what a person named.
     """
 
     shape: tuple[int, int]
@@ -46,6 +51,7 @@ class ModuleReport:
     input_energy: Mapping[str, float] = field(default_factory=dict)
     input_kept: Mapping[str, float] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class Report:
     modules: Mapping[str, ModuleReport]
     warnings: tuple[str, ...]
     made: str | None = None
+
+    @property
+    def alone(self) -> int:
+        """In how many modules there was one update to merge, which was taken as it is."""
+        return sum(module.alone for module in self.modules.values())
 
     @property
     def input_kept(self) -> dict[str, float]:
@@ -103,12 +114,22 @@ def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, sec
     lost = sum(m.lost * m.energy for m in modules.values()) / energy if energy else 0.0
     rank = max(m.rank for m in modules.values())
     warnings = [*plan.warnings, *found_zeros(plan, modules)]
+    if few := _few(Report(scale, rank, lost, seconds, modules, ()).input_kept):
+        shares = ", ".join(f"{share:.0%} of {name}" for name, share in few.items())
+        warnings.append(
+            f"{plan.resolved.method} keeps less than {FEW:.0%} of the energy of some adapters ({shares}); --method tsv"
+            " --step isotropize keeps all directions, --method tsv all of their strengths, too"
+        )
     if lost > FLAT:
         warnings.append(
             f"the cut to rank {rank} loses {lost:.0%} of the merged update's energy: a flat spectrum does not"
             " truncate well; give a higher --rank, or a method without isotropize"
         )
     return Report(scale, rank, lost, seconds, dict(modules), tuple(warnings))
+
+
+def _few(kept: Mapping[str, float]) -> dict[str, float]:
+    return {name: share for name, share in kept.items() if share < FEW}
 
 
 def scale_of(plan: Plan, reports: Mapping[str, ModuleReport]) -> float:

@@ -267,6 +267,7 @@ def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe, resolve
                     file=adapters[key].info.source or key,
                     remedy="Adapters must have been trained on the same base model",
                 )
+    resolved = resolved.alone if resolved.alone and len(having) == 1 else resolved
     rank = resolved.rank([module.rank for module in having.values()], first.shape)
     if isinstance(recipe.rank, int):
         rank = min(rank, recipe.rank)

@@ -214,7 +214,15 @@ class Recipe(BaseModel):
             "singular": not (method.entry.unitary and all(step.entry.unitary for step in steps)),
         }
         taken = {key: value for key, value in settings.items() if key in space.entry.parameters}
-        return Resolved(space, method, steps, taken)
+        if method.entry.neutral.keys() & self.named_parameters and self.named_steps:
+            return Resolved(space, method, steps, taken)
+        alone = Resolved(space, self._alone(method), steps if self.named_steps else (), taken)
+        return Resolved(space, method, steps, taken, alone)
+
+    def _alone(self, method: Operator[Method]) -> Operator[Method]:
+        neutral = method.entry.neutral
+        named = neutral.keys() & self.named_parameters
+        return method if named else Operator(method.entry, {**method.given, **neutral})
 
     def parts(self) -> Parts:
         """The recipe's functions: see :meth:`resolve`."""
@@ -228,17 +236,28 @@ class Resolved:
     Attributes:
         steps: in their order, before and after.
         settings: of the space, where it does not say otherwise: those of the whole recipe that it takes.
+        alone: what it comes to where there is one update to merge: what a person did not name leaves that as it is.
+            None: the person named what acts on a single update, too.
     """
 
     space: Operator[Space]
     method: Operator[Method]
     steps: tuple[Operator[Step], ...]
     settings: Mapping[str, Any]
+    alone: Resolved | None = None
 
     @property
     def basis(self) -> str | None:
         """Of the space; None: it has no choice of one."""
         return {**self.settings, **self.space.given}.get("basis")
+
+    @property
+    def idle(self) -> tuple[Operator[Any], ...]:
+        """The operators that do not act where there is one update to merge: see :attr:`alone`."""
+        if self.alone is None:
+            return ()
+        method = () if self.alone.method.values == self.method.values else (self.method,)
+        return (*method, *(step for step in self.steps if step not in self.alone.steps))
 
     @property
     def dense(self) -> bool:
@@ -285,7 +304,8 @@ class Resolved:
             self.method.make(),
             tuple(s.apply for s in steps if isinstance(s, Before)),
             tuple(s.apply for s in steps if isinstance(s, After)),
-            METHODS[self.method].linear and not any(isinstance(s, After) for s in steps),
+            linear=self.method.entry.linear and not self.after,
+            alone=None if self.alone is None else self.alone.parts(),
         )
 
 
@@ -299,7 +319,12 @@ def _bound(steps: Iterable[Operator[Step]], rank: int, largest: int) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """A recipe's functions."""
+    """A recipe's functions.
+
+    Attributes:
+        linear: the whole is a weighted sum, in which even directions count that are rounding errors.
+        alone: see :attr:`Resolved.alone`.
+    """
 
     space: Space
     method: Method

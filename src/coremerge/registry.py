@@ -35,6 +35,8 @@ class Entry(Generic[P]):
         cuts: parameters → what it leaves out, in words that go on from its name; by default what ``keeps`` says.
         shape: of a space: (R, (m, n)) → the most that p and q can be, R being the sum of the adapters' ranks; by
             default cores are as large as the updates.
+        neutral: of a method: parameters with which it gives a single adapter back as it is, where its own defaults do
+            not. They are taken where there is one update to merge, unless a person names one of them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Entry(Generic[P]):
     keeps: Callable[[Values], int | None] | None = None
     cuts: Callable[[Values], Iterable[str]] | None = None
     shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None
+    neutral: Values = field(default_factory=dict)
 
     @property
     def help(self) -> str:
@@ -186,6 +189,7 @@ class Registry(Generic[P]):
         keeps: Callable[[Values], int | None] | None = None,
         cuts: Callable[[Values], Iterable[str]] | None = None,
         shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None,
+        neutral: Values | None = None,
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -197,6 +201,7 @@ class Registry(Generic[P]):
             if name in self.entries:
                 raise ConfigError(f"there is a {self.kind} {name!r} already", remedy="Give this one another name")
             traits = {"dense": dense, "spreads": spreads, "keeps": keeps, "cuts": cuts, "shape": shape}
+            traits |= {"neutral": dict(neutral or {})}
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, **traits)  # type: ignore[arg-type]
             return factory
 

@@ -18,8 +18,12 @@ def stored_rounding(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     Of the two the coarser. The factors are as they were stored in ``dtype``, without a scale. What counts is the
     coarsest format that holds them: PEFT loads 16-bit adapters in float32, and saves them so.
     """
-    sides = _relative(left, _precision(left, dtype), -2), _relative(right.mT, _precision(right, dtype), -2)
-    return torch.maximum(*sides)
+    return torch.maximum(column_rounding(left, dtype), column_rounding(right.mT, dtype))
+
+
+def column_rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(r,), float64: the mean relative error of the columns of one factor (m, r): see :func:`stored_rounding`."""
+    return _relative(x, _precision(x, dtype))
 
 
 def _precision(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -37,11 +41,11 @@ MEAN = 6**-0.5
 numbers between two powers of 2, where they are evenly spread in logarithm, is next to them between 1 and 1/2."""
 
 
-def _relative(x: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+def _relative(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The mean error of ``dtype``; more for columns whose numbers are among its smallest, as in float16."""
     info = torch.finfo(dtype)
     unit, least = MEAN * info.eps / 2, MEAN * info.smallest_normal * info.eps / 2
     if least < 2.0**-100:  # no trained number comes near the smallest of bfloat16, float32 and float64
-        return torch.full(x.shape[:dim] + x.shape[dim + 1 :], unit, dtype=torch.float64, device=x.device)
-    sizes = x.double().square().mean(dim)
+        return torch.full(x.shape[-1:], unit, dtype=torch.float64, device=x.device)
+    sizes = x.double().square().mean(-2)
     return torch.where(sizes > 0, (unit**2 + least**2 / sizes).sqrt(), unit)

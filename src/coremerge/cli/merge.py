@@ -308,6 +308,7 @@ def _lost(report: Report) -> str:
 def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
     from coremerge.cli._describe import cut_facts, recipe_line
     from coremerge.pipeline import dtype_name
+    from coremerge.report.cuts import taken_as_it_is
 
     plan, report, saved = merged.plan, merged.report, merged.saved
     everywhere = sum(len(planned.ranks) == len(plan.adapters) for planned in plan.modules.values())
@@ -321,6 +322,7 @@ def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
         yield "into", merged.into
     yield "energy lost", _lost(report)
     yield from cut_facts(plan.recipe, report.input_kept)
+    yield from (("as it is", text) for text in taken_as_it_is(plan, report))
     yield "size", f"{size(saved.bytes)}, {dtype_name(saved.dtype)}"
     yield "time", f"{duration(merged.seconds)}, of which merging {duration(report.seconds)}"
     yield "written to", saved.path

@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from coremerge import linalg
+from coremerge.rounding import column_rounding
 
 FLOOR = 1e-6
 """Squared ratios below it are continued linearly to zero, so that the root's slope stays finite."""
 
 
 def row_basis(right: Tensor) -> Tensor:
-    """An orthonormal basis (p, n) of the rows of ``right`` (r, n), over its numerical rank p, in float64."""
-    _, values, rows = linalg.svd(right.detach().double())
+    """An orthonormal basis (p, n) of the rows of ``right`` (r, n), over its numerical rank p, in float64.
+
+    Directions that are no larger than the rounding of the stored numbers are none.
+    """
+    right = right.detach()
+    columns = linalg.above_rounding(right.mT, column_rounding(right.mT, right.dtype))
+    _, values, rows = linalg.svd(columns.mT)
     return rows[: linalg.numerical_rank(values)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, elect, trim, trims
+from coremerge.methods.ties import Density, Reduce, elected, trims
 from coremerge.registry import Values
 
 SOURCE = "DARE, arXiv 2311.03099"
@@ -23,7 +23,7 @@ def _drops(values: Values) -> list[str]:
     return [f"drops entries of each adapter's core with probability {rate:g}"] if rate else []
 
 
-@METHODS.register("dare", elementwise=True, source=SOURCE, cuts=_drops)
+@METHODS.register("dare", elementwise=True, source=SOURCE, cuts=_drops, neutral={"drop_rate": 0.0})
 def dare(drop_rate: DropRate = 0.5) -> Method:
     """Drop each entry with probability ``drop_rate``, divide the rest by 1 − ``drop_rate``, sum.
 
@@ -36,12 +36,18 @@ def dare(drop_rate: DropRate = 0.5) -> Method:
     return merge
 
 
-@METHODS.register("dare_ties", elementwise=True, source=SOURCE, cuts=lambda v: [*_drops(v), *trims(v)])
+@METHODS.register(
+    "dare_ties",
+    elementwise=True,
+    source=SOURCE,
+    cuts=lambda v: [*_drops(v), *trims(v)],
+    neutral={"drop_rate": 0.0, "density": 1.0},
+)
 def dare_ties(drop_rate: DropRate = 0.5, density: Density = 0.2, reduce: Reduce = "mean") -> Method:
     """DARE, then TIES."""
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return elect(trim(drop(cores, site, drop_rate), density), reduce)
+        return elected([c * (1 / (1 - drop_rate)) for c in cores], drop(cores, site, drop_rate), density, reduce)
 
     return merge
 

@@ -20,6 +20,7 @@ from coremerge.methods import METHODS, Method, Site
     source="Task Singular Vectors, arXiv 2412.00081",
     dense=lambda values: values["pad"] and values["rank"] is not None,
     keeps=lambda values: values["rank"],
+    neutral={"rank": None},
 )
 def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> Method:
     """Put the tasks' singular vectors side by side, replace each stack by its polar factor, multiply back.

@@ -130,11 +130,12 @@ def describe(
     """
     from coremerge import __version__
     from coremerge.recipe import write_recipe
-    from coremerge.report.cuts import cut_to_rank, cuts_of
+    from coremerge.report.cuts import cut_to_rank, cuts_of, taken_as_it_is
 
     plan, report, info = result.plan, result.report, result.adapter.info
     recipe = plan.recipe
     cuts = [] if report.made else [*cuts_of(recipe.method, recipe.parameters, recipe.steps, report.input_kept)]
+    cuts += taken_as_it_is(plan, report)
     cuts += cut_to_rank(report.rank, report.lost, report.warnings)
     own = [f"{name}: {note}" for name, adapter in plan.adapters.items() for note in adapter.info.notes]
     if per_module(plan.recipe):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coremerge.methods import METHODS
 from coremerge.registry import Operator, parse_spec
 from coremerge.steps import STEPS
+
+if TYPE_CHECKING:
+    from coremerge.outcome import Report
+    from coremerge.plan import Plan
 
 ALL = 1 - 1e-6
 """More than this share of the energy is all of it."""
@@ -39,6 +43,16 @@ def cuts_of(
         if parse_spec(step)[0] in STEPS:
             operator = STEPS.resolve(step)
             yield from (f"the step {operator.entry.name} {what}" for what in operator.cuts)
+
+
+def taken_as_it_is(plan: Plan, report: Report) -> Iterator[str]:
+    """Where a recipe that cuts or flattens by default had one update to merge."""
+    if report.alone and plan.resolved.idle:
+        idle = " and ".join(map(str, plan.resolved.idle))
+        yield (
+            f"in {report.alone} of {len(report.modules)} modules there is one update to merge: it is taken as it is,"
+            f" without {idle}, which nobody named"
+        )
 
 
 def cut_to_rank(rank: int | None, lost: float | None, warnings: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 
 from coremerge import linalg
 from coremerge.lowrank import LowRank, total
-from coremerge.spaces import SPACES, Coordinates, Lift, Space, inside, share_of
+from coremerge.spaces import SPACES, Coordinates, Lift, Space
 
 
 @SPACES.register("full")
@@ -21,13 +21,11 @@ def full() -> Space:
         stack = total(updates)
         if stack.rounding is None:
             return Coordinates(tuple(updates), Lift())
-        (lefts, p), (rights, q) = (linalg.above_rounding(x, stack.rounding) for x in (stack.left, stack.right.mT))
-        share = share_of(p, q, stack.shape)
+        lefts, rights = (linalg.above_rounding(x, stack.rounding) for x in (stack.left, stack.right.mT))
         edges = pairwise(accumulate((u.rank for u in updates), initial=0))
         cores = tuple(
-            LowRank(lefts[..., a:b], rights[..., a:b].mT, inside(u.rounding, share))
-            for u, (a, b) in zip(updates, edges, strict=True)
+            LowRank(lefts[..., a:b], rights[..., a:b].mT, u.rounding) for u, (a, b) in zip(updates, edges, strict=True)
         )
-        return Coordinates(cores, Lift(), share=share)
+        return Coordinates(cores, Lift())
 
     return project

@@ -32,12 +32,12 @@ def knots(scaled: bool = True) -> Space:
         updates = [u.to(torch.float64) for u in updates]
         stack = total(updates)
         basis = linalg.column_basis(stack.left, beside=stack.right.mT, rounding=stack.rounding)
-        rows, row_rank = linalg.above_rounding(stack.right.mT, stack.rounding)
+        rows = linalg.above_rounding(stack.right.mT, stack.rounding)
         edges = list(pairwise(accumulate((u.rank for u in updates), initial=0)))
         lefts, rights = ([x[..., a:b] for a, b in edges] for x in (basis.coordinates, rows))
         small = torch.cat([a @ linalg.qr(b)[1].mT for a, b in zip(lefts, rights, strict=True)], -1)
         vectors, sigma, _ = linalg.svd(small)
-        share = share_of(basis.rank, row_rank, stack.shape)
+        share = share_of(basis.rank, stack.shape[1], stack.shape)
         inner = [inside(u.rounding, share) for u in updates]
         noise = noise_of_sum([LowRank(a, b.mT, c) for a, b, c in zip(lefts, rights, inner, strict=True)])
         rank = linalg.numerical_rank(sigma, linalg.NOISE, noise=noise)
