@@ -27,6 +27,7 @@ from coremerge.formats.urls import is_url, unwrapped
 from coremerge.hashing import Hashes, check_unchanged
 from coremerge.inputs import Progress, files_of, hashes_of, with_labels
 from coremerge.manifest import Choice, Manifest, read_manifest
+from coremerge.memory import out_of_memory
 from coremerge.pipeline import Prepared, prepare
 from coremerge.recipe import Recipe
 from coremerge.report.record import FILE as RECORD
@@ -233,7 +234,8 @@ def run_job(
             status, count, notes = _run(job, held, progress, attempt)
             return Row(job.name, status, time.perf_counter() - start, count, notes=notes)
     except Exception as error:  # also a bug that one merge runs into must not end a night's work
-        said = str(error) if isinstance(error, CoremergeError) else f"{type(error).__name__}: {error}".rstrip(": ")
+        refusal = error if isinstance(error, CoremergeError) else out_of_memory(error)
+        said = str(refusal) if refusal else f"{type(error).__name__}: {error}".rstrip(": ")
         return Row(job.name, "failed", time.perf_counter() - start, error=said)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
 from coremerge.cost import Cost, cost_of
-from coremerge.errors import ConfigError, CoremergeError
+from coremerge.devices import check_device
+from coremerge.errors import ConfigError
 from coremerge.formats import load
 from coremerge.formats.atomic import check_output, standing
 from coremerge.formats.writer import Saved, save
@@ -28,6 +29,7 @@ from coremerge.hashing import Hashes, check_unchanged, stamps
 from coremerge.held import Held
 from coremerge.inputs import Progress, files_of, hashes_of, read_adapters, with_labels
 from coremerge.lowrank import LowRank
+from coremerge.memory import memory_refused
 from coremerge.merging import MergeResult, execute
 from coremerge.outcome import Report
 from coremerge.plan import Plan, make_plan
@@ -165,6 +167,7 @@ def merge_files(
     return prepared.run(out, command=command, resume=resume, executor=executor, progress=progress, **how)
 
 
+@memory_refused()
 def prepare(
     sources: Sequence[str | Path],
     recipe: Recipe | None = None,
@@ -310,7 +313,7 @@ class Prepared:
         if solve and resume:
             raise ValueError("what solve does is not resumed: it keeps what it needs by itself")
         if not executor:
-            _check_device(device)
+            check_device(device)
         if max_memory is not None:
             threads = self.threads_within(max_memory, threads, batch)
         tell = progress or _silent
@@ -325,7 +328,7 @@ class Prepared:
             how: dict[str, Any] = {"threads": threads, "device": device, "batch": batch}
             unfinished = stack.enter_context(self._unfinished(out, started, how, rank_pattern)) if resume else None
             held = unfinished.held if unfinished else stack.enter_context(closing(Held(folder=standing(out))))
-            try:
+            with memory_refused():
                 away = Away(self, executor, device) if executor and not solve else None
                 how |= {"held": held, "solver": away.solve if away else None, "progress": _stage(tell, "merging")}
                 result = solve(self.plan) if solve else execute(self.plan, **how)
@@ -338,10 +341,6 @@ class Prepared:
                 if away:
                     written |= away.writers(held, result.report.scale)
                 saved = self._save(result.adapter, out, rank_pattern, written)
-            except torch.OutOfMemoryError as error:
-                raise CoremergeError(
-                    f"out of memory on {device}: {str(error).partition('.')[0]}", remedy="Try a smaller --batch"
-                ) from None
         seconds = time.perf_counter() - self.start
         notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
         return Merged(self.plan, result.report, saved, sha256, seconds, notes, self.into)
@@ -430,16 +429,6 @@ def _plan_into(base: str | Path, plan: Plan) -> IntoPlan:
         info=plan.info,
     )
     return plan_into(base, stand_in, dtype=plan.recipe.dtype)
-
-
-def _check_device(device: str) -> None:
-    if device == "cpu":
-        return
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        first = (str(error).splitlines() or [""])[0].split(". ")[0]
-        raise ConfigError(f"cannot be used: {first}", key="device", value=device, remedy="Use --device cpu") from None
 
 
 def _stage(progress: Progress, label: str) -> Callable[[int, int], None]:

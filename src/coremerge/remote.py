@@ -20,6 +20,7 @@ import torch
 from coremerge import __version__
 from coremerge.adapter import Adapter
 from coremerge.cost import cost_of_module
+from coremerge.devices import check_device
 from coremerge.errors import ConfigError, MismatchError, OutputError
 from coremerge.executors import Executor, remembered
 from coremerge.formats.safetensors_layout import writing
@@ -121,6 +122,7 @@ def opened(order: Order) -> Prepared:
     """
     here = socket.gethostname()
     check_version(order.version)
+    check_device(order.device)
     given = vars(order.given)
     prepared = prepare(given["sources"], order.recipe, **{k: v for k, v in given.items() if k != "sources"})
     for (source, expected), (_, found) in zip(order.stamps, _stamps(prepared), strict=True):

@@ -508,7 +508,7 @@ class TestRefusals:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
         monkeypatch.setattr("coremerge.pipeline.execute", device_full)
-        refused(run("merge", "A", "B", "-o", "OUT"), "out of memory on cpu", "--batch")
+        refused(run("merge", "A", "B", "-o", "OUT"), "out of memory on CUDA", "--batch")
 
     def test_names_cannot_command_the_terminal(self, run):
         refused(run("merge", "A", "\x1b[31mred\x07", "-o", "OUT"), "[31mred")

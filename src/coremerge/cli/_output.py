@@ -47,8 +47,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise  # the reader has gone: typer ends in silence
-        except (OSError, MemoryError) as error:
-            fail(_system_message(error))
+        except Exception as error:
+            from coremerge.memory import out_of_memory
+
+            if refusal := out_of_memory(error):
+                fail(_message(refusal))
+            if isinstance(error, OSError):
+                fail(_system_message(error))
+            raise
 
     return run
 
@@ -67,9 +73,7 @@ def _message(error: Exception) -> str:
     return text.removesuffix(remedy) + spoken
 
 
-def _system_message(error: OSError | MemoryError) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory. Use fewer --threads"
+def _system_message(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:  # files are named, streams are not
         return f"cannot print: {reason}. Print elsewhere, or pass --quiet; a result that was to be written is there"

@@ -71,8 +71,8 @@ def inspect(
     say("\n\n".join(_texts(held, alike, kept, plan)))
     if not quiet:
         _remarks(held, plan, refusal)
-        for name in alike.norms if alike else ():
-            if not alike.norms[name]:
+        for name, norm in alike.norms.items() if alike else ():
+            if not norm:
                 remark("warning", f"{name} is zero in all of its modules: it adds nothing to a merge")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from coremerge.errors import SourceError, TensorError
 from coremerge.formats.config import LFS_MARK, LFS_REMEDY
 from coremerge.hashing import changed, stamp_of, unreadable
+from coremerge.memory import out_of_memory
 
 HEADER_LIMIT = 32 * 2**20
 """Bytes of header: room for some 200,000 tensors."""
@@ -310,6 +311,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         # torch raises whatever its unpickler met: pickle, zip, key, type and runtime errors
+        if refusal := out_of_memory(error):
+            raise refusal from None
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(
             f"cannot be unpickled safely: {first}",

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from coremerge.adapter import Adapter
+from coremerge.devices import check_device
 from coremerge.errors import MissingExtraError, SourceError
 from coremerge.executors import Executor
 from coremerge.formats.source import in_full
@@ -19,6 +21,7 @@ from coremerge.learning.examples import read_examples
 from coremerge.learning.processor import base_place, load_processor
 from coremerge.learning.result import Weights
 from coremerge.learning.weights import Progress, check_names, learn_weights
+from coremerge.memory import out_of_memory
 
 
 def learn_files(
@@ -111,6 +114,8 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
         from transformers.utils import logging
     except ImportError:
         raise MissingExtraError("a base model needs transformers", remedy="pip install 'coremerge[learn]'") from None
+    if device not in ("cpu", "auto"):
+        check_device(device, torch.float32)
     place, where = base_place(base)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -123,6 +128,8 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
             **where,
         )
     except (OSError, ValueError, RuntimeError) as error:
+        if refusal := out_of_memory(error):
+            raise refusal from None
         raise SourceError(
             f"the base model cannot be loaded: {str(error).splitlines()[0]}", file=base,
             remedy="Give a model of transformers: its folder, or its hub id",

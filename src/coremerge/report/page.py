@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from coremerge.errors import ConfigError
+from coremerge.memory import memory_refused
 from coremerge.report import svg
 from coremerge.report.cuts import cut_of_fit, cut_to_rank, cuts_of, percent
 from coremerge.report.fitted import fitted
@@ -33,6 +34,7 @@ STRONG = 3
 """An adapter that counts so many times as strongly as the others' median is remarked on."""
 
 
+@memory_refused()
 def report_page(
     folder: str | Path,
     *,
