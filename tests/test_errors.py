@@ -1,4 +1,6 @@
+import copy
 import inspect
+import pickle
 
 import pytest
 
@@ -60,3 +62,15 @@ def test_any_value_is_shown(value: object) -> None:
     if isinstance(value, list):
         value.append(value)
     assert str(CoremergeError("wrong", value=value)).endswith(": wrong")
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"value": None}, {"key": "r", "value": None}, {"key": "r", "value": 0}, {"key": "r"}]
+)
+def test_a_refusal_arrives_from_another_process_as_it_was(given: dict) -> None:
+    for kind in (CoremergeError, ConfigError):
+        sent = kind("wrong", file="a", remedy="Do this", **given)
+        for arrived in (pickle.loads(pickle.dumps(sent)), pickle.loads(pickle.dumps(copy.copy(sent)))):
+            assert type(arrived) is kind
+            assert str(arrived) == str(sent)
+            assert (arrived.file, arrived.key, arrived.value, arrived.remedy) == ("a", sent.key, sent.value, "Do this")

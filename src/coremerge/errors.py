@@ -49,6 +49,7 @@ class CoremergeError(Exception):
         self.file = None if file is None else str(file)
         self.key = key
         self.value = None if value is _UNSET else value
+        self._has_value = value is not _UNSET
         self.remedy = remedy
         where = [part for part in (self.file, _key_value(key, value)) if part]
         message = ": ".join([*where, what])
@@ -57,7 +58,7 @@ class CoremergeError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process raised is raised here as it was."""
         told = {"file": self.file, "key": self.key, "remedy": self.remedy}
-        return _again, (type(self), self.what, told | ({} if self.value is None else {"value": self.value}))
+        return _again, (type(self), self.what, told | ({"value": self.value} if self._has_value else {}))
 
 
 def _again(kind: type[CoremergeError], what: str, told: dict[str, Any]) -> CoremergeError:

@@ -243,6 +243,12 @@ class Evaluator:
 
     def _outputs(self, name: str, features: Tensor) -> Tensor:
         weight, bias = self.heads[name]
+        if features.shape[-1] != weight.shape[1]:
+            raise TensorError(
+                f"the head takes {weight.shape[1]} features, the base model makes {features.shape[-1]}",
+                file=self.taskset.path(str(self.taskset.tasks[name].head)), key="weight",
+                remedy="Give the base model that the head was trained on, or its pooling",
+            )  # fmt: skip
         return features @ weight.T + bias
 
     def _predicted(self, name: str, features: Tensor) -> Values:
@@ -288,12 +294,35 @@ def _load_head(taskset: TaskSet, name: str) -> tuple[Tensor, Tensor]:
     tensors = {key: file.read(key) for key in file.entries}
     if "weight" not in tensors:
         raise TensorError("a head needs weight, and bias if it has one", file=path, key=next(iter(tensors), None))
+    for key in tensors.keys() & {"weight", "bias"}:
+        _check_head(path, key, tensors[key])
     weight = tensors["weight"].float()
-    bias = tensors.get("bias", torch.zeros(weight.shape[:1])).float()
-    if weight.ndim != 2 or len(weight) != task.outputs or bias.shape != weight.shape[:1]:
+    if len(weight) != task.outputs:
         raise TensorError(
             f"the head has {len(weight)} outputs, the task {task.outputs}",
             file=path,
             remedy=f"Correct the classes of {name} in {taskset.path(FILE)}",
         )
+    bias = tensors.get("bias", torch.zeros(len(weight))).float()
+    if len(bias) != len(weight):
+        raise TensorError(
+            f"a bias for {len(bias)} outputs beside a weight for {len(weight)}", file=path, key="bias",
+            remedy="Save the head again, weight (outputs, width) and bias (outputs)",
+        )  # fmt: skip
     return weight, bias
+
+
+def _check_head(path: Path, key: str, tensor: Tensor) -> None:
+    shape, wanted = list(tensor.shape), {"weight": 2, "bias": 1}[key]
+    if tensor.ndim != wanted or 0 in shape:
+        raise TensorError(
+            f"of shape {shape}; a head's weight is (outputs, width), its bias (outputs)", file=path, key=key,
+            remedy="Save the head again, as the weight and bias of a linear layer",
+        )  # fmt: skip
+    if not tensor.is_floating_point():
+        raise TensorError("must hold floating point numbers", file=path, key=key, value=str(tensor.dtype))
+    if odd := int((~tensor.double().isfinite()).sum()):
+        raise TensorError(
+            f"{odd} of {tensor.numel()} values are NaN or infinite", file=path, key=key,
+            remedy="Train the head again, or use an earlier checkpoint of it",
+        )  # fmt: skip
