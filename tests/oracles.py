@@ -73,9 +73,19 @@ def ties(xs: Sequence[Tensor], density: float = 0.2, reduce: str = "mean") -> Te
     return out
 
 
-def dare(xs: Sequence[Tensor], masks: Sequence[Tensor], drop_rate: float = 0.5) -> list[Tensor]:
+def dropped(xs: Sequence[Tensor], masks: Sequence[Tensor], drop_rate: float = 0.5) -> list[Tensor]:
     """Each entry that its mask keeps, over 1 − drop_rate."""
     return [x * mask / (1 - drop_rate) for x, mask in zip(xs, masks, strict=True)]
+
+
+def dare(xs: Sequence[Tensor], uniforms: Sequence[Tensor], drop_rate: float = 0.5) -> Tensor:
+    """The sum of what is kept, where the uniform numbers are at least drop_rate."""
+    return sum_(dropped(xs, [(u >= drop_rate).double() for u in uniforms], drop_rate))
+
+
+def dare_ties(xs: Sequence[Tensor], uniforms: Sequence[Tensor], drop_rate: float = 0.5, density: float = 0.2) -> Tensor:
+    """TIES of what DARE keeps."""
+    return ties(dropped(xs, [(u >= drop_rate).double() for u in uniforms], drop_rate), density)
 
 
 def tsv(xs: Sequence[Tensor], k: int | None = None) -> Tensor:

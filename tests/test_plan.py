@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,10 +11,11 @@ import torch
 from coremerge.adapter import Adapter, Info, Module
 from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.formats.into import ENTRIES
+from coremerge.lowrank import LowRank
 from coremerge.pipeline import prepare
 from coremerge.plan import IMPORT_BYTES, Plan, make_plan, name_adapters
 from coremerge.recipe import Recipe
-from laws import lowrank, one
+from laws import lowrank, normal, one
 from tiny import make_adapter, make_base
 
 
@@ -218,3 +222,48 @@ def test_whole_tensors_and_the_base_that_is_written_count(tmp_path: Path) -> Non
     alone = prepare([tmp_path / "plain0"], Recipe())
     assert into.peak_bytes(3) - alone.peak_bytes(3) == 3 * 24 * ENTRIES
     assert into.threads_within(into.peak_bytes(3), 8) == 3
+
+
+TAKEN = """
+import json, sys
+from pathlib import Path
+from coremerge.cli._process import settle
+settle()
+from coremerge.pipeline import prepare
+from coremerge.recipe import Recipe
+
+sources, out, recipe = json.loads(sys.argv[1])
+prepared = prepare(sources, Recipe(**recipe))
+rank = prepared.run(out, threads=1).saved.rank
+try:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    taken = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+except OSError:
+    import resource
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(json.dumps([prepared.peak_bytes(1), taken, prepared.plan.rank, rank]))
+"""
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"space": "full", "method": "dare_ties"},
+        {"space": "full", "method": "sum", "steps": ["isotropize:span=no"]},
+        {"space": "full", "method": "tsv", "parameters": {"rank": 128, "pad": "yes"}},
+        {"space": "knots", "method": "ties"},
+        {},
+    ],
+    ids=str,
+)
+def test_the_memory_told_is_what_is_taken_or_at_most_half_as_much_again(tmp_path: Path, recipe: dict) -> None:
+    sources = []
+    for seed in range(3):
+        draw = normal(seed)
+        made = Adapter.from_updates({"m": LowRank(draw(1536, 12).float(), draw(12, 768).float())}, name=f"a{seed}")
+        sources.append(str(made.save(tmp_path / f"a{seed}").path))
+    words = [sys.executable, "-c", TAKEN, json.dumps([sources, str(tmp_path / "OUT"), recipe])]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    told, taken, most, rank = json.loads(subprocess.run(words, capture_output=True, check=True, env=alone).stdout)
+    assert taken <= told <= 1.5 * taken
+    assert rank == most

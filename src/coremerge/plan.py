@@ -35,6 +35,9 @@ EXTRA_COPIES = 4
 CORE_BYTES = 16 << 20
 """Merged cores that stay in memory until they are written; the others wait on the disk."""
 
+PIECES = 64 << 20
+"""Freed memory that the C library keeps in pieces too small for what comes next."""
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM's ``max_lora_rank`` takes."""
 
@@ -131,8 +134,21 @@ class Plan:
     def _work(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape
         factors = 4 * total * (m + n) + 32 * total * total  # of the second term, decompositions take most
-        entries = (len(planned.ranks) + 4) * m * n if self.is_dense else 0
-        return 8 * (factors + entries)
+        p, q = self.resolved.core_shape(total, (m, n))
+        return 8 * (factors + self._entries(len(self.adapters), min(p, m), min(q, n)))
+
+    def _entries(self, count: int, p: int, q: int) -> int:
+        """Numbers of which there are p × q: what the method holds for each of its inputs, beside an SVD of one.
+
+        Measured: an SVD takes its input, a copy of it, both sides and up to 5 k × k, k = min(p, q), for itself; what
+        element-wise methods do with one core at a time takes less. What is freed of matrices below 32 MB stays with the
+        process, in pieces: up to four more of them, or :data:`PIECES`.
+        """
+        if not self.resolved.dense:
+            return 0
+        k = min(p, q)
+        decomposed = 2 * p * q + k * (p + q) + 5 * k * k
+        return int(self.resolved.method.copies * count * p * q) + decomposed + min(4 * p * q, PIECES // 8)
 
     def _kept(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape

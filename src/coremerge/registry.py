@@ -27,7 +27,8 @@ class Entry(Generic[P]):
         elementwise: works entry by entry, so that the result depends on the basis.
         linear: a weighted sum of its inputs.
         source: the paper.
-        dense: parameters → whether it works on all p × q entries of cores; by default as ``elementwise`` says.
+        dense: parameters → how many matrices of all p × q entries it holds at once for each of its inputs, or whether
+            it works on entries at all (true counts as 1): memory is told by it. By default as ``elementwise`` says.
         spreads: parameters → whether its result can have the rank min(p, q), whatever the inputs' ranks are; by
             default what is not ``unitary`` does.
         keeps: parameters → how many directions it keeps at most: a method of each adapter, a step of what it is given;
@@ -46,7 +47,7 @@ class Entry(Generic[P]):
     elementwise: bool = False
     linear: bool = False
     source: str = ""
-    dense: Callable[[Values], bool] | None = None
+    dense: Callable[[Values], float] | None = None
     spreads: Callable[[Values], bool] | None = None
     keeps: Callable[[Values], int | None] | None = None
     cuts: Callable[[Values], Iterable[str]] | None = None
@@ -131,9 +132,14 @@ class Operator(Generic[P]):
         return self.entry.factory(**self.given)
 
     @property
+    def copies(self) -> float:
+        """How many matrices of all entries of cores it holds for each of its inputs."""
+        return float(self.entry.elementwise if self.entry.dense is None else self.entry.dense(self.values))
+
+    @property
     def dense(self) -> bool:
         """Whether it works on all entries of cores."""
-        return self.entry.elementwise if self.entry.dense is None else bool(self.entry.dense(self.values))
+        return self.copies > 0
 
     @property
     def spreads(self) -> bool:
@@ -184,7 +190,7 @@ class Registry(Generic[P]):
         elementwise: bool = False,
         linear: bool = False,
         source: str = "",
-        dense: Callable[[Values], bool] | None = None,
+        dense: Callable[[Values], float] | None = None,
         spreads: Callable[[Values], bool] | None = None,
         keeps: Callable[[Values], int | None] | None = None,
         cuts: Callable[[Values], Iterable[str]] | None = None,

@@ -17,7 +17,7 @@ def masks(site: Site, shape: tuple[int, int], rate: float) -> list[torch.Tensor]
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.9])
 def test_dare_is_the_oracle_with_the_same_masks(rate: float) -> None:
     site = Site(3, ("layer",), ("a0", "a1", "a2"))
-    xs = oracles.dare([u.dense() for u in UPDATES], masks(site, (8, 9), rate), rate)
+    xs = oracles.dropped([u.dense() for u in UPDATES], masks(site, (8, 9), rate), rate)
     settings = {"space": "full", "seed": 3}
     close(merged(UPDATES, method="dare", parameters={"drop_rate": rate}, **settings), oracles.sum_(xs))
     both = {"drop_rate": rate, "density": 0.3}
@@ -27,7 +27,7 @@ def test_dare_is_the_oracle_with_the_same_masks(rate: float) -> None:
 def test_dare_in_core_masks_the_entries_of_the_core() -> None:
     u, v, cores = oracles.core_space([x.left for x in UPDATES], [x.right for x in UPDATES])
     site = Site(0, ("layer",), ("a0", "a1", "a2"))
-    xs = oracles.dare(cores, masks(site, (6, 6), 0.5), 0.5)
+    xs = oracles.dropped(cores, masks(site, (6, 6), 0.5), 0.5)
     close(merged(UPDATES, method="dare"), u @ oracles.sum_(xs) @ v.T)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, elected, trims
+from coremerge.methods.ties import Density, Reduce, entries, trimmed_and_elected, trims
 from coremerge.registry import Values
 
 SOURCE = "DARE, arXiv 2311.03099"
@@ -47,13 +46,15 @@ def dare_ties(drop_rate: DropRate = 0.5, density: Density = 0.2, reduce: Reduce 
     """DARE, then TIES."""
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return elected([c * (1 / (1 - drop_rate)) for c in cores], drop(cores, site, drop_rate), density, reduce)
+        grown = [core * (1 / (1 - drop_rate)) for core in cores]  # what is left of them, and of their errors
+        return trimmed_and_elected(drop(cores, site, drop_rate), grown, density, reduce)
 
     return merge
 
 
 def drop(cores: Sequence[LowRank], site: Site, drop_rate: float) -> Tensor:
     """The cores' entries (T, ..., p, q), each kept with probability 1 − ``drop_rate`` and rescaled."""
-    entries = [c.dense() for c in cores]
-    kept = [torch.where(site.uniform(t, x) >= drop_rate, x / (1 - drop_rate), 0.0) for t, x in enumerate(entries)]
-    return torch.stack(kept)
+    found = entries(cores)
+    for t, one in enumerate(found):
+        one.div_(1 - drop_rate).masked_fill_(site.uniform(t, one) < drop_rate, 0.0)
+    return found

@@ -36,7 +36,7 @@ def ties(density: Density = 0.2, reduce: Reduce = "mean") -> Method:
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return elected(cores, torch.stack([c.dense() for c in cores]), density, reduce)
+        return trimmed_and_elected(entries(cores), cores, density, reduce)
 
     return merge
 
@@ -44,48 +44,70 @@ def ties(density: Density = 0.2, reduce: Reduce = "mean") -> Method:
 ROUNDING = 1e-14
 """An entry below this share of the largest of its matrix is rounding error, which has no sign to vote with."""
 
+
 VOTE = 3.0
 """Nor has one that is no larger than so many times the mean error of an entry: the largest is √6 = 2.45 times that."""
 
 
-def elected(cores: Sequence[LowRank], entries: Tensor, density: float, reduce: Reduce) -> Tensor:
-    """TIES of ``entries`` (T, ..., p, q), which are those of ``cores``, or some of them made larger."""
-    size = max(1, math.prod(cores[0].shape)) ** 0.5
-    known = [(c.error / size, c.rounding.amax(-1)) for c in cores if c.error is not None and c.rounding is not None]
-    if len(known) < len(cores) or not entries.numel():
-        return elect(trim(entries, density), reduce)
-    even, relative = (torch.stack(each)[..., None, None] for each in zip(*known, strict=True))
-    kept = trim(entries, density, even)
-    # large entries are sums of large products, whose errors are larger than the mean
-    return elect(kept, reduce, torch.hypot(even, 2**0.5 * relative * entries.abs()))
+def trimmed_and_elected(x: Tensor, cores: Sequence[LowRank], density: float, reduce: Reduce) -> Tensor:
+    """TIES of ``x`` (T, ..., p, q), which is written over: the entries of ``cores``, or some of them."""
+    errors = [_errors(core) for core in cores]
+    for one, error in zip(x, errors, strict=True):  # one after the other: each needs several copies
+        one.copy_(trim(one, density, None if error is None else VOTE * error[0]))
+    return elect(x, reduce, None if None in errors else [error for error in errors if error is not None])
 
 
-def trim(x: Tensor, density: float, errors: Tensor | None = None) -> Tensor:
+def _errors(core: LowRank) -> tuple[Tensor, Tensor] | None:
+    """The mean error (...) of an entry, from those of the stored numbers, and next to the entry; None: it is exact.
+
+    Large entries are sums of large products, whose errors are larger than the mean.
+    """
+    if core.error is None or core.rounding is None or not core.rank:
+        return None if core.rank else (core.left.new_zeros(core.left.shape[:-2]),) * 2
+    return core.error / max(1, math.prod(core.shape)) ** 0.5, 2**0.5 * core.rounding.amax(-1)
+
+
+def entries(cores: Sequence[LowRank]) -> Tensor:
+    """The cores' entries (T, ..., p, q), each written in its place: in full space another copy of them is gigabytes."""
+    left, right = cores[0].left, cores[0].right
+    found = left.new_empty(len(cores), *left.shape[:-1], right.shape[-1])
+    for core, place in zip(cores, found, strict=True):
+        torch.matmul(core.left, core.right, out=place)
+    return found
+
+
+def trim(x: Tensor, density: float, least: Tensor | None = None) -> Tensor:
     """``x`` (..., p, q) with all but the ⌈density · p · q⌋ entries of largest magnitude set to zero, in each matrix.
 
-    Rounding errors are zero, too; ``errors`` (..., 1, 1): how large they are.
+    Rounding errors are zero, too: those below ``least`` (...).
     """
     size = x.shape[-2] * x.shape[-1]
     if not size:
         return x
     keep = max(1, round(density * size))
-    magnitude = x.abs().flatten(-2)
-    threshold = magnitude.amax(-1) * ROUNDING
-    if errors is not None:
-        threshold = threshold.maximum(VOTE * errors[..., 0, 0])
+    magnitude = x.abs()
+    threshold = magnitude.amax((-2, -1)) * ROUNDING
+    threshold = threshold if least is None else threshold.maximum(least)
     if keep < size:
-        threshold = threshold.maximum(magnitude.kthvalue(size - keep + 1, dim=-1).values)
-    return torch.where(x.abs() >= threshold[..., None, None], x, 0.0)
+        threshold = threshold.maximum(magnitude.flatten(-2).kthvalue(size - keep + 1, dim=-1).values)
+    return x.masked_fill(magnitude < threshold[..., None, None], 0.0)
 
 
-def elect(x: Tensor, reduce: Reduce, errors: Tensor | None = None) -> Tensor:
+def elect(x: Tensor, reduce: Reduce, errors: Sequence[tuple[Tensor, Tensor]] | None = None) -> Tensor:
     """``x`` (T, ..., p, q) → (..., p, q): the entries whose sign is that of the sum over T, averaged or summed.
 
-    A sum that is no larger than the ``errors`` of its terms, of the same shape as ``x``, is zero, and so is the result.
+    A sum that is no larger than the errors of its terms is zero: ``errors`` of each, (...), even and relative.
     """
-    votes = x.sum(0)
+    elected = x.sum(0)
     if errors is not None:
-        votes = torch.where(votes.abs() > VOTE * errors.square().sum(0).sqrt(), votes, 0.0)
-    agree = (x.sign() == votes.sign()) & (x != 0)
-    merged = torch.where(agree, x, 0.0).sum(0)
-    return merged / agree.sum(0).clamp(min=1) if reduce == "mean" else merged
+        variance = torch.zeros_like(elected)
+        for one, (even, relative) in zip(x, errors, strict=True):
+            variance += (relative[..., None, None] * one).square_().add_(even[..., None, None] ** 2)
+        elected.masked_fill_(elected.abs() <= VOTE * variance.sqrt_(), 0.0)
+    elected.sign_()
+    merged, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    for one in x:
+        agree = (one.sign() == elected).logical_and_(one != 0)
+        merged += torch.where(agree, one, 0.0)
+        count += agree
+    return merged.div_(count.clamp_(min=1)) if reduce == "mean" else merged

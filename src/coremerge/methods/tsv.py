@@ -18,7 +18,7 @@ from coremerge.methods import METHODS, Method, Site
     "tsv",
     unitary=True,
     source="Task Singular Vectors, arXiv 2412.00081",
-    dense=lambda values: values["pad"] and values["rank"] is not None,
+    dense=lambda values: 2 * (values["pad"] and values["rank"] is not None),  # both sides of an SVD, for each task
     keeps=lambda values: values["rank"],
     neutral={"rank": None},
 )
