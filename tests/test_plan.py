@@ -196,6 +196,21 @@ def test_warnings_name_what_a_person_should_know() -> None:
     assert "all entries" not in warnings(wide, wide, method="tsv", space="full")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ({"space": "full", "basis": "balanced"}, "basis balanced has no effect: the full space has no basis to choose"),
+        ({"space": "knots:scaled=false", "basis": "balanced"}, "the knots space has no basis"),
+        ({"space": "core:basis=stacked", "basis": "balanced"}, "the space says stacked"),
+        ({"space": {"core": {"basis": "balanced"}}, "basis": "stacked"}, "the space says balanced"),
+    ],
+)
+def test_a_basis_without_effect_is_said(recipe: dict, why: str) -> None:
+    assert [w for w in plan(A, B, **recipe).warnings if why in w]
+    for taken in ({}, {"basis": "balanced"}, {"space": "full"}, {"space": "core:basis=balanced"}):
+        assert not [w for w in plan(A, B, **taken).warnings if "basis" in w]
+
+
 def test_to_dict_is_json() -> None:
     extra = Adapter.from_updates({"m": lowrank(6, 5, 3)}, name="b", extras={"head.weight": torch.ones(1)})
     told = json.loads(json.dumps(plan(A, extra).to_dict()))

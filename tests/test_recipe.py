@@ -166,6 +166,70 @@ def test_an_empty_mapping_is_the_default(tmp_path: Path) -> None:
     assert read(tmp_path, "models: [a, b]").recipe == Recipe()
 
 
+@pytest.mark.parametrize("truth", ["true", "false", "yes", "no", "on", "True"])
+@pytest.mark.parametrize(
+    "text", ["scale: %s", "rank: %s", "seed: %s", "weights: {a: %s}", "weights: {a: {m: [1, %s]}}", "weights: [1, %s]"]
+)
+def test_truths_are_no_numbers(tmp_path: Path, text: str, truth: str) -> None:
+    key = text.partition(":")[0]
+    with pytest.raises(ConfigError, match=rf'recipe\.yaml: {key} = "?{truth}"?: .*(number|integer)'):
+        read(tmp_path, text % truth)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: ties\nparameters: {density: %s}",
+        "merge_method: cart\nparameters: {rank: %s}",
+        "steps: [{truncate: {rank: %s}}]",
+        "steps: ['truncate:rank=%s']",
+        "space: {core: {rtol: %s}}",
+        "models: [{model: a, parameters: {weight: %s}}]",
+    ],
+)
+@pytest.mark.parametrize("truth", ["true", "yes"])
+def test_truths_are_no_numbers_among_parameters(tmp_path: Path, text: str, truth: str) -> None:
+    with pytest.raises(ConfigError, match=r"valid (number|integer)|no numbers"):
+        read(tmp_path, text % truth)
+
+
+@pytest.mark.parametrize(("said", "meant"), [("1", True), ("0", False), ("yes", True), ("no", False), ("true", True)])
+def test_a_truth_may_be_written_as_1_or_0(tmp_path: Path, said: str, meant: bool) -> None:
+    assert read(tmp_path, f"parameters: {{normalize: {said}}}").recipe.normalize is meant
+    with pytest.raises(ConfigError, match="normalize = 2"):
+        read(tmp_path, "normalize: 2")
+
+
+@pytest.mark.parametrize("name", ["no", "on", "yes", "true", "16", "1e3", "0x10", "12:30", "'null'", "a=1"])
+def test_names_keep_their_text(tmp_path: Path, name: str) -> None:
+    plain = name.strip("'")
+    found = read(tmp_path, f"models: [{name}, {{model: {name}}}]\nbase_model: {name}\nextras: {name}")
+    assert found == RecipeFile(Recipe(extras=plain), (plain, plain), plain)
+    assert read(tmp_path, f"weights: {{{name}: 2, b: {{{name}: 1}}}}").recipe.weights == {plain: 2, "b": {plain: 1}}
+    assert read(tmp_path, write_recipe(Recipe(extras=plain), (plain,), plain)).models == (plain,)
+
+
+def test_a_model_without_a_name_is_refused(tmp_path: Path) -> None:
+    for text in ("models: [null]", "models: [{model: null}]", "models: [{model: }]"):
+        with pytest.raises(ConfigError, match="Quote a name such as 'null'"):
+            read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: ties\nmethod: tsv", "merge_method = \"ties\": method is 'tsv' in the same file. Say it once"),
+        ("scale: 1\nparameters: {lambda: 2}", "parameters.lambda = 2: scale is 1"),
+        ("normalize: true\nparameters: {normalize: false}", "parameters.normalize = false: normalize is True"),
+        ("weights: [1]\nmodels: [{model: a, parameters: {weight: 2}}]", "models.parameters.weight"),
+    ],
+)
+def test_what_is_said_twice_is_said_alike(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, text)
+    assert read(tmp_path, "scale: 2\nparameters: {lambda: 2}\ndtype: float32\nout_dtype: bfloat16").recipe.scale == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -13,7 +13,7 @@ from coremerge.errors import ConfigError, SourceError
 from coremerge.evaluation import read_taskset
 from coremerge.evaluation.plan import read_plan
 from coremerge.recipe import read_recipe
-from coremerge.yamlfile import parse_yaml, read_mapping, read_yaml
+from coremerge.yamlfile import parse_yaml, read_mapping, read_yaml, text_of
 
 
 def nested(inner: str, form: str) -> str:
@@ -32,7 +32,7 @@ HOSTILE = {
     "a list in itself": ("a: &a [*a]", "aliases written out"),
     "a number of base 60": ("a: " + "1:" * 20_000 + "1", "a number of 40001 characters"),
     "too many digits": ("a: " + "1" * 5000, "a number of 5000 characters"),
-    "no such day": ("a: 2001-99-99", "month must be in"),
+    "no such day": ("a: !!timestamp 2001-99-99", "month must be in"),
     "no such truth": ("a: !!bool x", "not YAML: 'x'"),
     "no such time": ("a: !!timestamp x", "not YAML"),
     "an empty number": ("a: !!int ''", "not YAML"),
@@ -60,6 +60,74 @@ def test_aliases_in_their_measure_are_fine() -> None:
         "a": {"k": [1, 2]},
         "b": {"k": [1, 2], "l": {"k": [1, 2]}},
     }
+
+
+WORDS = [
+    "no",
+    "On",
+    "yes",
+    "y",
+    "true",
+    "false",
+    "True",
+    "16",
+    "-1",
+    "0x10",
+    "010",
+    "1_000",
+    "0.5",
+    "1.50",
+    "1e3",
+    "1e-05",
+]
+WORDS += ["12:30", "2001-01-01", ".inf", ".nan", "=", "+1", "a b", "0.1", "1.0e-05"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_names_keep_their_text(word: str) -> None:
+    assert list(parse_yaml(f"{{{word}: 1}}" if word != "=" else "=: 1")) == [word]
+    assert text_of(parse_yaml(f"a: {word}")["a"]) == word
+
+
+def test_truths_and_numbers_as_they_are_mostly_written_are_values() -> None:
+    assert parse_yaml("[true, false, null, ~, 16, -1, 0.5, 1e-05, !!int 0x10]") == [
+        True, False, None, None, 16, -1, 0.5, "1e-05", 16,
+    ]  # fmt: skip
+    assert parse_yaml("{null: 1, ~: 2}") == {"null": 1, "~": 2}
+
+
+def test_a_key_that_is_an_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        parse_yaml("!!python/name:os.system x: 1")
+
+
+JSON = {
+    "tabs": ('{\n\t"a": [1,\n\t0.5]}', {"a": [1, 0.5]}),
+    "a large exponent": ('{"a": 1e3, "no": 1}', {"a": 1000.0, "no": 1}),
+    "a mark at the start": ('\ufeff{"a": 1}', {"a": 1}),
+    "a comma too many, as YAML has it": ('{"a": 1,}', {"a": 1}),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_a_file_called_json_is_json(tmp_path: Path, name: str) -> None:
+    text, expected = JSON[name]
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    assert read_yaml(tmp_path / "x.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 2}', "'a' is there twice"),
+        ('{"a": 1', "Expecting ',' delimiter"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_bad_json_is_called_that(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"x\.json: not JSON: .*{message}"):
+        read_yaml(tmp_path / "x.json")
 
 
 def test_an_option_that_is_hostile_is_text() -> None:
@@ -90,7 +158,8 @@ def test_yaml_and_json_are_read(tmp_path):
         ("[1]", r"\[1\]: a thing is a mapping"),
         ("a: [", "not YAML"),
         ("a: 1\nb: {c: 1, c: 2}", "'c' is there twice .*line 2, column 11"),
-        ("a: 1999-13-41", "not YAML: month must be"),
+        ("a: !!timestamp 1999-13-41", "not YAML: month must be"),
+        ("1: a\n'1': b", "'1' is there twice"),
         ("a: !!bool maybe", "not YAML"),
         ("a: !!python/object:os.system {}", "not YAML"),
         ("[" * 3000, "not YAML"),

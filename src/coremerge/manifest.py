@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from coremerge.errors import ConfigError, InputError
 from coremerge.recipe import RecipeFile, read_recipe, recipe_from
-from coremerge.yamlfile import read_mapping, refusal
+from coremerge.yamlfile import NameText, Whole, read_mapping, refusal
 
 DEFAULT = "default"
 """The recipe of a manifest that has none."""
@@ -41,8 +41,8 @@ def _whole(text: str) -> str:
     return text
 
 
-Name = Annotated[str, AfterValidator(_plain)]
-Text = Annotated[str, AfterValidator(_whole)]
+Name = Annotated[NameText, AfterValidator(_plain)]
+Text = Annotated[NameText, AfterValidator(_whole)]
 
 
 class _Part(BaseModel):
@@ -62,7 +62,7 @@ class Set(_Part):
 
     models: tuple[Text, ...] = Field(min_length=1)
     base: Text | None = None
-    vera_width: int | None = Field(default=None, ge=1)
+    vera_width: Whole | None = Field(default=None, ge=1)
     initial: dict[Text, Text] = {}
     into: Text | None = None
 
@@ -89,8 +89,8 @@ class Choice(_Part):
         name: of the result's folder; by default one named after the recipe in one named after the set.
     """
 
-    set: str
-    recipe: str = DEFAULT
+    set: NameText
+    recipe: NameText = DEFAULT
     name: Name | None = None
 
     @property

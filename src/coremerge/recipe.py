@@ -22,7 +22,7 @@ from pydantic import (
 
 from coremerge.errors import ConfigError
 from coremerge.registry import Operator, Spec
-from coremerge.yamlfile import read_mapping
+from coremerge.yamlfile import NO_TRUTH, NameText, Number, Whole, read_mapping, text_of
 
 if TYPE_CHECKING:
     from coremerge.lowrank import LowRank, Matrix
@@ -55,10 +55,10 @@ DEFAULT_PARAMETERS = Parameters({"rank": 4}, named=())
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
-Weight = float | tuple[float, ...]
+Weight = Number | tuple[Number, ...]
 """Of a module, or of each of its rank components."""
 
-Weights = Sequence[float] | Mapping[str, float | Mapping[str, Weight]]
+Weights = Sequence[Number] | Mapping[str, Number | Mapping[str, Weight]]
 
 
 class Recipe(BaseModel):
@@ -107,11 +107,11 @@ class Recipe(BaseModel):
     basis: Literal["stacked", "balanced"] = "stacked"
     weights: Weights | None = None
     normalize: bool = False
-    scale: Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"] = "auto"
-    rank: Annotated[int, Field(ge=1)] | Literal["exact"] | None = None
-    seed: int = 0
+    scale: Annotated[float, Field(allow_inf_nan=False), NO_TRUTH] | Literal["auto"] = "auto"
+    rank: Annotated[int, Field(ge=1), NO_TRUTH] | Literal["exact"] | None = None
+    seed: Whole = 0
     dtype: Dtype | None = None
-    extras: str | None = None
+    extras: NameText | None = None
     allow_disjoint: bool = False
 
     def __init__(self, **values: Any) -> None:
@@ -123,9 +123,9 @@ class Recipe(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            detail = error.errors()[0]
+            detail = max(error.errors(), key=lambda one: len(one["loc"]))  # of several forms, the one it was meant as
             raise ConfigError(
-                detail["msg"],
+                detail["msg"].removeprefix("Value error, "),
                 key=".".join(map(str, detail["loc"][:1])),
                 value=detail["input"],
                 remedy=f"A recipe takes: {', '.join(type(self).model_fields)}"
@@ -377,8 +377,8 @@ def recipe_from(data: Mapping[str, Any]) -> RecipeFile:
     models, weights = _models(data.pop("models", None))
     values = read_values(data)
     if weights is not None:
-        values["weights"] = weights
-    return RecipeFile(Recipe(**values), models, None if base is None else str(base))
+        _say(values, "weights", weights, "models.parameters.weight")
+    return RecipeFile(Recipe(**values), models, None if base is None else str(text_of(base)))
 
 
 def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,8 +392,10 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(parameters, Mapping):
         raise ConfigError("must be a mapping", key="parameters", value=parameters)
     parameters = dict(parameters)
-    method = data.pop("merge_method", data.pop("method", None))
     values: dict[str, Any] = {key: data.pop(key) for key in list(data) if key in Recipe.model_fields}
+    if "merge_method" in data:
+        _say(values, "method", data.pop("merge_method"), "merge_method")
+    method = values.pop("method", None)
     if "out_dtype" in data:
         values["dtype"] = data.pop("out_dtype")
     if data:
@@ -406,16 +408,23 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
         ]
         raise ConfigError("an unknown key", key=next(iter(data)), remedy=f"Known: {', '.join(known)}")
     if "normalize" in parameters:
-        values["normalize"] = parameters.pop("normalize")
+        _say(values, "normalize", parameters.pop("normalize"), "parameters.normalize")
     elif method == "linear":
         values["normalize"] = True
     if "lambda" in parameters:
-        values["scale"] = parameters.pop("lambda")
+        _say(values, "scale", parameters.pop("lambda"), "parameters.lambda")
     if method is not None:
         values["method"] = _ALIASES.get(str(method), str(method))
     if parameters or method is not None:
         values["parameters"] = parameters
     return values
+
+
+def _say(values: dict[str, Any], key: str, value: object, name: str) -> None:
+    """Take ``value``, which the file gives as ``name``; the file may say it as ``key``, too, but not otherwise."""
+    if values.get(key) not in (None, value):
+        raise ConfigError(f"{key} is {values[key]!r} in the same file", key=name, value=value, remedy="Say it once")
+    values[key] = value
 
 
 def _models(entries: object) -> tuple[tuple[str, ...], list[float] | None]:
@@ -424,9 +433,12 @@ def _models(entries: object) -> tuple[tuple[str, ...], list[float] | None]:
     if not isinstance(entries, list):
         raise ConfigError("must be a list", key="models", value=entries)
     names, weights = [], []
-    for entry in ({"model": e} if isinstance(e, str) else e for e in entries):
-        if not isinstance(entry, dict) or "model" not in entry or set(entry) - {"model", "parameters"}:
-            raise ConfigError("each entry is a 'model' with optional 'parameters'", key="models", value=entry)
+    for entry in ({"model": e} if isinstance(e, str) else e for e in map(text_of, entries)):
+        if not isinstance(entry, dict) or entry.get("model") is None or set(entry) - {"model", "parameters"}:
+            raise ConfigError(
+                "each entry is a 'model' with optional 'parameters'", key="models", value=entry,
+                remedy="Quote a name such as 'null'" if entry is None or entry == {"model": None} else None,
+            )  # fmt: skip
         parameters = entry.get("parameters") or {}
         if not isinstance(parameters, dict) or set(parameters) - {"weight"}:
             raise ConfigError(
@@ -435,7 +447,7 @@ def _models(entries: object) -> tuple[tuple[str, ...], list[float] | None]:
                 value=parameters,
                 remedy="Put the other parameters under the top-level 'parameters'",
             )
-        names.append(str(entry["model"]))
+        names.append(str(text_of(entry["model"])))
         weights.append(parameters.get("weight"))
     if all(w is None for w in weights):
         return tuple(names), None

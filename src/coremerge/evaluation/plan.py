@@ -13,7 +13,7 @@ from coremerge.errors import ConfigError
 from coremerge.evaluation.scales import Scales
 from coremerge.recipe import Recipe, read_values
 from coremerge.registry import Spec
-from coremerge.yamlfile import read_yaml, refusal
+from coremerge.yamlfile import Whole, read_yaml, refusal
 
 OF_RECIPE = "recipe."
 MEAN = "mean"
@@ -54,7 +54,7 @@ class Plan(_Part):
     merges: tuple[Merge, ...] = Field(min_length=1)
     scales: Scales = Scales()
     order: Literal["grid", "coordinate"] = "grid"
-    budget: int = Field(default=100, ge=1)
+    budget: Whole = Field(default=100, ge=1)
     target: str = MEAN
 
 

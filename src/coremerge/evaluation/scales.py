@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from coremerge.yamlfile import Number, Whole
+
 Score = Callable[[float], float]
 """Of a scale; higher is better."""
 
@@ -32,13 +34,13 @@ class Scales(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    start: float | Literal["auto"] = "auto"
-    factor: float | None = Field(default=None, gt=1)
-    step: float | None = Field(default=None, gt=0)
+    start: Number | Literal["auto"] = "auto"
+    factor: Number | None = Field(default=None, gt=1)
+    step: Number | None = Field(default=None, gt=0)
     both: bool = True
-    patience: int = Field(default=1, ge=1)
-    largest: float | None = Field(default=None, gt=0)
-    values: tuple[float, ...] | None = None
+    patience: Whole = Field(default=1, ge=1)
+    largest: Number | None = Field(default=None, gt=0)
+    values: tuple[Number, ...] | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Scales:

@@ -21,7 +21,7 @@ from pydantic import (
 from coremerge.errors import ConfigError, SourceError
 from coremerge.evaluation.metrics import find_metric, names_of
 from coremerge.learning.rows import Example, parse_row
-from coremerge.yamlfile import read_yaml, refusal
+from coremerge.yamlfile import Whole, read_yaml, refusal
 
 FILE = "tasks.yaml"
 HARNESS = "lm-eval"
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class Base(_Part):
@@ -163,7 +163,7 @@ class TaskSet(_Part):
     description: str = ""
     base: Base | None = None
     pooling: Literal["mean", "first", "last", "pooler"] = "mean"
-    max_length: int | None = Field(default=None, ge=1)
+    max_length: Whole | None = Field(default=None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: dict[str, Task] = Field(min_length=1)
     joint: dict[str, tuple[str, ...]] = {}
