@@ -46,6 +46,7 @@ def test_dtypes_have_their_usual_names(given: object, name: str | None) -> None:
         ({"method": "dare", "parameters": {"drop_rate": 1}}, "less than 1"),
         ({"method": "cart", "parameters": {"scale": "inf"}}, "finite"),
         ({"space": "core:rtol=0"}, "greater than 0"),
+        ({"space": "core:rtol=0.1,rtol=0.2"}, "a parameter is there twice"),
         ({"space": "core:basis=other"}, "'stacked' or 'balanced'"),
         ({"basis": "other"}, 'basis = "other"'),
         ({"scale": "much"}, 'scale = "much"'),

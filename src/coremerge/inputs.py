@@ -67,9 +67,19 @@ def _initials(
 
 
 def by_label(named: Mapping[str, V], adapters: Iterable[str], sources: Sequence[str | Path]) -> dict[str, V]:
-    """``named`` with adapters that it names by their sources under their labels."""
+    """``named`` with adapters that it names by their sources under their labels.
+
+    Raises:
+        ConfigError: it names one both ways.
+    """
     labels = dict(zip(map(str, sources), adapters, strict=True))
-    return {(name if name in labels.values() else labels.get(name, name)): value for name, value in named.items()}
+    found: dict[str, V] = {}
+    for name, value in named.items():
+        label = name if name in labels.values() else labels.get(name, name)
+        if label in found:
+            raise ConfigError(f"{label} is there twice, as {name}, too", value=name, remedy="Name each adapter once")
+        found[label] = value
+    return found
 
 
 def with_labels(recipe: Recipe, adapters: Iterable[str], sources: Sequence[str | Path]) -> Recipe:

@@ -17,6 +17,7 @@ from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, plan_extras
 from coremerge.recipe import Recipe, Resolved
+from coremerge.text import size
 from coremerge.weighting import Table, fold_components, in_order, weight_table
 from coremerge.zeros import planned_zeros
 
@@ -106,8 +107,8 @@ class Plan:
         fitting = (most - fixed) // max(1, each + written)
         if fitting < 1:
             raise ConfigError(
-                f"too little: with one thread it needs up to {(fixed + each + written) / 1e9:.2f} GB",
-                key="max_memory", value=f"{most / 1e9:.2f} GB", remedy="Give more, or a lower --batch or --rank",
+                f"too little: with one thread it needs up to {size(fixed + each + written)}",
+                key="max_memory", value=size(most), remedy="Give more, or a lower --batch or --rank",
             )  # fmt: skip
         return min(fitting, threads or default_threads())
 

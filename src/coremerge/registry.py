@@ -265,7 +265,10 @@ def parse_spec(spec: Spec, kind: str = "step") -> tuple[str, dict[str, Any]]:
         pairs = [part.partition("=") for part in rest.split(",") if part]
         if any(not sep for _, sep, _ in pairs):
             raise ConfigError(f"not a {kind}", value=spec, remedy=f"Write {name}:key=value,key=value")
-        return name, {key.strip(): value.strip() for key, _, value in pairs}
+        found = {key.strip(): value.strip() for key, _, value in pairs}
+        if len(found) < len(pairs):
+            raise ConfigError("a parameter is there twice", value=spec, remedy="Say it once")
+        return name, found
     if len(spec) != 1:
         raise ConfigError(f"a {kind} is one name with its parameters", value=dict(spec))
     ((name, parameters),) = spec.items()

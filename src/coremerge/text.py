@@ -79,3 +79,17 @@ def redacted_words(words: Iterable[str]) -> list[str]:
         after = bool(kept) and _SECRET_OPTION.fullmatch(kept[-1])
         kept.append(HIDDEN if after else redacted(word))
     return kept
+
+
+def size(count: float) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> size(999), size(12_345_678)
+        ('999 B', '12.3 MB')
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coremerge.formats.atomic import real_place
 from coremerge.formats.journal import Journal
 from coremerge.held import Held
 
@@ -35,7 +35,7 @@ class Unfinished:
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
-        out = Path(os.path.realpath(out.expanduser()))
+        out = real_place(out)
         self.folder = folder_of(out)
         self.place = self.folder / "out"
         self.files: set[str] = set()
@@ -72,7 +72,7 @@ class Unfinished:
 
 def tidy(out: Path) -> None:
     """Remove what a merge into ``out`` left that was killed in its last moment, when ``out`` was in its place."""
-    folder = folder_of(Path(os.path.realpath(out.expanduser())))
+    folder = folder_of(real_place(out))
     if (folder / "journal").is_file() and not (folder / "out").exists() and out.exists():
         shutil.rmtree(folder, ignore_errors=True)
 

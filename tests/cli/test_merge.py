@@ -114,6 +114,50 @@ def test_weights(run, form, tmp_path):
     close("OUT", total(("A", -0.5), ("B", 2)))
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("a=b", "a=b=-0.5,B=2"),
+        ("lr=1e-4,r=8", '{"lr=1e-4,r=8": -0.5, "B": 2}'),
+        ("c,d", "c,d=-0.5,B=2"),
+        ("c,d", "B=2,c,d=-0.5"),
+        ("no", "w.yaml"),
+        ("0x10", "w.yaml"),
+        ("12:30", "w.yaml"),
+        ("null", "w.json"),
+        ("B=2", "B=2=-0.5,B=2"),
+    ],
+)
+def test_any_name_can_be_weighted(run, name, form):
+    Path("A").rename(name)
+    Path("w.yaml").write_text(f"{name}: -0.5\nB: 2\n")
+    Path("w.json").write_text(json.dumps({name: -0.5, "B": 2}))
+    words = ["-o", "OUT", "--method", "sum", "--scale", "1", f"--weights={form}"]
+    assert run("merge", name, "B", *words).exit_code == 0
+    close("OUT", total((name, -0.5), ("B", 2)))
+
+
+@pytest.mark.parametrize("name", ["no", "on", "1e3", "0x10", "12:30", "true", "16", "'null'"])
+def test_a_recipe_names_adapters_as_they_are_called(run, name):
+    Path("A").rename(name.strip("'"))
+    Path("r.yaml").write_text(f"merge_method: sum\nscale: 1\nmodels: [{name}, {{model: B, parameters: {{weight: 2}}}}]")
+    assert run("merge", "--recipe", "r.yaml", "-o", "OUT").exit_code == 0
+    close("OUT", total((name.strip("'"), 1), ("B", 2)))
+
+
+def test_a_path_with_an_equals_sign_is_a_path(run):
+    make_adapter(Path("P"), seed=8, init_lora_weights="pissa")
+    make_adapter(Path("step=1"), seed=9, init_lora_weights="pissa")
+    Path("P").rename("a=b")
+    assert run("merge", "a=b", "B", "-o", "OUT", "--initial", "a=b=step=1").exit_code == 0
+
+
+def test_a_basis_without_effect_is_said(run):
+    result = run("merge", "A", "B", "-o", "OUT", "--space", "full", "--basis", "balanced")
+    assert result.exit_code == 0
+    assert "warning: basis balanced has no effect: the full space has no basis to choose" in result.stderr
+
+
 def test_a_negative_weight_may_be_a_word_of_its_own(run):
     result = run("merge", "A", "B", "-o", "OUT", "--method", "sum", "--scale", "1.0", "--weights", "-1,1")
     assert result.exit_code == 0
@@ -437,7 +481,9 @@ class TestRefusals:
             ("A B --method ties -p densty=0.2", ["densty", "density"]),
             ("A B --method ties -p density=2", ["density = 2"]),
             ("A B --method ties -p density=[", ["density", "["]),
-            ("A B --weights broken.json", ["broken.json"]),
+            ("A B --weights broken.json", ["broken.json", "not JSON"]),
+            ("./A B --weights A=1,./A=2", ["A is there twice, as ./A, too"]),
+            ("A B --weights lr=1,r=8=2", ['"lr"', "A, B"]),
             ("A B --space cor", ["'cor'", "core"]),
             ("A B --step isotropise", ["isotropise", "isotropize"]),
             ("A B --basis odd", ["basis", "odd"]),
@@ -560,6 +606,12 @@ class TestUsage:
             ("A -o OUT --threads 0", ["--threads"]),
             ("A -o OUT -p density", ["'density'", "KEY=VALUE"]),
             ("A -o OUT --weights a,b", ["'a'", "--weights"]),
+            ("A B -o OUT --weights A=1,A=2", ["'A' is there twice", "--weights"]),
+            ("A B -o OUT --weights A=1,B=", ["'B=' is not", "--weights"]),
+            ("A B -o OUT --weights A=1,B", ["'B' is not", "--weights"]),
+            ('A B -o OUT --weights {"A":1,"A":2}', ["not JSON: 'A' is there twice"]),
+            ("A -o OUT --method ties -p density=1 -p density=0.2", ["'density' is there twice"]),
+            ("A B -o OUT --initial A=x --initial A=y", ["'A' is there twice"]),
             ("A -o OUT --initial P0", ["NAME=PATH"]),
             ("A -o OUT --step isotropize --no-steps", ["--no-steps"]),
         ],
@@ -585,6 +637,16 @@ def test_an_interrupt_leaves_nothing(run, monkeypatch):
     assert listing() == before
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"], ["--into", "A"]])
+@pytest.mark.parametrize("out", ["x" * 300, f"new/{'x' * 300}/OUT", "é" * 130, "/".join(["y" * 90] * 50)])
+def test_a_place_whose_name_is_too_long_is_called_that(run, out, resume):
+    before = listing()
+    result = run("merge", "A", "B", "-o", out, *resume)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and len(result.stderr) < 300
+    assert "bytes, and the" in result.stderr and "Choose a shorter" in result.stderr
+    assert listing() == before
+
+
 def test_an_amount_of_memory(run):
     assert run("merge", "A", "B", "-o", "OUT", "--max-memory", "8GB").exit_code == 0
     assert run("merge", "A", "B", "-o", "OTHER").exit_code == 0
@@ -593,6 +655,11 @@ def test_an_amount_of_memory(run):
         refused(
             run("merge", "A", "B", "-o", "NO", "--max-memory", "1.5 mib", *more), "max_memory", "too little", out="NO"
         )
+    told = run("merge", "A", "B", "-o", "NO", "--max-memory", "8K").stderr
+    assert 'max_memory = "8 kB": too little: with one thread it needs up to' in told
+    for bare in ("8", "1.5", "640000"):
+        result = run("merge", "A", "B", "-o", "NO", "--max-memory", bare)
+        assert result.exit_code == 2 and f"write {bare}GB or {bare}MB" in " ".join(result.stderr.split())
     result = run("merge", "A", "B", "-o", "NO", "--max-memory", "much")
     assert result.exit_code == 2 and "no amount of memory" in result.stderr
 

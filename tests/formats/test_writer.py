@@ -433,6 +433,17 @@ class TestPlace:
             with pytest.raises(OutputError, match="names no place"):
                 save(adapter(), path)
 
+    @pytest.mark.parametrize("letter", ["x", "é", "漢"])
+    def test_names_as_long_as_the_disk_takes(self, tmp_path, letter):
+        most = os.pathconf(tmp_path, "PC_NAME_MAX") - len("..12345678.partial")
+        name = letter * (most // len(letter.encode()))
+        assert save(adapter(), tmp_path / name).path.name == name
+        with pytest.raises(OutputError, match=f"a name of .* bytes, and the disk takes {most} there"):
+            save(adapter(), tmp_path / (name + letter))
+        with pytest.raises(OutputError, match="a path of .* bytes"):
+            save(adapter(), tmp_path.joinpath(*["x" * 200] * 25))
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
     def test_missing_parents_are_made(self, tmp_path):
         save(adapter(), tmp_path / "a/b/out")
         assert (tmp_path / "a/b/out/adapter_config.json").is_file()

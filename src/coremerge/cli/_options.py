@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,9 @@ def _cluster(address: str | None, gpus: int) -> Iterator[Executor]:
         yield cluster
 
 
+LEAST = 10**6
+"""Bytes: a smaller number without a unit was not meant as bytes."""
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -116,23 +119,49 @@ def memory(text: str | None, option: str) -> int | None:
         raise typer.BadParameter(f"{text!r} is no amount of memory such as 8GB or 500M", param_hint=option)
     unit = found[2]
     power = list(UNITS).index(unit)
-    return int(float(found[1]) * (1024**power if found[3] else UNITS[unit]))
+    count = int(float(found[1]) * (1024**power if found[3] else UNITS[unit]))
+    if text.strip() == found[1] and count < LEAST:
+        raise typer.BadParameter(
+            f"{text!r} has no unit, and would be bytes: write {text}GB or {text}MB", param_hint=option
+        )
+    return count
 
 
 def weights(text: str | None) -> Any:
-    """``0.5,0.5``, ``name=0.5,name=1``, a file of such a list or mapping (also per module), or of learned weights."""
+    """``0.5,0.5`` or ``name=0.5,name=1``, JSON, or a file: of such a list or mapping, or of learned weights."""
     if text is None:
         return None
+    if text.lstrip()[:1] in ("{", "["):
+        return _json(text, "--weights")
     if Path(text).suffix.lower() in {".json", ".yaml", ".yml"}:
         return _weights_in(Path(text))
     if Path(text).suffix == ".safetensors":
         from coremerge.learning.result import read_weights
 
         return read_weights(text)
-    parts = [part.strip() for part in text.split(",")]
-    if any("=" in part for part in parts):
-        return {key: _weight(value) for key, value in _pairs(parts, "--weights", "NAME=NUMBER")}
-    return [_weight(part) for part in parts]
+    if "=" in text:
+        return {key: _weight(value) for key, value in _pairs(_parts(text), "--weights", "NAME=NUMBER")}
+    return [_weight(part.strip()) for part in text.split(",")]
+
+
+def _json(text: str, option: str) -> Any:
+    from coremerge.yamlfile import parse_json
+
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint=option) from None
+
+
+def _parts(text: str) -> list[str]:
+    """``name=number`` …, split at the commas; one before the ``=`` is the name's own."""
+    parts = [""]
+    for piece in text.split(","):
+        if "=" in parts[-1]:
+            parts.append(piece)
+        else:
+            parts[-1] += f",{piece}" if parts[-1] else piece
+    return parts
 
 
 def _weight(text: str, option: str = "--weights") -> float:
@@ -153,9 +182,10 @@ def _weights_in(path: Path) -> Any:
     return found
 
 
-def initial(pairs: Sequence[str] | None, option: str = "--initial") -> dict[str, str]:
-    """``--initial name=path`` …, or of another ``option`` of that form."""
-    return dict(_pairs(pairs or (), option, "NAME=PATH"))
+def initial(pairs: Sequence[str] | None, names: Iterable[str], option: str = "--initial") -> dict[str, str]:
+    """``--initial name=path`` …, or of another ``option`` of that form; the longest of ``names`` that fits counts."""
+    known = {name for source in names for name in (source, Path(source).name)}
+    return dict(_pairs(pairs or (), option, "NAME=PATH", known))
 
 
 def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
@@ -183,9 +213,16 @@ def one_of(text: str | None, known: Sequence[str], option: str) -> str | None:
     return text
 
 
-def _pairs(texts: Sequence[str], option: str, form: str) -> list[tuple[str, str]]:
-    split = [text.partition("=") for text in texts]
-    for text, (key, sign, value) in zip(texts, split, strict=True):
-        if not (key.strip() and sign and value.strip()):
+def _pairs(texts: Sequence[str], option: str, form: str, known: Iterable[str] = ()) -> list[tuple[str, str]]:
+    """Split at the first ``=``; before a number at the last one, as a name may hold others."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name = max((name for name in known if text.startswith(f"{name}=")), key=len, default="")
+        key, sign, value = text.rpartition("=") if form == "NAME=NUMBER" else text[len(name) :].partition("=")
+        key, value = (name + key).strip(), value.strip()
+        if not (key and sign and value):
             raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option)
-    return [(key.strip(), value.strip()) for key, _, value in split]
+        if key in pairs:
+            raise typer.BadParameter(f"{key!r} is there twice", param_hint=option)
+        pairs[key] = value
+    return list(pairs.items())

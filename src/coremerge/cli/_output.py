@@ -18,6 +18,7 @@ import typer
 
 from coremerge.cli import INTERRUPTED
 from coremerge.text import redacted, visible, visible_json, visible_lines
+from coremerge.text import size as size  # noqa: PLC0414
 
 P = ParamSpec("P")
 Progress = Callable[[str, int, int], None]
@@ -139,20 +140,6 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
     listed = [(printable(name), printable(value)) for name, value in pairs]
     width = max((len(name) for name, _ in listed), default=0)
     return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in listed)
-
-
-def size(count: float) -> str:
-    """A number of bytes for people.
-
-    Example:
-        >>> size(999), size(12_345_678)
-        ('999 B', '12.3 MB')
-    """
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 def duration(seconds: float) -> str:

@@ -135,8 +135,9 @@ def fit(
             progress=bar,
         )
         prepared = replace(prepared, plan=prepared.plan.spanning())
-        named = by_label(_options.initial(data, "--data"), prepared.plan.adapters, adapters)
-        likes = by_label(_options.numbers(preference, "--preference"), prepared.plan.adapters, adapters)
+        labels = prepared.plan.adapters
+        named = by_label(_options.initial(data, [*labels, *adapters], "--data"), labels, adapters)
+        likes = by_label(_options.numbers(preference, "--preference"), labels, adapters)
         bar("reading inputs", 0, 1)
         batches = read_batches(
             prepared.plan.adapters, base, named, count=count, size=size, max_length=max_length, seed=seed

@@ -56,7 +56,7 @@ def inspect(
             adapters,
             base=base,
             vera_width=vera_width,
-            initial=_options.initial(initial),
+            initial=_options.initial(initial, adapters),
             allow_pickle=allow_pickle,
             progress=progress,
         )

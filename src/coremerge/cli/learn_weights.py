@@ -115,7 +115,7 @@ def learn_weights(
         weights = learned(
             read,
             base,
-            by_label(_options.initial(data, "--data"), read, adapters),
+            by_label(_options.initial(data, [*read, *adapters], "--data"), read, adapters),
             bar,
             stopped,
             preferences=by_label(_options.numbers(preference, "--preference"), read, adapters),

@@ -63,8 +63,8 @@ def merge(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="0.5,0.5 in the adapters' order; name=0.5,name=1; a .json, .yaml or .safetensors file (also per"
-            " module); or nsc-own, match, nsc: learned first, from --data on --base.",
+            help="0.5,0.5 in the adapters' order; name=0.5,name=1; the same as JSON; a .json, .yaml or .safetensors"
+            " file (also per module); or nsc-own, match, nsc: learned first, from --data on --base.",
             metavar="WEIGHTS",
         ),
     ] = None,
@@ -187,7 +187,7 @@ def merge(
             "allow_disjoint": allow_disjoint,
         }
         given = _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None})
-        sources_of = _options.initial(data, "--data")
+        sources_of = _options.initial(data, sources, "--data")
         if (weights in LEARNED) != bool(sources_of) or (weights in LEARNED and not base):
             raise typer.BadParameter(
                 "nsc-own, match and nsc go with --base and --data, and only they", param_hint="--weights"
@@ -203,7 +203,7 @@ def merge(
                 link=link,
                 base=base or file.base_model,
                 vera_width=vera_width,
-                initial=_options.initial(initial),
+                initial=_options.initial(initial, sources),
                 allow_pickle=allow_pickle,
                 overwrite=overwrite,
                 progress=progress,

@@ -21,6 +21,12 @@ from typing import Protocol
 from coremerge.errors import OutputError
 from coremerge.formats.safetensors_layout import Layout, TensorFile, write_error, writing
 
+HIDDEN = len("..12345678.partial")
+"""Bytes that the hidden name of what is not whole yet is longer than the result's."""
+
+WITHIN = HIDDEN + 64
+"""Bytes that paths in it are longer than its own: names of files are short."""
+
 
 class Resumable(Protocol):
     """Where an unfinished directory is, and which of its files are complete: see :mod:`coremerge.unfinished`."""
@@ -96,7 +102,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
     Raises:
         OutputError: see :func:`atomic_directory`.
     """
-    out = _real(path)
+    out = real_place(path)
     for held in inputs:
         real = Path(os.path.realpath(held))
         if out in (real, *real.parents, *Path(held).absolute().parents):
@@ -125,11 +131,50 @@ def check_output(path: str | Path, *, overwrite: bool = False, inputs: Iterable[
     return out
 
 
-def _real(path: str | Path) -> Path:
+def real_place(path: str | Path) -> Path:
+    """``path`` made absolute, links followed.
+
+    Raises:
+        OutputError: it names no place, or one whose name is longer than the disk takes.
+    """
     try:
-        return Path(os.path.realpath(Path(path).expanduser()))
+        place = Path(os.path.realpath(Path(path).expanduser()))
     except (RuntimeError, ValueError) as error:  # ~ of a user that does not exist; a null byte
         raise OutputError(f"names no place: {error}", file=path, remedy="Choose another output folder") from None
+    above = next((parent for parent in place.parents if _is_folder(parent)), place)
+    most = _longest(above, "PC_NAME_MAX", 255)
+    for part, room in ((place.name, most - HIDDEN), *((part, most) for part in place.parts[:-1])):
+        if len(os.fsencode(part)) > room:
+            raise OutputError(
+                f"a name of {len(os.fsencode(part))} bytes, and the disk takes {room} there", file=_shortened(place),
+                remedy="Choose a shorter name",
+            )  # fmt: skip
+    whole, room = len(os.fsencode(place)), _longest(above, "PC_PATH_MAX", 4096) - WITHIN
+    if whole > room:
+        raise OutputError(
+            f"a path of {whole} bytes, and the system takes {room} for a result", file=_shortened(place),
+            remedy="Choose a shorter one",
+        )  # fmt: skip
+    return place
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # its name is too long
+        return False
+
+
+def _longest(folder: Path, name: str, usual: int) -> int:
+    try:
+        return os.pathconf(folder, name)
+    except (AttributeError, OSError, ValueError):  # Windows; a file system that does not say
+        return usual
+
+
+def _shortened(path: Path) -> str:
+    text = str(path)
+    return text if len(text) < 100 else f"{text[:48]}...{text[-48:]}"
 
 
 def _as_wanted(error: OutputError, partial: Path, path: Path) -> OutputError:
@@ -146,7 +191,7 @@ def check_file(path: str | Path, *, overwrite: bool = False) -> Path:
     Raises:
         OutputError: it is there already, or a folder.
     """
-    out = _real(path)
+    out = real_place(path)
     if out.is_dir():
         raise OutputError("is a folder", file=path, remedy="Name a file")
     if out.exists() and not overwrite:
@@ -204,7 +249,7 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 def standing(out: str | Path) -> Path:
     """The innermost folder above ``out`` that is there."""
-    return next(parent for parent in _real(out).parents if parent.is_dir())
+    return next(parent for parent in real_place(out).parents if parent.is_dir())
 
 
 def _make_parents(out: Path) -> list[Path]:
