@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         """The tag; of text that would lose something as what YAML 1.1 takes it for, that of text."""
-        tag: str = super().resolve(kind, value, implicit)
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         if kind is yaml.ScalarNode and implicit[0]:
             return _TEXT if tag in (_TIME, _VALUE) or not _keeps(tag, value) else tag
         return tag
@@ -193,8 +193,8 @@ NameText = Annotated[str, BeforeValidator(text_of)]
 NO_TRUTH = BeforeValidator(_no_truth)
 """For a field that holds a number: Python takes a truth for 1."""
 
-Number, Whole = Annotated[float, NO_TRUTH], Annotated[int, NO_TRUTH]
-"""The types of fields that hold one."""
+Number = Annotated[float, NO_TRUTH]
+Whole = Annotated[int, NO_TRUTH]
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:

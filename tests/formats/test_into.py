@@ -90,6 +90,17 @@ def whole(folder):
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
+QUANTISED = {
+    "bitsandbytes, 4 bits": [("weight", (64, 1), torch.uint8), ("weight.absmax", (2,), torch.float32)],
+    "bitsandbytes, 8 bits": [("weight", (8, 16), torch.int8), ("SCB", (8,), torch.float32)],
+    "gptq": [("qweight", (2, 8), torch.int32), ("qzeros", (1, 1), torch.int32), ("scales", (1, 8), torch.float16)],
+    "awq": [("qweight", (16, 1), torch.int32), ("qzeros", (1, 1), torch.int32), ("scales", (1, 8), torch.float16)],
+    "compressed-tensors": [("weight_packed", (8, 2), torch.int32), ("weight_scale", (8, 1), torch.bfloat16)],
+    "fp8": [("weight", (8, 16), torch.float8_e4m3fn), ("weight_scale_inv", (1, 1), torch.float32)],
+}
+"""Tensors beside one module of 16 inputs and 8 outputs, as each kind stores them."""
+
+
 def plain_base(folder, tensors, **files):
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -421,7 +432,20 @@ class TestRefusals:
             tmp_path / "base", {packed: torch.zeros(3, 2, dtype=torch.uint8), "model.a.bias": torch.zeros(3)}
         )
         made = adapter({"model.a": Module((3, 2), 1)})
-        self.refused(UnsupportedError, r"quantised weight \(U8\).*Give the base model in float32", base, made, tmp_path)
+        self.refused(UnsupportedError, r"quantised weight \(U8\).*Write an adapter", base, made, tmp_path)
+
+    @pytest.mark.parametrize("dtype", [None, "float32"])
+    @pytest.mark.parametrize("kind", QUANTISED)
+    def test_the_remedy_for_a_quantised_weight_is_one_that_works(self, kind, dtype, tmp_path):
+        """Another dtype is no way out of it, nor is leaving it away."""
+        tensors = {f"model.a.{name}": torch.zeros(shape, dtype=dtype) for name, shape, dtype in QUANTISED[kind]}
+        config = json.dumps({"quantization_config": {"quant_method": kind}})
+        base = plain_base(tmp_path / "base", tensors, config=config)
+        made = adapter({"model.a": Module((8, 16), 1)})
+        message = "quantised weight .*Write an adapter, not a model: .*Or give the base it was quantised from"
+        self.refused(UnsupportedError, message, base, made, tmp_path, dtype=dtype)
+        made.save(tmp_path / "adapter")
+        assert coremerge.load(tmp_path / "adapter").modules.keys() == made.modules.keys()
 
     def test_a_quantised_bias(self, tmp_path):
         base = plain_base(

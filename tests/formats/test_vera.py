@@ -230,6 +230,18 @@ class TestWrongBase:
         with pytest.raises(ConfigError, match=r"x\.weight: no weight of x.*found None"):
             load(by_hand(tmp_path / "b"), base=folder)
 
+    def test_packed_weights_tell_no_widths_and_their_config_does(self, tmp_path: Path) -> None:
+        packed = (
+            {"x.qweight": torch.zeros(1, 5, dtype=torch.int32)},
+            {"x.weight": torch.zeros(10, 1, dtype=torch.uint8)},
+        )
+        for i, tensors in enumerate(packed):
+            folder = base(tmp_path / f"base{i}", nn.Module(), quantization_config={"quant_method": "x"}, hidden_size=4)
+            save_file(tensors, folder / "model.safetensors")
+            with pytest.raises(ConfigError, match=r"packed and tell no widths: give base=its config\.json"):
+                load(by_hand(tmp_path / "a"), base=folder)
+            assert load(by_hand(tmp_path / "a"), base=folder / "config.json").modules["x"].shape == (5, 4)
+
     def test_wider_than_the_shared_a(self, tmp_path: Path) -> None:
         folder = base(tmp_path / "base", nn.ModuleDict({"x": nn.Linear(6, 5)}))
         with pytest.raises(ConfigError, match=r"x has 6 inputs in the base model, and the shared A only 4"):

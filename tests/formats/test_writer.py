@@ -438,9 +438,9 @@ class TestPlace:
         most = os.pathconf(tmp_path, "PC_NAME_MAX") - len("..12345678.partial")
         name = letter * (most // len(letter.encode()))
         assert save(adapter(), tmp_path / name).path.name == name
-        with pytest.raises(OutputError, match=f"a name of .* bytes, and the disk takes {most} there"):
+        with pytest.raises(OutputError, match=rf"a name of .* bytes, and the disk takes {most} there"):
             save(adapter(), tmp_path / (name + letter))
-        with pytest.raises(OutputError, match="a path of .* bytes"):
+        with pytest.raises(OutputError, match=r"a path of .* bytes"):
             save(adapter(), tmp_path.joinpath(*["x" * 200] * 25))
         assert [path.name for path in tmp_path.iterdir()] == [name]
 

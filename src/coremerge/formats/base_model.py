@@ -151,13 +151,19 @@ def _weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _width_in(shapes: Mapping[str, tuple[int, ...]], module: str, out: int, folder: Path | None) -> int:
     shape = _find_shape(shapes, f"{module}.weight")
     if shape is None or len(shape) != 2 or out not in shape:
+        remedy = "Give the base model this adapter was trained on"
+        if folder and _is_quantised(folder):
+            remedy = "Its weights are packed and tell no widths: give base=its config.json, or vera_width=..."
         raise ConfigError(
             f"no weight of {module} with {out} outputs in the base model (found {shape and list(shape)})",
-            file=folder,
-            key=f"{module}.weight",
-            remedy="Give the base model this adapter was trained on",
-        )
+            file=folder, key=f"{module}.weight", remedy=remedy,
+        )  # fmt: skip
     return shape[1] if shape[0] == out else shape[0]  # GPT-2's Conv1D is stored transposed
+
+
+def _is_quantised(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and bool(read_json(config).get("quantization_config"))
 
 
 def _find_shape(shapes: Mapping[str, tuple[int, ...]], key: str) -> tuple[int, ...] | None:

@@ -283,12 +283,12 @@ def plan_into(
             key="layer_replication", value=adapter.info.layer_replication, remedy="Write an adapter instead of a model",
         )  # fmt: skip
     opened = open_base(base, cache_dir=cache_dir, token=token)
+    placement = Placement(opened, adapter)
     if kept is not None and opened.config.get("quantization_config"):
         raise UnsupportedError(
             "the base is quantised in part, and its scales must keep their dtype",
             file=opened.source, key="quantization_config", remedy="Leave out the dtype: each tensor then keeps its own",
         )  # fmt: skip
-    placement = Placement(opened, adapter)
     return IntoPlan(opened, adapter, kept, placement, _layouts(placement, kept), _config(placement, kept))
 
 

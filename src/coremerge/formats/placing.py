@@ -150,7 +150,8 @@ class Placement:
         return UnsupportedError(
             f"a quantised weight ({entry.dtype}) cannot take an update",
             file=self.base.source, key=key,
-            remedy="Give the base model in float32, bfloat16 or float16 (or dequantise it first)",
+            remedy="Write an adapter, not a model: it goes with this base as it is."
+            " Or give the base it was quantised from",
         )  # fmt: skip
 
     def _place_update(self, name: str, module: Module) -> None:
