@@ -6,12 +6,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench bench-full campaign clean
+.PHONY: help setup demo test test-kernels check format bench bench-full campaign clean
 
 help:
 	@echo "make setup       install into .venv: pinned versions, every extra"
 	@echo "make demo        merge the shipped example's adapters in several ways and score them"
 	@echo "make test        run the tests"
+	@echo "make test-kernels  run those that compare numbers as other processors round (an hour or more)"
 	@echo "make check       formatter, linter, strict types, tests with coverage"
 	@echo "make format      let the formatter and the linter rewrite what they can"
 	@echo "make bench       measure speed and accuracy, short form (minutes); bench-full: everything, hours"
@@ -30,6 +31,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-kernels: setup
+	$(BIN)/python tests/kernels.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@ from coremerge.merging import MergeResult, merge
 from coremerge.recipe import Recipe
 from coremerge.registry import Entry, Spec
 from coremerge.spaces import SPACES
+from tolerances import DOUBLE
 
 settings.register_profile(
     "coremerge",
@@ -156,8 +157,14 @@ def regauged(update: LowRank, seed: int = 0) -> LowRank:
     return LowRank(update.left @ change, torch.linalg.solve(change, update.right))
 
 
-def close(a: Tensor, b: Tensor, scale: float | None = None, tol: float = 1e-9) -> None:
-    """``a`` equals ``b`` to ``tol``, relative to the larger of both (or to ``scale``)."""
+def close(a: Tensor, b: Tensor, scale: float | None = None, tol: float = DOUBLE) -> None:
+    """``a`` equals ``b`` to ``tol``, relative to the larger of both (or to ``scale``).
+
+    More than :data:`DOUBLE`, 1e-8 to 1e-5, is for what hangs on single directions: vectors, polar factors, roots of
+    sums of squares. One just above the numerical rank's cut, 1e-8 of the largest, is known to 1e-16 / 1e-8 of its own
+    size, and several of them add up. Less than :data:`DIGITS` is for one adapter, which comes back through orthonormal
+    bases alone. Factors that were rounded to float32 on the way are alike to :data:`SINGLE`.
+    """
     assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
     if a.numel() == 0:
         return

@@ -17,6 +17,7 @@ from coremerge.merging import execute
 from coremerge.pipeline import merge_files
 from coremerge.plan import make_plan
 from laws import close, lowrank, named, normal, one, run
+from tolerances import SINGLE
 
 SPACES = ["core", "knots", "full"]
 RECIPES = [{"method": "sum"}, {"method": "tsv", "steps": ["isotropize"]}, {"method": "ties"}, {"method": "cart"}]
@@ -172,7 +173,7 @@ def test_sixteen_bit_values_that_leave_float32_once_they_are_scaled_are_merged(
         close(result.adapter["layer"].dense(), exact)
         assert exact.abs().max() > 0
         short = result.adapter.read("layer", torch.float32)
-        close(short.left.double() @ short.right.double(), exact, tol=1e-5)
+        close(short.left.double() @ short.right.double(), exact, tol=SINGLE)
 
 
 def test_nan_is_refused_with_its_file_and_tensor(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_lift_in_float32_is_within_1e_5_of_one_in_float64() -> None:
         for side in ("left", "right"):
             a, b = getattr(short, side).double(), getattr(exact, side)
             taken += not torch.equal(a.float(), b.float())
-            close(a, b, float(b.abs().max()), tol=1e-5)
+            close(a, b, float(b.abs().max()), tol=SINGLE)
     assert taken > 30
 
 

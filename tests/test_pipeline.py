@@ -25,7 +25,7 @@ def test_merges_and_tells_what_it_did(sources, tmp_path):
     merged = merge_files(sources, tmp_path / "OUT", recipe, threads=1, progress=lambda *part: told.append(part))
     for name, update in load(tmp_path / "OUT").items():
         expected = load(sources[0])[name].dense() + load(sources[1])[name].dense()
-        torch.testing.assert_close(update.dense(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(update.dense(), expected, rtol=1e-4, atol=1e-4)  # written in float32
     assert [part for part in told if part[0] == "reading"] == [("reading", 0, 2), ("reading", 1, 2)]
     assert told[-1] == ("writing", 4, 4) and ("merging", 4, 4) in told
     assert merged.report.rank == merged.saved.rank == 10

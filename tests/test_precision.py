@@ -13,6 +13,7 @@ from coremerge.adapter import Module
 from coremerge.lowrank import svds
 from coremerge.merging import _short_lift_will_do, execute
 from coremerge.plan import make_plan
+from tolerances import DOUBLE, SINGLE
 
 
 def adapter(seed: int, decay: float = 0.5) -> Adapter:
@@ -53,9 +54,9 @@ def test_a_lift_in_float32_is_invisible_after_rounding(tmp_path: Path) -> None:
     result = merge([adapter(0), adapter(1)], Recipe(dtype="bfloat16"))
     for name, exact in result.adapter.items():
         short = result.adapter.read(name, torch.float32)
-        torch.testing.assert_close(short.left.double(), exact.left, rtol=0, atol=1e-5 * float(exact.left.abs().max()))
+        torch.testing.assert_close(short.left.double(), exact.left, rtol=0, atol=SINGLE * float(exact.left.abs().max()))
         torch.testing.assert_close(
-            short.right.double(), exact.right, rtol=0, atol=1e-5 * float(exact.right.abs().max())
+            short.right.double(), exact.right, rtol=0, atol=SINGLE * float(exact.right.abs().max())
         )
 
 
@@ -96,4 +97,4 @@ def test_short_inputs_merge_as_their_exact_values_do(tmp_path: Path, space: str,
     recipe = Recipe(space=space, method="sum", steps=steps, scale=1.0)
     for name, update in merge(files, recipe).adapter.items():
         expected = sum(file[name].dense() for file in files)
-        torch.testing.assert_close(update.dense(), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(update.dense(), expected, rtol=DOUBLE / 10, atol=DOUBLE / 10)

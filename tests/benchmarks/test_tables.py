@@ -10,6 +10,7 @@ from benchmarks.accuracy import geometry, scale, tables
 from benchmarks.accuracy.work import Bench, Merged
 
 from coremerge import Adapter, LowRank, Recipe, merge
+from tolerances import DIGITS, DOUBLE
 
 
 def adapter(seed: int, rank: int = 3) -> Adapter:
@@ -73,7 +74,7 @@ def test_a_rule_that_holds_loses_nothing_on_the_other_half() -> None:
     found = {name: (constants, losses) for name, constants, losses in scale.transfers(halves)}
     constants, losses = found["size"]
     assert constants == pytest.approx([2.0, 2.0])
-    assert losses == pytest.approx([0.0] * 4, abs=1e-9)
+    assert losses == pytest.approx([0.0] * 4, abs=DOUBLE)
     assert max(found[f"auto: {scale.MIXED}, 1"][1]) == pytest.approx(torch.tensor(2.0).log().item())
 
 
@@ -88,7 +89,7 @@ def test_sizes_grow_with_the_scale(bench: Bench) -> None:
 
 def test_alignment_is_the_same_in_full_and_core(bench: Bench) -> None:
     one, other = list(bench.adapters.values())[:2]
-    assert geometry.dense_ratio(one, other) == pytest.approx(geometry.core_ratio(one, other), abs=1e-12)
+    assert geometry.dense_ratio(one, other) == pytest.approx(geometry.core_ratio(one, other), abs=DIGITS)
 
 
 def test_components_are_discarded_from_the_smallest(bench: Bench) -> None:

@@ -39,7 +39,7 @@ def close(path, expected):
     found = dense(path)
     assert found.keys() == expected.keys()
     for name, update in found.items():
-        torch.testing.assert_close(update, expected[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(update, expected[name], rtol=1e-4, atol=1e-4)  # written in float32
 
 
 def listing():

@@ -22,6 +22,7 @@ from coremerge.pipeline import merge_files
 from families import make_adapter, make_model
 from made import clip_pictures, jsonl, picture
 from posted import Posted
+from tolerances import SCORE, SINGLE
 
 MODULE = "encoder.layer.0.attention.self.query"
 
@@ -64,8 +65,8 @@ def test_a_merged_model_scores_as_the_adapter_that_went_into_it(folder: Path, tm
             shutil.copy(folder / "base" / file, tmp_path / "model")
     result = evaluate([tmp_path / "model", tmp_path / "adapter"], folder)
     adapter, model = result["adapter"].scores, result["model"].scores
-    assert model.raw == pytest.approx(adapter.raw, abs=1e-4)
-    assert model.normalised == pytest.approx(adapter.normalised, abs=1e-4)
+    assert model.raw == pytest.approx(adapter.raw, abs=SCORE)
+    assert model.normalised == pytest.approx(adapter.normalised, abs=SCORE)
 
 
 def test_a_task_without_an_adapter_of_its_own_has_no_share(own_folder: Path) -> None:
@@ -117,7 +118,7 @@ def test_features_are_pooled_as_the_task_set_says(own_folder: Path, pooling: str
         output = encoder.model(**encoder.processor(row.example.text, return_tensors="pt"))
         hidden = output.last_hidden_state[0]
         expected = {"first": hidden[0], "last": hidden[-1], "pooler": output.pooler_output[0]}[pooling]
-        torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(feature, expected, atol=SINGLE, rtol=SINGLE)
 
 
 def test_biases_and_whole_tensors_of_an_adapter_count(own_folder: Path) -> None:
@@ -206,7 +207,7 @@ def test_pictures_are_scored_whole_and_patch_by_patch(pictures: Path) -> None:
     guesses = (patches @ head["weight"].T)[..., 0]
     labels = torch.tensor([row.label for row in taskset.rows("depth", "test")])
     scores = result["adapter"].scores
-    assert scores.raw["depth"] == pytest.approx((guesses - labels).square().mean().sqrt().item(), rel=1e-5)
+    assert scores.raw["depth"] == pytest.approx((guesses - labels).square().mean().sqrt().item(), rel=SINGLE)
     right = (patches @ load_file(pictures / "two.safetensors")["weight"].T).argmax(-1) == torch.tensor([0, 1, 0, 1])
     assert scores.raw["all patches"] == pytest.approx(right.all(1).double().mean().item())
     assert set(scores.raw) == {"shade", "patch", "all patches", "depth"}

@@ -70,7 +70,7 @@ def test_own_scores_are_those_of_the_cards(each: TaskSet) -> None:
     own = Evaluator(each, adapters).own("validation").raw
     for name, score in own.items():
         stated = json.loads((each.folder / "adapters" / name / "scores.json").read_text())["validation"]
-        assert score == pytest.approx(stated["own"], abs=0.005)
+        assert score == pytest.approx(stated["own"], abs=0.005)  # a row of 200 may fall to the other side
         assert stated["own"] > stated["no_adapter"] + 0.02
         assert f"{stated['own']:.4f}" in (each.folder / "adapters" / name / "README.md").read_text(encoding="utf-8")
 

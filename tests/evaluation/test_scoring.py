@@ -13,6 +13,7 @@ from coremerge.evaluation import Evaluator, Scores, read_taskset
 from coremerge.evaluation.taskset import Task
 from coremerge.formats import load
 from coremerge.lowrank import LowRank
+from tolerances import SINGLE
 
 
 def adapters_of(folder: Path) -> dict[str, Mapping[str, LowRank]]:
@@ -42,7 +43,7 @@ def test_scores_are_those_of_the_merged_weights(evaluator: Evaluator, folder: Pa
         features = evaluator.encoder.features(evaluator.encoder.batches(rows))
     outputs = features @ head["weight"][0] + head["bias"][0]
     expected = torch.corrcoef(torch.stack([outputs, torch.tensor([row.label for row in rows])]))[0, 1].item()
-    assert evaluator.score(updates, "test", 0.3).raw["length"] == pytest.approx(expected, abs=1e-5)
+    assert evaluator.score(updates, "test", 0.3).raw["length"] == pytest.approx(expected, abs=SINGLE)
 
 
 def test_the_top_classes_are_those_of_the_largest_outputs(evaluator: Evaluator, own_folder: Path) -> None:

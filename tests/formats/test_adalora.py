@@ -42,6 +42,7 @@ def check(model: Any, folder: Path) -> None:
         layer = model.base_model.model.get_submodule(name)
         with torch.no_grad():
             forward = (layer(x) - layer.base_layer(x)).T
+        # both in float64, in another order
         torch.testing.assert_close(adapter[name].dense(), forward, rtol=1e-12, atol=1e-12)
 
 

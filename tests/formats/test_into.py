@@ -37,6 +37,8 @@ from posted import Posted
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 
+# Logits are compared to 1e-4 of theirs, and 1e-5: see LAYERS among the tests' tolerances.
+
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
 TOKENS = torch.tensor([[1, 5, 7, 2]])
 
@@ -253,6 +255,7 @@ class TestTransformersLoads:
         assert saved.dtype == torch.bfloat16
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert loaded.dtype == torch.bfloat16
+        # bfloat16 has 8 bits
         torch.testing.assert_close(loaded(TOKENS).logits.float(), peft(TOKENS).logits, rtol=0.1, atol=0.02)
 
     def test_pefts_merge_and_ours_agree_in_bf16(self, tmp_path):
@@ -280,7 +283,7 @@ class TestLayers:
         base = plain_base(tmp_path / "base", Net(torch.float64).state_dict())
         save_into(base, made, tmp_path / "out", threads=2)
         expected = changed(Net(torch.float64), made).state_dict()
-        torch.testing.assert_close(whole(tmp_path / "out"), dict(expected), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(whole(tmp_path / "out"), dict(expected), rtol=1e-12, atol=1e-12)  # all in float64
 
     def test_an_embedding_with_new_rows(self, tmp_path):
         kinds = {"block.embed": self.KINDS["block.embed"]}

@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def check(model: Any, folder: Path, tolerance: float = 1e-12) -> None:
+    """1e-12: both multiply in float64, in another order; more where PEFT multiplies in the stored dtype."""
     adapter = load(folder)
     layers = [name for name, layer in model.base_model.model.named_modules() if hasattr(layer, "get_delta_weight")]
     assert sorted(layers) == list(adapter)
@@ -68,6 +69,7 @@ def test_every_stored_dtype(tmp_path: Path, dtype: torch.dtype, tolerance: float
     check(model, folder, tolerance)
     stored = load_file(folder / "adapter_model.safetensors")
     a, b = (stored[f"base_model.model.q_proj.lora_{part}.weight"].double() for part in "AB")
+    # sums of three products
     torch.testing.assert_close(adapter["q_proj"].dense(), 8 / 3 * b @ a, rtol=1e-14, atol=1e-14)
 
 
@@ -229,6 +231,7 @@ class TestInitial:
         for name in ("q_proj", "k_proj"):
             layer = model.base_model.model.get_submodule(name)
             real = layer.base_layer.weight + layer.get_delta_weight("default") - before[f"{name}.weight"]
+            # float32, of size 1
             torch.testing.assert_close(adapter[name].dense(), real.detach().double(), rtol=0, atol=1e-5)
         said = json.loads((start / "adapter_config.json").read_text())
         (start / "adapter_config.json").write_text(json.dumps({**said, "init_lora_weights": True}))

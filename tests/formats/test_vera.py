@@ -46,6 +46,7 @@ def check(model: Any, adapter: Any, rank: int) -> None:
         theirs = zoo.delta(model, name)
         assert adapter.modules[name].rank == adapter[name].rank == rank
         assert adapter.modules[name].shape == adapter[name].shape == tuple(theirs.shape)
+        # both in float64, in another order
         torch.testing.assert_close(adapter[name].dense(), theirs, rtol=1e-12, atol=1e-12)
 
 

@@ -42,8 +42,8 @@ def test_dropping_nothing_is_the_sum() -> None:
 def test_the_share_that_is_dropped_is_the_rate_and_the_mean_stays() -> None:
     ones = LowRank(torch.ones(200, 1).double(), torch.ones(1, 200).double())
     x = METHODS.build("dare:drop_rate=0.8")([ones], Site())
-    assert (x == 0).double().mean().item() == pytest.approx(0.8, abs=0.01)
-    assert x.mean().item() == pytest.approx(1, abs=0.05)
+    assert (x == 0).double().mean().item() == pytest.approx(0.8, abs=0.01)  # five times its spread over 40,000 draws
+    assert x.mean().item() == pytest.approx(1, abs=0.05)  # likewise: a value is 0 or 5
     assert x.max().item() == pytest.approx(5)
 
 
