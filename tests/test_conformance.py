@@ -16,7 +16,6 @@ from coremerge.registry import Spec
 from coremerge.spaces import SPACES
 from coremerge.steps import STEPS
 from laws import SPACE_SPECS, close, dense, examples, label, make, normal, orthogonal, regauged, variants
-from tolerances import DIGITS
 
 SHAPES = {"long": (11, 6), "square": (8, 8), "wide": (5, 12)}
 KINDS = {

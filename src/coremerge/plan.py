@@ -350,19 +350,15 @@ def _is_rows_of(extra: str, module: str) -> bool:
     return f".{module}.token_adapter." in f".{extra}"
 
 
-def _basis_without_effect(recipe: Recipe) -> Iterable[str]:
-    from coremerge.spaces import SPACES
-
-    name, options = parse_spec(recipe.space)
-    has = "basis" in SPACES[name].parameters
-    used = options.get("basis", recipe.basis) if has else Recipe.model_fields["basis"].default
+def _basis_without_effect(recipe: Recipe, resolved: Resolved) -> Iterable[str]:
+    used = Recipe.model_fields["basis"].default if resolved.basis is None else resolved.basis
     if "basis" in recipe.model_fields_set and recipe.basis != used:
-        why = f"the space says {used}" if has else f"the {name} space has no basis to choose"
-        yield f"basis {recipe.basis} has no effect: {why}"
+        none = f"the {resolved.space.entry.name} space has no basis to choose"
+        yield f"basis {recipe.basis} has no effect: {none if resolved.basis is None else f'the space says {used}'}"
 
 
 def _warnings(plan: Plan) -> Iterable[str]:
-    yield from _basis_without_effect(plan.recipe)
+    yield from _basis_without_effect(plan.recipe, plan.resolved)
     bases = sorted({a.info.base_model for a in plan.adapters.values() if a.info.base_model})
     if len(bases) > 1:
         yield f"the adapters name different base models ({', '.join(bases)}); shapes agree, names are only hints"
