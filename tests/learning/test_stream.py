@@ -26,7 +26,7 @@ def test_blocks_one_by_one_give_what_a_pass_gives(family, tmp_path):
     targets = MergedModel(model, {"a": make_adapter(family, tmp_path, 0)}).targets
     seen, whole, states = {}, {}, {}
     with frozen(model), torch.no_grad():
-        stream = Stream(model, targets, batches(family, seed=1)[0])
+        stream = Stream(model, targets, [("a", batches(family, seed=1)[0])])
         assert not stream.apart and not stream.repeated
         assert [name for segment in stream.segments for stage in segment.stages for name in stage]
         for at, segment in enumerate(stream.segments):
@@ -45,7 +45,7 @@ def test_targets_that_share_an_input_are_one_stage(tmp_path):
     model = make_model("llama")
     with frozen(model), torch.no_grad():
         targets = MergedModel(model, {"a": make_adapter("llama", tmp_path, 0)}).targets
-        stream = Stream(model, targets, batches("llama")[0])
+        stream = Stream(model, targets, [("a", batches("llama")[0])])
     assert [segment.block for segment in stream.segments] == [f"model.layers.{i}" for i in range(4)]
     parts = [tuple(name.rsplit(".", 1)[-1] for name in stage) for stage in stream.segments[0].stages]
     assert parts == [("q_proj", "v_proj"), ("down_proj",)]
@@ -57,7 +57,7 @@ def test_it_stops_once_the_targets_are_reached(tmp_path):
     model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append("mlp"))
     with frozen(model), torch.no_grad():
         targets = MergedModel(model, {"a": make_adapter("llama", tmp_path, 0)}).targets
-        stream = Stream(model, targets, batches("llama")[0])
+        stream = Stream(model, targets, [("a", batches("llama")[0])])
         ran.clear()
         first = stream.segments[0].stages[0]
         assert stream.run(batches("llama")[0], 0, {}, {}, nothing, until=first) is None
@@ -85,7 +85,7 @@ def test_a_stack_that_reaches_back_runs_whole():
     names = ["blocks.2", "blocks.3", "end"]
     adapter = Adapter.from_updates({name: LowRank(torch.randn(4, 1), torch.randn(1, 4)) for name in names})
     with frozen(model), torch.no_grad():
-        stream = Stream(model, MergedModel(model, {"a": adapter}).targets, x)
+        stream = Stream(model, MergedModel(model, {"a": adapter}).targets, [("a", x)])
     assert stream.apart == ("blocks",)
     assert [segment.stages for segment in stream.segments] == [((name,),) for name in names]
 

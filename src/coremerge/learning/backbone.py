@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from coremerge.errors import CoremergeError, InputError
+from coremerge.learning.optional import first_line
 
 Batch = Mapping[str, Any]
 """What a model takes, by name. ``token_mask`` (batch, tokens), where present, says which tokens count."""
@@ -18,16 +24,60 @@ TOKEN_MASK = "token_mask"
 _UNREAD = ("labels", TOKEN_MASK)
 
 
-class _HeadReachedError(Exception):
+_OWN_CODE = str(Path(__file__).parent)
+_FED: Mapping[str, frozenset[str]] = {
+    "text_model": frozenset({"input_ids", "inputs_embeds"}),
+    "vision_model": frozenset({"pixel_values"}),
+    "audio_model": frozenset({"input_features", "input_values"}),
+}
+"""What the towers of a model of several are fed with, as ``transformers`` calls both."""
+
+
+class PassEndError(Exception):
+    """Ends a pass on purpose."""
+
+
+class _HeadReachedError(PassEndError):
     pass
 
 
+class StoppedError(InputError):
+    """The model itself stopped: its own exception is the cause."""
+
+
 def backbone_output(model: nn.Module, batch: Batch) -> Any:
-    """What the model's backbone makes of ``batch``."""
+    """What the model's backbone makes of ``batch``.
+
+    Raises:
+        StoppedError: the model stops with an exception of its own.
+    """
     inputs = {key: value for key, value in batch.items() if key not in _UNREAD}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = torch.full_like(inputs["input_ids"][:, :1], _decoder_start(model))
-    backbone = _tower(getattr(model, "base_model", model), inputs)
+    if _lacks_decoder_inputs(model, inputs):
+        inputs["decoder_input_ids"] = _start_tokens(model, inputs)
+    try:
+        return _output(model, _backbone(model, inputs), inputs)
+    except (PassEndError, CoremergeError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        raise StoppedError(
+            f"the base model stops here with {type(error).__name__}: {first_line(error)}", key=_layer(error, model),
+            remedy=f"Run it by itself on such inputs ({', '.join(inputs)}), to see what it lacks",
+        ) from error  # fmt: skip
+
+
+@contextmanager
+def inputs_of(task: str) -> Iterator[None]:
+    """A model that stops on these inputs is told with whose they are."""
+    try:
+        yield
+    except StoppedError as error:
+        what = f"on the inputs of {task} {error.what}"
+        raise StoppedError(what, key=error.key, remedy=error.remedy) from error.__cause__
+
+
+def _output(model: nn.Module, backbone: nn.Module, inputs: Mapping[str, Any]) -> Any:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if backbone is not model or head is None:
         return backbone(**inputs)
@@ -44,12 +94,52 @@ def backbone_output(model: nn.Module, batch: Batch) -> Any:
         handle.remove()
 
 
-def _tower(backbone: Any, inputs: Mapping[str, Any]) -> Any:
-    """Of a model with a tower for texts and one for images: the one that the inputs are for, if they are for one."""
-    if not (hasattr(backbone, "text_model") and hasattr(backbone, "vision_model")):
-        return backbone
-    text, image = "input_ids" in inputs, "pixel_values" in inputs
-    return backbone if text == image else backbone.text_model if text else backbone.vision_model
+def _backbone(model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
+    """The part beneath the head, where it takes what the model does: some models' ``base_model`` is their encoder."""
+    base = getattr(model, "base_model", None)
+    whole = not isinstance(base, nn.Module) or any(_takes(model, key) and not _takes(base, key) for key in inputs)
+    return _tower(model if whole else base, inputs)
+
+
+def _tower(backbone: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
+    """Of a model with towers for texts, images or sounds: the one that the inputs are for, if they are for one."""
+    towers = {name: tower for name in _FED if isinstance(tower := getattr(backbone, name, None), nn.Module)}
+    fed = [tower for name, tower in towers.items() if _FED[name] & inputs.keys()]
+    return fed[0] if len(towers) > 1 and len(fed) == 1 else backbone
+
+
+def _takes(module: nn.Module, key: str) -> bool:
+    """Whether it has an input of that name; a wrapper that hands all of them on has any."""
+    parameters = inspect.signature(module.forward).parameters
+    named = [one.name for one in parameters.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    return key in named if named else bool(parameters)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it comes out of a hook of this package, not out of the model."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(file.startswith(_OWN_CODE) for file in frames[2:])  # behind this module's own two
+
+
+def _layer(error: Exception, model: nn.Module) -> str:
+    """The innermost part of the model that was running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    running = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = [names[id(module)] for module in running if id(module) in names]
+    return (found[-1] if found else "") or type(model).__name__
+
+
+def _lacks_decoder_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    known = {"decoder_input_ids", "decoder_inputs_embeds"}
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(is_pair) and not known & inputs.keys() and _takes(model, "decoder_input_ids")
+
+
+def _start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """One for each input, whatever the encoder reads: texts, sounds, images (rows, 1)."""
+    first = next(value for value in inputs.values() if isinstance(value, Tensor))
+    like = inputs.get("input_ids", first)
+    return torch.full((len(like), 1), _decoder_start(model), dtype=torch.long, device=like.device)
 
 
 def _decoder_start(model: Any) -> int:

@@ -202,9 +202,8 @@ def fit_plan(
     cores = Cores(plan)
     with ExitStack() as undo:
         undo.enter_context(seeded(plan.recipe.seed))
-        sample = first_row(max((given[0] for given in batches.values()), key=len))
         place = spill if spill is None or isinstance(spill, bool) else str(Path(spill).expanduser().absolute())
-        group = _group(Opening(model, plan, sample, place, drawn.own_inputs_do), batches, cores, executor)
+        group = _group(Opening(model, plan, _samples(batches), place, drawn.own_inputs_do), batches, cores, executor)
         undo.callback(group.close)
         layout: Layout = next(group.ask("layout"))
         mark = mark_of(layout.mark, {**plan.adapters, **others}, batches, settings)
@@ -236,6 +235,15 @@ def _batches(plan: Plan, data: Mapping[str, Iterable[Batch]], likes: Mapping[str
         remedy = "Give inputs of at least one adapter's task, and a preference"
         raise ConfigError("no task to fit to", key="data", remedy=remedy)
     return found
+
+
+def _samples(batches: Mapping[str, Sequence[Batch]]) -> list[tuple[str, Batch]]:
+    """An input of each kind, and its task: some may be texts, some images, some both, which come first."""
+    kinds: dict[frozenset[str], tuple[str, Batch]] = {}
+    for task, listed in batches.items():
+        for batch in listed:
+            kinds.setdefault(frozenset(batch), (task, first_row(batch)))
+    return [kinds[keys] for keys in sorted(kinds, key=len, reverse=True)]
 
 
 def _told(plain: Report, run: Fitting, made: str, prior: str, ridge: float) -> FitReport:

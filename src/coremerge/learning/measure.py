@@ -57,7 +57,7 @@ def _measured(
                 sums[key, target.name] += sum_
                 tokens[key, target.name] += count
 
-        with merged.run(batch, held, watch):
+        with inputs_of(task), merged.run(batch, held, watch):
             pass
     return {
         key: {name: sums[key, name] / tokens[key, name] for name in bases if tokens[key, name]}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coremerge.errors import UnsupportedError
-from coremerge.learning.backbone import Batch, frozen, seeded, token_mask
+from coremerge.learning.backbone import Batch, frozen, inputs_of, seeded, token_mask
 from coremerge.learning.cores import Cores
 from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.given import moved, rows_of
@@ -94,14 +94,14 @@ class Opening:
     Attributes:
         model: or what makes it, there.
         plan: the adapters.
-        sample: an input from which the order of the model's parts is seen.
+        samples: tasks and an input each; from them the order of the model's parts is seen.
         spill: see :func:`~coremerge.learning.fit.fit`.
         own_inputs_do: nothing is asked of the merged model.
     """
 
     model: nn.Module | Callable[[], nn.Module]
     plan: Plan
-    sample: Batch
+    samples: Sequence[tuple[str, Batch]]
     spill: str | bool | None
     own_inputs_do: bool
 
@@ -133,7 +133,8 @@ class Passes:
             self.targets = MergedModel(model, self.plan.adapters).targets
             device = next(iter(self.targets.values())).left.device if self.targets else None
             self.lots = [lot.on(device) for lot in lots]
-            self.stream = Stream(model, self.targets, moved(opening.sample, device))
+            samples = [(task, moved(sample, device)) for task, sample in opening.samples]
+            self.stream = Stream(model, self.targets, samples)
             self._folder = undo.enter_context(self._place(model, opening.spill))
             self.states = States(None if self._folder is None else Path(self._folder))
             self._undo = undo.pop_all()
@@ -185,7 +186,9 @@ class Passes:
         last = None
         for lot in self.lots:
             alone, last = alone if lot.task == last else self._alone(lot.task, at), lot.task
-            yield lot.task, lot.at, self._own(at, lot, alone, wanted)
+            with inputs_of(lot.task):
+                found = self._own(at, lot, alone, wanted)
+            yield lot.task, lot.at, found
 
     def _own(self, at: int, lot: Lot, alone: Updates, wanted: Collection[str]) -> dict[str, Tensor]:
         segment, moments = self.stream.segments[at], dict[str, Tensor]()
@@ -226,7 +229,8 @@ class Passes:
                 goals = {name: iter(self.states["goal", lot.task, j, name]) for name in names}
                 watch = self._demanding(goals, rows, found)
                 before, updates = self._inputs(at, lot.task, j)
-                self.stream.run(batch, at, before, updates, _plain(batch, watch), until=names)
+                with inputs_of(lot.task):
+                    self.stream.run(batch, at, before, updates, _plain(batch, watch), until=names)
                 for name in names:
                     self.states.drop(("goal", lot.task, j, name))
             yield lot.task, lot.at, found
@@ -262,7 +266,8 @@ class Passes:
         segment = self.stream.segments[at]
         for lot in self.lots:
             for j, _, batch in self._reaching(lot, segment):
-                given = self.stream.run(batch, at, self._before("merged", lot.task, j), self.updates, _nothing)
+                with inputs_of(lot.task):
+                    given = self.stream.run(batch, at, self._before("merged", lot.task, j), self.updates, _nothing)
                 self._after("merged", lot.task, j, at, given)
 
     def _before(self, way: str, task: str, j: int) -> Mapping[str, Any]:

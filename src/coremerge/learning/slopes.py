@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
 from coremerge.errors import InputError
-from coremerge.learning.backbone import Batch, frozen, seeded
+from coremerge.learning.backbone import Batch, frozen, inputs_of, seeded
 from coremerge.learning.blocks import choose_modules
 from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.given import moved
@@ -155,13 +155,15 @@ class Slopes:
             return self._places.of(target.name, leaf)
 
         with (
+            inputs_of(task),
             torch.enable_grad(),
             torch.autocast(self._device, kind, enabled=kind is not None),
             self._objective(task, batch, coefficients) as loss,
         ):
             if not bool(torch.isfinite(loss)):
                 raise InputError("the objective is not finite", key=task, remedy="Check the inputs, or run in float32")
-            (loss * self.opening.shares[task]).backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # else no coefficient has an influence on it
+                (loss * self.opening.shares[task]).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
 

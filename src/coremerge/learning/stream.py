@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coremerge.learning.backbone import Batch, backbone_output, put_back
+from coremerge.learning.backbone import Batch, PassEndError, StoppedError, backbone_output, inputs_of, put_back
 from coremerge.learning.blocks import block_of
 from coremerge.learning.forward import Target
 from coremerge.lowrank import LowRank
 
 Watch = Callable[[str, Tensor, Tensor, Tensor], None]
 """Called with a target's name, its input (..., n), its own output (..., m), and that with its update."""
+
+Given = tuple[Any, Mapping[Any, Mapping[Any, Any]]]
+"""What a block gave: its output; and argument → key → value, what it left in mappings that it was handed, where later
+blocks find it (as Gemma 4's keys and values)."""
 
 Updates = Mapping[str, LowRank]
 """Target name → the update that it carries; a target that is not listed carries none."""
@@ -52,15 +57,17 @@ class _Calls:
         targets: names.
         inputs: a mark of each target's input: targets of a block whose marks are equal share theirs.
         outputs: a mark of what each block gave.
+        leaving: paths of blocks that left something in mappings that they were handed.
     """
 
     blocks: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
     inputs: dict[str, object] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    leaving: set[str] = field(default_factory=set)
 
 
-class _DoneError(Exception):
+class _DoneError(PassEndError):
     pass
 
 
@@ -70,7 +77,7 @@ class Stream:
     Args:
         model: see :func:`~coremerge.learning.backbone.backbone_output`; in evaluation mode.
         targets: name → target.
-        sample: a batch, from which the order is seen; targets that it does not reach are left out.
+        samples: tasks and a batch each; from them the order is seen, and targets that none reaches are left out.
 
     Attributes:
         segments: one after the other, they make a pass. A block that runs more than once, or otherwise behind stored
@@ -79,17 +86,18 @@ class Stream:
         open: stacks that are run again once they are finished, as others take more from them than their end.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target], sample: Batch) -> None:
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target], samples: Sequence[tuple[str, Batch]]) -> None:
         self.model, self.targets = model, targets
         self._blocks = dict(_blocks(model))
-        calls = self._trial(sample)
-        self.repeated = frozenset(name for name in calls.targets if calls.targets.count(name) > 1)
-        twice = {self._blocks[path] for path in calls.blocks if calls.blocks.count(path) > 1}
-        self._order = [path for path in calls.blocks if self._blocks[path] not in twice]
+        trials = [self._trial(task, sample) for task, sample in samples]
+        self.repeated = frozenset(name for calls in trials for name in _twice(calls.targets))
+        self._leaving = frozenset[str]().union(*(calls.leaving for calls in trials))
         self.open: set[str] = set()
-        self.apart = tuple(sorted(twice | self._not_replayed(sample, calls)))
-        self._order = [path for path in self._order if self._blocks[path] not in self.apart]
-        self.segments = tuple(self._segments(calls))
+        wrong = {self._blocks[path] for calls in trials for path in _twice(calls.blocks)}
+        for (_, sample), calls in zip(samples, trials, strict=True):
+            wrong |= self._not_replayed(sample, calls, wrong)
+        self.apart = tuple(sorted(wrong))
+        self.segments = _joined([list(self._segments(calls)) for calls in trials])
 
     def run(
         self,
@@ -106,7 +114,7 @@ class Stream:
         Args:
             batch: the inputs.
             at: which segment.
-            states: block → what it gave, of the last :data:`TAIL` finished blocks of each stack.
+            states: block → what it gave (:data:`Given`), of the finished blocks that :meth:`tail` names.
             updates: see :data:`Updates`.
             watch: called at every target of the segment.
             until: targets after which nothing more needs to run; by default all of the segment does.
@@ -122,8 +130,7 @@ class Stream:
             if until and not self.repeated & set(until):
                 self._stop_after(undo, until)
             elif segment.block:
-                block = self.model.get_submodule(segment.block)
-                undo.callback(block.register_forward_hook(_give).remove)
+                self._stop_at(undo, segment.block)
             try:
                 backbone_output(self.model, batch)
             except _DoneError as done:
@@ -146,7 +153,11 @@ class Stream:
         for segment in self.segments[: at + 1]:
             if segment.block:
                 stacks.setdefault(segment.stack, []).append(segment.block)
-        return [block for blocks in stacks.values() for block in blocks[-TAIL:]]
+        return [block for blocks in stacks.values() for block in self._needed(blocks)]
+
+    def _needed(self, blocks: Sequence[str]) -> list[str]:
+        """Of a stack's finished blocks, those from whose outputs the others' can be told, or whose later ones need."""
+        return [block for i, block in enumerate(blocks) if i >= len(blocks) - TAIL or block in self._leaving]
 
     def _block(self, target: Target) -> str:
         place = block_of(self.model, target.path)
@@ -159,7 +170,15 @@ class Stream:
             if kept in states:  # else these inputs do not run the stack
                 block = self.model.get_submodule(path)
                 undo.callback(put_back, block, "forward", vars(block).get("forward"))
-                block.forward = _giving(states[kept])
+                block.forward = _giving(*states[kept])
+
+    def _stop_at(self, undo: ExitStack, path: str) -> None:
+        """End the pass with what a block gives."""
+
+        def give(output: Any, left: Mapping[Any, Mapping[Any, Any]]) -> None:
+            raise _DoneError((output, left))
+
+        _noting(undo, self.model.get_submodule(path), give)
 
     def _stop_after(self, undo: ExitStack, until: Sequence[str]) -> None:
         left = set(until)
@@ -175,7 +194,7 @@ class Stream:
         for name in until:
             undo.callback(self.targets[name].module.register_forward_hook(hook(name)).remove)
 
-    def _trial(self, sample: Batch) -> _Calls:
+    def _trial(self, task: str, sample: Batch) -> _Calls:
         """A pass of the model as it is."""
         calls = _Calls()
         held: list[Tensor] = []
@@ -188,7 +207,11 @@ class Stream:
             return note
 
         def leave(path: str) -> Callable[..., None]:
-            return lambda module, args, output: calls.outputs.update({path: _mark(output)})
+            def note(output: Any, left: Mapping[Any, Mapping[Any, Any]]) -> None:
+                calls.outputs[path] = _mark(output)
+                calls.leaving |= {path} if left else set()
+
+            return note
 
         def at(name: str) -> Callable[..., None]:
             def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -203,64 +226,96 @@ class Stream:
             for path in self._blocks:
                 block = self.model.get_submodule(path)
                 undo.callback(block.register_forward_pre_hook(enter(path)).remove)
-                undo.callback(block.register_forward_hook(leave(path)).remove)
+                _noting(undo, block, leave(path))
             for name, target in self.targets.items():
                 undo.callback(target.module.register_forward_hook(at(name)).remove)
+            undo.enter_context(inputs_of(task))
             backbone_output(self.model, sample)
         return calls
 
-    def _not_replayed(self, sample: Batch, calls: _Calls) -> set[str]:
-        """Stacks with a block that gives something else behind stored states than in a whole pass."""
-        wrong: set[str] = set()
-        states: dict[str, Any] = {}
-        for at, path in enumerate(self._order):
-            stack, done = self._blocks[path], self._order[:at]
+    def _not_replayed(self, sample: Batch, calls: _Calls, apart: Iterable[str]) -> set[str]:
+        """Stacks with a block that gives something else behind stored states than in a whole pass; ``apart`` run so."""
+        wrong = set(apart)
+        states: dict[str, Given] = {}
+        order = [path for path in calls.blocks if self._blocks[path] not in wrong]
+        for at, path in enumerate(order):
+            stack, done = self._blocks[path], order[:at]
             if stack in wrong:
                 continue
             others = {self._blocks[p] for p in done} - {stack}
             for opened in (self.open, self.open | others):
                 behind = [p for p in done if self._blocks[p] == stack or self._blocks[p] not in wrong | opened]
-                states[path] = self._behind(behind, path, sample, states)
-                if _same(_mark(states[path]), calls.outputs[path]):
-                    self.open = opened
+                given = self._behind(behind, path, sample, states)
+                if given and _same(_mark(given[0]), calls.outputs[path]):
+                    states[path], self.open = given, opened
                     break
             else:
                 wrong.add(stack)
-            for old in [p for p in done if self._blocks[p] == stack][: 1 - TAIL]:
+            finished = [p for p in order[: at + 1] if self._blocks[p] == stack]
+            for old in set(finished) - set(self._needed(finished)):
                 states.pop(old, None)
         return wrong
 
-    def _behind(self, finished: Sequence[str], path: str, sample: Batch, states: Mapping[str, Any]) -> Any:
-        """What a block gives behind stored states."""
+    def _behind(
+        self, finished: Sequence[str], path: str, sample: Batch, states: Mapping[str, Given]
+    ) -> Given | None:
+        """What a block gives behind stored states; None: it does not run there."""
         with ExitStack() as undo:
             self._replay(undo, finished, states)
-            undo.callback(self.model.get_submodule(path).register_forward_hook(_give).remove)
+            self._stop_at(undo, path)
             try:
                 backbone_output(self.model, sample)
             except _DoneError as done:
-                return done.args[0]
+                given: Given = done.args[0]
+                return given
+            except StoppedError:  # it asks for more than outputs, as it runs in a whole pass
+                return None
         return None
 
     def _segments(self, calls: _Calls) -> Iterator[Segment]:
         """In the order in which they begin."""
-        kept = set(self._order)
-        inside: dict[str, list[str]] = {path: [] for path in self._order}
+        order = [path for path in calls.blocks if self._blocks[path] not in self.apart]
+        inside: dict[str, list[str]] = {path: [] for path in order}
         loose: list[tuple[int, Segment]] = []
-        first = {path: i for i, path in enumerate(self._order)}
         for name in dict.fromkeys(calls.targets):
             path = self._block(self.targets[name])
-            if path in kept:
+            if path in inside:
                 inside[path].append(name)
             else:
-                loose.append((self._blocks_before(calls, name, first), Segment(((name,),))))
-        for i, path in enumerate(self._order):
+                ran = calls.blocks[: calls.inputs[name][0]]  # type: ignore[index]
+                loose.append((sum(path in inside for path in ran), Segment(((name,),))))
+        for i, path in enumerate(order):
             yield from (segment for before, segment in loose if before == i)
             yield Segment(_stages(inside[path], calls), path, self._blocks[path])
-        yield from (segment for before, segment in loose if before == len(self._order))
+        yield from (segment for before, segment in loose if before == len(order))
 
-    def _blocks_before(self, calls: _Calls, name: str, first: Mapping[str, int]) -> int:
-        ran = calls.blocks[: calls.inputs[name][0]]  # type: ignore[index]
-        return sum(path in first for path in ran)
+
+def _joined(listed: Sequence[list[Segment]]) -> tuple[Segment, ...]:
+    """Those of several samples as one row: what only a later sample runs comes before what it leads to there."""
+    found: list[Segment] = []
+    for more in listed:
+        at = len(found)
+        for segment in reversed(more):
+            keys = [one.block or one.stages for one in found]
+            key = segment.block or segment.stages
+            if key in keys:
+                at = keys.index(key)
+                found[at] = _both(found[at], segment)
+            else:
+                found.insert(at, segment)
+    return tuple(found)
+
+
+def _both(one: Segment, other: Segment) -> Segment:
+    """A block with the targets that run in it for one sample and those that do so for another."""
+    known = {name for stage in one.stages for name in stage}
+    new = (tuple(name for name in stage if name not in known) for stage in other.stages)
+    return replace(one, stages=(*one.stages, *filter(None, new)))
+
+
+def _twice(names: Sequence[str]) -> set[str]:
+    """Those that are there more than once."""
+    return {name for name, count in Counter(names).items() if count > 1}
 
 
 def _blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -280,12 +335,39 @@ def _stages(names: Sequence[str], calls: _Calls) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in groups.values())
 
 
-def _give(module: nn.Module, args: Any, output: Any) -> None:
-    raise _DoneError(output)
+def _noting(undo: ExitStack, block: nn.Module, see: Callable[[Any, Mapping[Any, Mapping[Any, Any]]], None]) -> None:
+    """``see`` what a block gives, and what it leaves in mappings (:data:`Given`)."""
+    before: dict[Any, dict[Any, Any]] = {}
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        before.update({name: dict(mapping) for name, mapping in _mappings(args, kwargs)})
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        left = {name: _news(before[name], mapping) for name, mapping in _mappings(args, kwargs)}
+        see(output, {name: news for name, news in left.items() if news})
+
+    undo.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    undo.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
 
 
-def _giving(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: output
+def _mappings(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, MutableMapping[Any, Any]]]:
+    """Arguments, by place or name, that a block can leave something in."""
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, MutableMapping):
+            yield name, value
+
+
+def _news(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in after.items() if key not in before or before[key] is not value}
+
+
+def _giving(output: Any, left: Mapping[Any, Mapping[Any, Any]]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for name, mapping in _mappings(args, kwargs):
+            mapping.update(left.get(name, {}))
+        return output
+
+    return forward
 
 
 def _adding(target: Target, updates: Updates, watch: Watch) -> Callable[..., Any]:
