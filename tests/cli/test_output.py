@@ -21,7 +21,6 @@ from coremerge.cli._output import (
     table,
     unmarked,
 )
-from coremerge.cli._patterns import group
 
 
 @pytest.mark.parametrize(
@@ -44,16 +43,6 @@ def test_numbers():
 
 def test_a_table_without_rows_has_its_headings():
     assert table(["a", "bb"], []) == "a  bb\n-  --"
-
-
-def test_groups_are_of_modules_that_are_alike():
-    names = [f"h.{i}.mlp.{j}.fc" for i in range(3) for j in (0, 2)]
-    groups = group({**dict.fromkeys(names, 1), "h.1.mlp.0.fc": 2, "head2": 1})
-    assert [(g.pattern, len(g.names), g.alike) for g in groups] == [
-        ("h.[0-2].mlp.[0,2].fc", 5, 1),
-        ("h.1.mlp.0.fc", 1, 2),
-        ("head2", 1, 1),
-    ]
 
 
 NASTY = "\x1b[31m\u202e[/][bold]hf_" + "a" * 34

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+import kinds
 from coremerge import Adapter
 from coremerge.errors import OutputError
 from coremerge.learning.backbone import backbone_output, frozen
@@ -24,19 +28,15 @@ def nothing(*_):
 def test_blocks_one_by_one_give_what_a_pass_gives(family, tmp_path):
     model, batch = make_model(family), batches(family)[0]
     targets = MergedModel(model, {"a": make_adapter(family, tmp_path, 0)}).targets
-    seen, whole, states = {}, {}, {}
+    seen, states = {}, {}
     with frozen(model), torch.no_grad():
         stream = Stream(model, targets, [("a", batches(family, seed=1)[0])])
         assert not stream.apart and not stream.repeated
         assert [name for segment in stream.segments for stage in segment.stages for name in stage]
         for at, segment in enumerate(stream.segments):
             states[segment.block] = stream.run(batch, at, states, {}, lambda n, x, *_: seen.update({n: x}))
-        hooks = [
-            target.module.register_forward_hook(lambda m, args, out, name=name: whole.update({name: args[0]}))
-            for name, target in targets.items()
-        ]
-        backbone_output(model, batch)
-    assert len(hooks) == len(seen) == len(targets)
+        whole = whole_pass(model, targets, batch)
+    assert len(seen) == len(targets)
     for name, x in whole.items():
         torch.testing.assert_close(seen[name], x, msg=name)
 
@@ -88,6 +88,89 @@ def test_a_stack_that_reaches_back_runs_whole():
         stream = Stream(model, MergedModel(model, {"a": adapter}).targets, [("a", x)])
     assert stream.apart == ("blocks",)
     assert [segment.stages for segment in stream.segments] == [((name,),) for name in names]
+
+
+def whole_pass(model, targets, batch):
+    """Each target's input."""
+    seen = {}
+    with ExitStack() as undo:
+        for name, target in targets.items():
+            see = target.module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: args[0]}))
+            undo.callback(see.remove)
+        backbone_output(model, batch)
+    return seen
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("name", [*kinds.SHARING, "whisper", "dinov3_vit", "reader"])
+def test_what_blocks_leave_for_later_ones_is_there_behind_stored_states(name, on_disk, tmp_path):
+    kind = kinds.KINDS[name]
+    model = kinds.make(kind)
+    targets = MergedModel(model, kinds.adapters_of(model, kind.targets)).targets
+    seen, states = {}, States(tmp_path if on_disk else None)
+    with frozen(model), torch.no_grad():
+        stream = Stream(model, targets, [("a", kinds.batch_of(kind, 1))])
+        for at, segment in enumerate(stream.segments):
+            finished = [one.block for one in stream.segments[:at]]
+            held = {one: states[one] for one in finished if one in states}
+            states[segment.block] = stream.run(kinds.batch_of(kind), at, held, {}, lambda n, x, *_: seen.update({n: x}))
+            for old in finished:
+                if old not in stream.tail(at):
+                    states.drop(old)
+        whole = whole_pass(model, targets, kinds.batch_of(kind))
+    assert not stream.apart and len(seen) == len(targets)
+    for target, x in whole.items():
+        torch.testing.assert_close(seen[target], x, msg=target)
+
+
+class Noting(nn.Module):
+    """Blocks the last of which reads what the first one left: in a mapping by place, or where nobody sees it."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+        self.hidden = hidden
+        for i, block in enumerate(self.blocks):
+            block.forward = partial(self.run, i, block.forward)
+
+    def run(self, i, forward, x, notes):
+        notes = self.kept if self.hidden else notes
+        if i == 0:
+            notes["first"] = x + 1
+        return forward(x + notes.pop("first") if i == 4 else x)
+
+    def forward(self, x):
+        notes, self.kept = {}, {}
+        for block in self.blocks:
+            x = block(x, notes)
+        return x
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_blocks_leave_where_nobody_sees_it_makes_a_stack_run_whole(hidden):
+    torch.manual_seed(0)
+    model, x = Noting(hidden).eval(), {"x": torch.randn(3, 4)}
+    names = [f"blocks.{i}" for i in range(5)]
+    adapter = Adapter.from_updates({name: LowRank(torch.randn(4, 1), torch.randn(1, 4)) for name in names})
+    with frozen(model), torch.no_grad():
+        stream = Stream(model, MergedModel(model, {"a": adapter}).targets, [("a", x)])
+    assert stream.apart == (("blocks",) if hidden else ())
+    assert [name for segment in stream.segments for stage in segment.stages for name in stage] == names
+
+
+def test_inputs_of_several_kinds_show_the_order_together():
+    """Pictures run one tower, texts the other, texts with pictures both and what comes behind."""
+    clip, llava = kinds.make(kinds.CLIP), make_model("llava")
+    samples = [("a", kinds.text(torch.Generator())), ("b", kinds.pictures()(torch.Generator()))]
+    with frozen(clip), torch.no_grad():
+        targets = MergedModel(clip, kinds.adapters_of(clip)).targets
+        found = Stream(clip, targets, samples)
+    assert {name for segment in found.segments for stage in segment.stages for name in stage} == set(targets)
+    samples = [("a", batches("bert")[0]), ("b", batches("llava")[0])]
+    with frozen(llava), torch.no_grad():
+        targets = MergedModel(llava, kinds.adapters_of(llava)).targets
+        orders = [Stream(llava, targets, listed).segments for listed in (samples, samples[::-1], samples[1:])]
+    assert orders[0] == orders[1] == orders[2] and len({segment.stack for segment in orders[0]}) == 2
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

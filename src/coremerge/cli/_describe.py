@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coremerge.cli._output import duration, facts, number, size, table
-from coremerge.cli._patterns import group, spans
+from coremerge.patterns import group, spans
 
 if TYPE_CHECKING:
     from coremerge.adapter import Adapter, Module

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -170,14 +171,28 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
     """A bar on stderr while the block runs; none where stderr is no terminal, or when ``quiet``."""
     _hush_hub(quiet)
     if quiet or not sys.stderr.isatty():
-        yield lambda label, done, total: None
+        with _warnings(quiet):
+            yield lambda label, done, total: None
         return
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
+    with _warnings(quiet), Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda label, done, total: bar.update(task, description=unmarked(label), completed=done, total=total)
+
+
+@contextmanager
+def _warnings(quiet: bool) -> Iterator[None]:
+    """What the package logs is remarked on, unless ``quiet``."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: None if quiet else remark("warning", record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("coremerge")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _hush_hub(quiet: bool) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from coremerge.errors import MismatchError
+from coremerge.errors import InputError, MismatchError
 from coremerge.learning.backbone import Batch, backbone_output, evaluating, token_mask
-from coremerge.learning.ratio import mean_over, ratio_to_basis, row_basis
+from coremerge.learning.ratio import MeanRatios, row_basis
 
 PREFIX = "null_space/"
 
@@ -60,14 +60,18 @@ class NullSpaceCallback(TrainerCallback):
 def null_space_of_training(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """The mean ratio of each module of a PEFT model with respect to its current A, over tokens that count.
 
+    The number is that of :func:`~coremerge.learning.measure_null_space` for the adapter as it is, in the model that
+    carries it. Modules that no token reaches are absent.
+
     Args:
         model: with an active LoRA, or VeRA, whose shared A stays as it is; embeddings and convolutions are passed over.
         batches: of inputs; labels are not read.
 
     Raises:
         MismatchError: no linear module has a LoRA.
+        InputError: the inputs reach none that has.
     """
-    found: dict[str, list[float]] = {}
+    means = MeanRatios()
     base: Any = getattr(getattr(model, "base_model", model), "model", model)  # beneath PEFT's two layers
     adapted = list(_adapted(model))
     if not adapted:
@@ -75,18 +79,22 @@ def null_space_of_training(model: nn.Module, batches: Iterable[Batch]) -> dict[s
     held: list[Batch] = [{}]
     with evaluating(model), torch.random.fork_rng(), torch.no_grad(), ExitStack() as hooks:
         for name, module, down in adapted:
-            basis = row_basis(down).float()
+            basis = row_basis(down)
 
             def see(_: nn.Module, args: tuple[Tensor, ...], name: str = name, basis: Tensor = basis) -> None:
-                ratio = ratio_to_basis(args[0], basis)
-                found.setdefault(name, []).append(float(mean_over(ratio, token_mask(held[0], args[0]))))
+                means.add(name, args[0], basis, token_mask(held[0], args[0]))
 
             hooks.callback(module.register_forward_pre_hook(see).remove)
         device = next(model.parameters()).device
         for batch in batches:
             held[0] = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             backbone_output(base, held[0])
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    found = {name: mean for name, _, _ in adapted if (mean := means.get(name)) is not None}
+    if not found:
+        raise InputError(
+            "the inputs reach no module that has a LoRA", remedy="Give inputs of the task it is trained on"
+        )
+    return found
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from coremerge import patterns
 from coremerge.adapter import Adapter
 from coremerge.devices import check_device
-from coremerge.errors import MissingExtraError, SourceError
+from coremerge.errors import SourceError
 from coremerge.executors import Executor
 from coremerge.formats.source import in_full
 from coremerge.learning.backbone import Batch
 from coremerge.learning.data import make_batches
 from coremerge.learning.examples import read_examples
+from coremerge.learning.optional import first_line, optional
 from coremerge.learning.processor import base_place, load_processor
 from coremerge.learning.result import Weights
 from coremerge.learning.weights import Progress, check_names, learn_weights
@@ -109,16 +114,45 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
         MissingExtraError: transformers is not installed.
         SourceError: it cannot be loaded.
     """
-    try:
-        from transformers import AutoModel, AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError:
-        raise MissingExtraError("a base model needs transformers", remedy="pip install 'coremerge[learn]'") from None
+    transformers = optional("transformers", "a base model needs")
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     if device not in ("cpu", "auto"):
         check_device(device, torch.float32)
     place, where = base_place(base)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    how = {"dtype": dtype, "device_map": None if device == "cpu" else device, "use_safetensors": True}
+    with load_report() as report:
+        try:
+            model, said = kind.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **how, **where)
+        except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError) as error:
+            raise SourceError(
+                f"the base model cannot be loaded: {_wrong(report) or first_line(error)}", file=base,
+                remedy="Give a model of transformers: its folder, or its hub id",
+            ) from None  # fmt: skip
+    made_up = {*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])}
+    if made_up:  # nothing is learned of these, but they run
+        names = patterns.listed(dict.fromkeys(made_up, ""))
+        logging.getLogger(__name__).warning("%s lacks weights of the model, which are random now: %s", base, names)
+    loaded: nn.Module = model
+    return loaded
+
+
+@contextmanager
+def load_report() -> Iterator[list[str]]:
+    """No bars, and the lines of what ``transformers`` reports of a load: it draws that for terminals alone."""
+    from transformers.utils import logging as bars
+
+    lines: list[str] = []
+
+    def catch(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        lines.extend(_ESCAPES.sub("", text).splitlines() if _REPORT in text else ())
+        return _REPORT not in text
+
+    logger, shown = logging.getLogger("transformers.modeling_utils"), bars.is_progress_bar_enabled()
+    logger.addFilter(catch)
+    bars.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
+<<<<<<< HEAD
         model: nn.Module = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
             place,
             dtype=dtype,
@@ -135,3 +169,19 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
             remedy="Give a model of transformers: its folder, or its hub id",
         ) from None  # fmt: skip
     return model
+=======
+        yield lines
+    finally:
+        logger.removeFilter(catch)
+        if shown:
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+_REPORT, _ESCAPES = "LOAD REPORT", re.compile(r"\x1b\[[0-9;]*m")
+
+
+def _wrong(report: Sequence[str]) -> str | None:
+    """The first weight of another shape, or that could not be converted."""
+    row = next((line.split("|") for line in report if "MISMATCH" in line or "CONVERSION" in line), None)
+    return f"{row[0].strip()}: {row[-1].strip()}" if row else None
+>>>>>>> 0dd6781 (A fit keeps what blocks leave for later ones, sees the order from inputs of every kind, and names what it does not fit)

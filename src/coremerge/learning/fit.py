@@ -264,7 +264,7 @@ def _group(opening: Opening, batches: Mapping[str, Sequence[Batch]], cores: Core
 
 def _allotted(exact: Fitting, budget: int, most: int | None) -> dict[str, int]:
     """The ranks of a second fit; a module that no input reaches has the budget."""
-    return dict.fromkeys(exact.layout.targets, budget) | allot(exact.gains, budget, most)
+    return dict.fromkeys(exact.plan.modules, budget) | allot(exact.gains, budget, most)
 
 
 def _called(prior: str | Recipe | Adapter) -> str:

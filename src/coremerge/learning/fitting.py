@@ -34,6 +34,7 @@ from coremerge.learning.passes import FOLDS, Layout
 from coremerge.learning.stream import Segment
 from coremerge.lowrank import thin_svd
 from coremerge.merging import Solved, solved_of
+from coremerge.patterns import listed
 from coremerge.plan import Plan
 
 Progress = Callable[[int, int], "bool | None"]
@@ -116,6 +117,8 @@ class Fitting:
         solved: module name → what was found.
         fits: how.
         gains: what each of its components brings: see :func:`~coremerge.learning.leastsquares.gains`.
+        reached: module name → tokens that came to it, of those that were not fitted.
+        ran: names of modules that some input ran.
     """
 
     def __init__(
@@ -132,6 +135,8 @@ class Fitting:
         self.solved: dict[str, Solved] = {}
         self.fits: dict[str, ModuleFit] = {}
         self.gains: dict[str, Tensor] = {}
+        self.reached: dict[str, int] = {}
+        self.ran: set[str] = set()
 
     @property
     def plan(self) -> Plan:
@@ -158,10 +163,11 @@ class Fitting:
                 self._tell(progress)
             if self._goes_on(at, segment):
                 self._tell_all("pass_on", at)
-        for name in self.layout.targets:
+        for name in self.plan.modules:
             if name not in self.solved:
                 self.kept.put(name, *self._cut_plainly(name, self._prior(name, self.cores[name], {})))
                 self._take([name])
+        self.ran.update(*self.group.ask("ran_modules"))
         self._tell(progress)
 
     def warnings(self) -> list[str]:
@@ -169,19 +175,25 @@ class Fitting:
         if self.drawn.alone:
             return []
         if self.drawn.as_it_is(self.plan):
-            but = ", but for the cut to a rank" if mean_lost(self.fits) else ""
+            cut = mean_lost(self.fits) or any(one.report.lost for one in self.solved.values())
+            but = ", but for the cut to a rank" if cut else ""
             return [f"a single adapter comes back as it is{but}", *self._cuts()]
         said = [*self._priors(), *self._cuts()]
         without = [name for name in self.plan.adapters if name not in self.tasks]
         if without:
-            said.append(f"no inputs for {', '.join(without)}: these count through the prior alone")
+            said.append(f"no inputs for {', '.join(without)}: these {self._without_inputs()}")
         if self.layout.apart:
             said.append(f"{', '.join(self.layout.apart)} cannot be run block by block: whole passes for each module")
         return said
 
+    def _without_inputs(self) -> str:
+        if isinstance(self.drawn.prior, Adapter):
+            return "count through the prior alone"
+        return f"do not count where others' inputs run, as the prior ({self.drawn.prior}) does not hold them"
+
     def _priors(self) -> Iterator[str]:
         """Where priors stand, or might have to."""
-        fits, targets = self.fits.values(), len(self.layout.targets)
+        fits, targets = self.fits.values(), len(self.plan.modules)
         kept, unchecked = sum(one.kept for one in fits), sum(not one.checked for one in fits)
         if kept:
             yield f"{kept} of {len(fits)} modules keep the prior: the fit is not better on held-out inputs"
@@ -189,8 +201,21 @@ class Fitting:
             yield (
                 f"too few inputs to hold some out: {unchecked} of {len(fits)} modules are not checked against the prior"
             )
-        if targets > len(fits):
-            yield f"{targets - len(fits)} of {targets} modules keep the prior: no input reaches them"
+        left: dict[str, list[str]] = {}
+        for name in self.plan.modules:
+            if name not in self.fits:
+                left.setdefault(self._why_left(name), []).append(name)
+        for why, names in left.items():
+            yield f"{len(names)} of {targets} modules keep the prior: {why}: {listed(dict.fromkeys(names, ''))}"
+
+    def _why_left(self, name: str) -> str:
+        """Why a module is not fitted."""
+        if self.reached.get(name):
+            return "only inputs of tasks whose preference is 0 reach them"
+        if name not in self.ran:
+            return "no input reaches them"
+        ordered = any(name in stage for segment in self.layout.segments for stage in segment.stages)
+        return "no token that counts reaches them" if ordered else "only some inputs run them, as experts"
 
     def _cuts(self) -> Iterator[str]:
         """What ranks took away, where it is notable."""
@@ -203,7 +228,7 @@ class Fitting:
             )
 
     def _tell(self, progress: Progress | None) -> None:
-        if progress and progress(len(self.solved), len(self.layout.targets)) is False:
+        if progress and progress(len(self.solved), len(self.plan.modules)) is False:
             raise KeyboardInterrupt
 
     def _tell_all(self, method: str, *given: Any) -> None:
@@ -270,8 +295,10 @@ class Fitting:
         metrics = {task: core.metric(task, moments, self.drawn.aside) for task in sums}
         weights = weights_of(means_of(sums, metrics), self.drawn.preferences)
         asked = demands(sums, metrics, weights)
+        tokens = sum(one.count for one in sums.values())
         if not asked or self.drawn.alone:
-            return self._cut_plainly(name, prior)
+            core, told = self._cut_plainly(name, prior)
+            return core, told | {"tokens": tokens}
         ridge, rank = self.drawn.ridge, self.drawn.rank_of(name)
         before = after = 0.0
         checked = False
@@ -285,8 +312,8 @@ class Fitting:
         kept = after > before
         found = prior if kept else solve(asked, prior, ridge)
         gained = gains(asked, found, ridge)
-        said = ModuleFit(sum(s.count for s in sums.values()), before, after, kept, checked, lost(gained, rank))
-        told = {"fit": asdict(said), "gains": gained.tolist()}
+        said = ModuleFit(tokens, before, after, kept, checked, lost(gained, rank))
+        told: dict[str, Any] = {"fit": asdict(said), "gains": gained.tolist()}
         return (found if rank is None else cut(asked, found, rank, ridge)), told
 
     def _cut_plainly(self, name: str, core: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -310,6 +337,7 @@ class Fitting:
             found, said = self.kept.cores[name], self.kept.said[name]
             (solved,) = solved_of((name,), self.cores[name].coordinates, thin_svd(found).cut(), self.plan)
             self.solved[name] = _with_energy(solved, said["energy"]) if said.get("energy") else solved
+            self.reached[name] = said.get("tokens", 0)
             if "fit" in said:
                 self.fits[name] = ModuleFit(**said["fit"])
                 self.gains[name] = torch.tensor(said["gains"], dtype=torch.float64)

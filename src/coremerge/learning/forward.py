@@ -6,6 +6,7 @@ not touched: its weights, its training mode and its hooks are as they were after
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class MergedModel:
         names = sorted({name for adapter in adapters.values() for name in adapter})
         paths = find_modules(model, names)
         self.targets = {name: _target(name, path, model.get_submodule(path), adapters) for name, path in paths.items()}
+        self.device = next((target.left.device for target in self.targets.values()), torch.device("cpu"))
 
     @contextmanager
     def run(self, batch: Batch, coefficients: Coefficients, watch: Watch | None = None) -> Iterator[Run]:
@@ -136,34 +138,43 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Where ``model`` keeps the modules that adapters call ``names``.
 
     Names may begin elsewhere: at the backbone while ``model`` has a head, at a tower of it, or the other way round.
+    Modules that the model lacks and says to have no use for, as Gemma's layers that share keys and values, are left out.
 
     Raises:
         MismatchError: a module is not there, or could be several.
     """
     known = dict(model.named_modules())
-    if all(name in known for name in names):
-        return {name: name for name in names}
-    first = names[0]
+    unused = _unused(model)
+    needed = [name for name in names if not any(re.search(pattern, f"{name}.weight") for pattern in unused)] or names
+    if all(name in known for name in needed):
+        return {name: name for name in names if name in known}
+    first = needed[0]
     longer = [path.removesuffix(first) for path in known if path.endswith(f".{first}")]
     parts = first.split(".")
     shorter = [".".join(parts[:i]) + "." for i in range(1, len(parts)) if ".".join(parts[i:]) in known]
     changes = [{name: prefix + name for name in names} for prefix in longer]
     changes += [{name: name.removeprefix(prefix) for name in names} for prefix in shorter]
-    fitting = [paths for paths in changes if all(path in known for path in paths.values())]
+    fitting = [paths for paths in changes if all(paths[name] in known for name in needed)]
     if len(fitting) == 1:
-        return fitting[0]
+        return {name: path for name, path in fitting[0].items() if path in known}
     if fitting:
         raise MismatchError(
             f"the base model ({type(model).__name__}) has several such modules: "
             + ", ".join(paths[first] for paths in fitting),
             key=first, remedy="Give the part of the model that the adapters were trained on",
         )  # fmt: skip
-    missing = next(name for name in names if name not in known)
+    missing = next(name for name in needed if name not in known)
     linear = [name for name, module in known.items() if isinstance(module, nn.Linear)]
     raise MismatchError(
         f"the base model ({type(model).__name__}) has no such module", key=missing,
         remedy=f"Give the model that the adapters were trained on; its linear layers are called {linear[:1] or 'none'}",
     )  # fmt: skip
+
+
+def _unused(model: nn.Module) -> list[str]:
+    """Patterns of weights that the model, or a part of it, passes over when ``transformers`` loads it."""
+    patterns = (getattr(part, "_keys_to_ignore_on_load_unexpected", None) for part in model.modules())
+    return list(dict.fromkeys(pattern for listed in patterns for pattern in listed or ()))
 
 
 def _target(name: str, path: str, module: nn.Module, adapters: Mapping[str, Adapter]) -> Target:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
-from coremerge.learning.backbone import Batch, frozen, token_mask
+from coremerge.learning.backbone import Batch, frozen, inputs_of, token_mask
 from coremerge.learning.forward import Coefficients, MergedModel, Target
-from coremerge.learning.ratio import ratio_to_basis, row_basis, sum_over
+from coremerge.learning.ratio import MeanRatios, row_basis
 
 Table = dict[str, dict[str, dict[str, float]]]
 """task → adapter → module → mean ω."""
@@ -34,35 +33,34 @@ def measure_null_space(
             these are the base model's own activations. ``{"math": 1}`` is the model with that adapter alone.
 
     Returns:
-        task → adapter → module → ω, averaged over the tokens that count.
+        task → adapter → module → ω, averaged over the tokens that count; modules that none reaches are absent.
     """
     with frozen(model), torch.no_grad():
         merged = MergedModel(model, adapters)
-        bases = {n: {k: row_basis(t.right_of(k)).float() for k in t.adapters} for n, t in merged.targets.items()}
-        return {task: _measured(merged, bases, batches, _constant(weights or {})) for task, batches in data.items()}
+        bases = {n: {k: row_basis(adapters[k].read(n).right) for k in t.adapters} for n, t in merged.targets.items()}
+        held = _constant(weights or {})
+        found = {}
+        for task, batches in data.items():
+            with inputs_of(task):
+                found[task] = _measured(merged, bases, batches, held)
+        return found
 
 
 def _measured(
     merged: MergedModel, bases: Mapping[str, Mapping[str, Tensor]], batches: Iterable[Batch], held: Coefficients
 ) -> dict[str, dict[str, float]]:
-    sums: dict[tuple[str, str], float] = defaultdict(float)
-    tokens: dict[tuple[str, str], float] = defaultdict(float)
-
+    means = MeanRatios()
     for batch in batches:
 
         def watch(target: Target, x: Tensor, batch: Batch = batch) -> None:
             mask = token_mask(batch, x)
             for key, basis in bases[target.name].items():
-                sum_, count = map(float, sum_over(ratio_to_basis(x, basis.to(x.device)), mask))
-                sums[key, target.name] += sum_
-                tokens[key, target.name] += count
+                means.add((key, target.name), x, basis, mask)
 
-        with inputs_of(task), merged.run(batch, held, watch):
+        with merged.run(batch, held, watch):
             pass
-    return {
-        key: {name: sums[key, name] / tokens[key, name] for name in bases if tokens[key, name]}
-        for key in merged.adapters
-    }
+    found = {key: {name: means.get((key, name)) for name in bases} for key in merged.adapters}
+    return {key: {name: mean for name, mean in row.items() if mean is not None} for key, row in found.items()}
 
 
 def _constant(weights: Mapping[str, float | Mapping[str, float | tuple[float, ...]]]) -> Coefficients:

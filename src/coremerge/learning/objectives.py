@@ -49,7 +49,8 @@ class NullSpace:
         """See :class:`Objective`."""
         goal = self._goal(task, batch) if self.own else {}
         with self.merged.run(batch, coefficients, self.watch(task, batch)) as run:
-            yield _mean((abs(ratio - goal[name]) if goal else ratio for name, ratio in run.found.items()), task)
+            found = {name: ratio for name, ratio in run.found.items() if not self.own or name in goal}
+            yield _mean((abs(ratio - goal[name]) if goal else ratio for name, ratio in found.items()), task)
 
     def _goal(self, task: str, batch: Batch) -> Mapping[str, Tensor]:
         """The ratios of the task's adapter alone: the same each time, so taken once a batch."""

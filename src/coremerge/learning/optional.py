@@ -8,8 +8,8 @@ from typing import Any
 from coremerge.errors import MissingExtraError
 
 
-def optional(module: str) -> Any:
-    """A module of an optional dependency.
+def optional(module: str, needing: str = "such inputs need") -> Any:
+    """A module of an optional dependency, and what is ``needing`` it.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -18,7 +18,7 @@ def optional(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         name = "pillow" if module.startswith("PIL") else module
-        raise MissingExtraError(f"such inputs need {name}", remedy="pip install 'coremerge[learn]'") from None
+        raise MissingExtraError(f"{needing} {name}", remedy="pip install 'coremerge[learn]'") from None
 
 
 def first_line(error: Exception) -> str:

@@ -74,7 +74,6 @@ class Layout:
 
     Attributes:
         segments: see :class:`~coremerge.learning.stream.Stream`, as are ``repeated`` and ``apart``.
-        targets: names of all modules.
         mark: what tells the model from others.
         states: where hidden states are kept: ``memory`` or ``disk``.
     """
@@ -82,7 +81,6 @@ class Layout:
     segments: tuple[Segment, ...]
     repeated: frozenset[str]
     apart: tuple[str, ...]
-    targets: tuple[str, ...]
     mark: str
     states: str
 
@@ -130,14 +128,16 @@ class Passes:
         with ExitStack() as undo:
             undo.enter_context(frozen(model))
             undo.enter_context(seeded(self.plan.recipe.seed))
-            self.targets = MergedModel(model, self.plan.adapters).targets
-            device = next(iter(self.targets.values())).left.device if self.targets else None
+            merged = MergedModel(model, self.plan.adapters)
+            self.targets = merged.targets
+            device = merged.device
             self.lots = [lot.on(device) for lot in lots]
             samples = [(task, moved(sample, device)) for task, sample in opening.samples]
             self.stream = Stream(model, self.targets, samples)
             self._folder = undo.enter_context(self._place(model, opening.spill))
             self.states = States(None if self._folder is None else Path(self._folder))
             self._undo = undo.pop_all()
+        self._ran: set[str] = set()
         self.begin({})
 
     def close(self) -> None:
@@ -158,7 +158,11 @@ class Passes:
         """See :class:`Layout`."""
         stream = self.stream
         states = "memory" if self._folder is None else "disk"
-        return Layout(stream.segments, stream.repeated, stream.apart, tuple(self.targets), self._mark, states)
+        return Layout(stream.segments, stream.repeated, stream.apart, self._mark, states)
+
+    def ran_modules(self) -> set[str]:
+        """Those that an input ran."""
+        return self._ran
 
     def begin(self, found: Mapping[str, Tensor]) -> None:
         """From the first block on, with what modules carry before they are fitted (:meth:`take`)."""
@@ -196,6 +200,7 @@ class Passes:
             goals: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
             def watch(name: str, x: Tensor, result: Tensor) -> None:
+                self._ran.add(name)
                 if name in goals:  # noqa: B023
                     goals[name].append(in_basis(result, self.cores[name].left))  # noqa: B023
                     z = in_basis(x, self.cores[name].right.mT).double().cpu()

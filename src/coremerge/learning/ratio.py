@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -57,6 +60,24 @@ def ratio_to_basis(x: Tensor, basis: Tensor) -> Tensor:
         whole = x.square().sum(-1).clamp_min(torch.finfo(x.dtype).tiny)
         outside = (1 - inside / whole).clamp(0, 1)
         return torch.where(outside > FLOOR, outside.clamp_min(FLOOR).sqrt(), outside / FLOOR**0.5)
+
+
+class MeanRatios:
+    """Mean null-space ratios by key: over all tokens that count, however these are shared out among batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Hashable, float] = defaultdict(float)
+        self._tokens: dict[Hashable, float] = defaultdict(float)
+
+    def add(self, key: Hashable, x: Tensor, basis: Tensor, mask: Tensor | None) -> None:
+        """Activations ``x`` (..., n), the rows' ``basis`` (p, n), and which of them count (...); None: all."""
+        total, count = sum_over(ratio_to_basis(x, basis), mask)
+        self._sums[key] += float(total)
+        self._tokens[key] += float(count)
+
+    def get(self, key: Hashable) -> float | None:
+        """The mean; None where no token came."""
+        return self._sums[key] / self._tokens[key] if self._tokens[key] else None
 
 
 def sum_over(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

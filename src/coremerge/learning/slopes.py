@@ -19,6 +19,7 @@ from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.given import moved
 from coremerge.learning.objectives import Entropy, Match, NullSpace, Objective
 from coremerge.learning.settings import Per, Settings
+from coremerge.patterns import listed
 
 Heads = Mapping[str, Callable[[Any, Batch], Tensor]]
 
@@ -34,6 +35,17 @@ class Owners:
 
     adapters: tuple[str, ...]
     owner: Tensor
+
+
+def owners_of(adapters: Mapping[str, Adapter]) -> dict[str, Owners]:
+    """Of all modules, whether a model runs them or not."""
+    found = {}
+    for module in sorted({module for adapter in adapters.values() for module in adapter}):
+        having = [name for name, adapter in adapters.items() if module in adapter]
+        ranks = [adapters[name].modules[module].rank for name in having]
+        owner = torch.arange(len(having)).repeat_interleave(torch.tensor(ranks))
+        found[module] = Owners(tuple(having), owner)
+    return found
 
 
 class Places:
@@ -59,6 +71,25 @@ class Places:
     def of(self, name: str, values: Tensor) -> Tensor:
         """A module's coefficients, one per rank component."""
         return values[self._index[name]]
+
+    def named(self, which: Tensor) -> str:
+        """Whose coefficients ``which`` are: adapters, or modules and, where not all of theirs are meant, adapters."""
+        if self.per == "adapter":
+            return ", ".join(dict.fromkeys(name for names in self._among(which).values() for name in names))
+        return listed(
+            {
+                module: "" if len(names) == len(self.owners[module].adapters) else f" ({', '.join(names)})"
+                for module, names in self._among(which).items()
+            }
+        )
+
+    def _among(self, which: Tensor) -> dict[str, list[str]]:
+        """Module → its adapters that have some of ``which``."""
+        found = {}
+        for module, one in self.owners.items():
+            mine = self.of(module, which)
+            found[module] = [name for k, name in enumerate(one.adapters) if bool(mine[one.owner == k].any())]
+        return {module: names for module, names in found.items() if names}
 
     def groups(self) -> list[Any]:
         """The coefficients of each module; where modules share them, all."""
@@ -124,9 +155,9 @@ class Slopes:
             undo.enter_context(seeded(opening.seed))
             undo.enter_context(frozen(model, checkpointing=opening.checkpointing))
             merged = MergedModel(model, opening.adapters)
-            device = next(iter(merged.targets.values())).left.device
-            self.tasks = [(task, [moved(batch, device) for batch in listed]) for task, listed in tasks]
-            self._owners = {n: Owners(t.adapters, t.owner.cpu()) for n, t in merged.targets.items()}
+            device = merged.device
+            self.tasks = [(task, [moved(batch, device) for batch in given]) for task, given in tasks]
+            self._owners = owners_of(opening.adapters)
             self._places = Places(self._owners, opening.settings.per)
             self._objective = _objective(opening.settings, merged, opening.heads)
             self._device = device.type
@@ -142,9 +173,9 @@ class Slopes:
 
     def slopes(self, values: Tensor, step: int) -> Iterator[tuple[str, float, Tensor]]:
         """For each task, the objective on the batch that is due, and the gradient of its share."""
-        for task, listed in self.tasks:
+        for task, given in self.tasks:
             leaf = values.detach().clone().requires_grad_()
-            loss = self._descent(task, listed[step % len(listed)], leaf)
+            loss = self._descent(task, given[step % len(given)], leaf)
             yield task, loss, torch.zeros_like(values) if leaf.grad is None else leaf.grad
 
     def _descent(self, task: str, batch: Batch, leaf: Tensor) -> float:

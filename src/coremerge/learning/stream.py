@@ -256,9 +256,7 @@ class Stream:
                 states.pop(old, None)
         return wrong
 
-    def _behind(
-        self, finished: Sequence[str], path: str, sample: Batch, states: Mapping[str, Given]
-    ) -> Given | None:
+    def _behind(self, finished: Sequence[str], path: str, sample: Batch, states: Mapping[str, Given]) -> Given | None:
         """What a block gives behind stored states; None: it does not run there."""
         with ExitStack() as undo:
             self._replay(undo, finished, states)

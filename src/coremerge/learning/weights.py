@@ -24,6 +24,9 @@ from coremerge.learning.slopes import Descending, Heads, Places
 
 Progress = Callable[[int, int, Mapping[str, float]], "bool | None"]
 
+TOUCHED = "touched"
+"""In the state of a result: which coefficients had an influence on what is measured."""
+
 
 def learn_weights(
     model: nn.Module | Callable[[], nn.Module],
@@ -157,6 +160,7 @@ class _Descent:
         self.start = before.path[0]
         state = {key: before.state[key].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
         self.optimizer.state[self.values] = state
+        self.touched = before.state.get(TOUCHED, state["exp_avg_sq"] != 0).clone()
 
     def descend(self, progress: Progress | None) -> None:
         """Steps until the last one, or until it stops paying."""
@@ -176,6 +180,7 @@ class _Descent:
         values.grad = reduce(torch.add, slopes)  # in the tasks' order, whoever worked them out
         values.grad += 2 * settings.pull * (values.detach() - self.start) / len(values)
         self.optimizer.step()
+        values.data = torch.where(self.touched, values.data, self.start)  # nothing is known of these: no decay either
         if settings.fixed_total:
             self._hold_total()
         if settings.bounds is not None:
@@ -185,7 +190,7 @@ class _Descent:
     def _hold_total(self) -> None:
         """Shift the coefficients of each module, or all where modules share them, back to the mean they started at."""
         for group in self.places.groups():
-            self.values.data[group] += float(self.settings.start or 0.0) - self.values.data[group].mean()
+            self.values.data[group] += self.start[group].mean() - self.values.data[group].mean()
 
     def _stalled(self) -> bool:
         patience = self.settings.patience
@@ -198,6 +203,7 @@ class _Descent:
     def result(self, seed: int) -> Weights:
         """What was learned."""
         state = {key: value.detach().clone() for key, value in self.optimizer.state.get(self.values, {}).items()}
+        state |= {TOUCHED: self.touched.clone()} if state else {}
         return Weights(
             self.places.table(self.values.detach()),
             {**asdict(self.settings), "seed": seed},
@@ -209,9 +215,11 @@ class _Descent:
         )
 
     def _notes(self) -> Iterator[str]:
-        still = int((~self.touched).sum())
-        if still and self.history:
-            yield (
-                f"{still} of {len(self.start)} coefficients have no influence on what is measured and stayed at the"
-                f" start, {self.settings.start:.4g}"
-            )
+        stayed = self.values.detach() == self.start
+        yield from self._note(~self.touched & stayed, f"stayed at the start, {float(self.start[0]):.4g}")
+        yield from self._note(~self.touched & ~stayed, "moved only as bounds or the fixed total ask")
+
+    def _note(self, which: Tensor, did: str) -> Iterator[str]:
+        if self.history and bool(which.any()):
+            count = f"{int(which.sum())} of {len(which)} coefficients"
+            yield f"{count} have no influence on what is measured and {did}: {self.places.named(which)}"

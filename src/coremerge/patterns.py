@@ -41,6 +41,20 @@ def group(modules: Mapping[str, K]) -> list[Group[K]]:
     ]
 
 
+def listed(modules: Mapping[str, str], most: int = 12) -> str:
+    """Module names in a sentence, each with what is said of it: at most so many patterns.
+
+    Example:
+        >>> listed({"layers.0.q": "", "layers.1.q": "", "head": " (math)"})
+        'layers.[0-1].q, head (math)'
+        >>> listed({"layers.0.q": "", "layers.1.q": "", "head": " (math)"}, most=1)
+        'layers.[0-1].q and 1 more'
+    """
+    groups = group(modules)
+    rest = sum(len(found.names) for found in groups[most:])
+    return ", ".join(f"{found.pattern}{found.alike}" for found in groups[:most]) + (f" and {rest} more" if rest else "")
+
+
 def _first_number_last(item: tuple[tuple[str, object], list[str]]) -> bool:
     """Modules outside the numbered layers come last."""
     return "#" not in item[0][0]
