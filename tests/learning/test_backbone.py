@@ -75,9 +75,9 @@ def test_a_model_without_a_decoder_gets_none(name):
 @pytest.mark.parametrize(("tower", "batch"), [("text_model", kinds.text), ("audio_model", kinds.features(1, 64, 16))])
 def test_a_model_of_a_tower_for_sounds_runs_the_one_that_is_fed(tower, batch):
     audio = {
-        "spec_size": 64, "num_mel_bins": 16, "patch_size": 4, "patch_stride": [4, 4], "window_size": 2, "depths": [1, 1],
-        "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8, "hidden_size": 16, "num_hidden_layers": 2,
-        "enable_fusion": False, "aff_block_r": 1,
+        "spec_size": 64, "num_mel_bins": 16, "patch_size": 4, "patch_stride": [4, 4], "window_size": 2,
+        "depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8, "hidden_size": 16,
+        "num_hidden_layers": 2, "enable_fusion": False, "aff_block_r": 1,
     }  # fmt: skip
     words = {key: kinds.TEXT[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
     torch.manual_seed(0)
@@ -120,9 +120,9 @@ def test_a_part_that_hands_on_all_inputs_takes_them():
 def test_a_models_own_exception_is_a_refusal_that_names_the_layer(name, change, layer, kind):
     model = kinds.make(kinds.KINDS[name])
     given = kinds.batch_of(kinds.KINDS[name]) | change
-    with pytest.raises(InputError, match=f"on the inputs of math the base model stops here with {kind}: ") as raised:
-        with torch.no_grad(), inputs_of("math"):
-            backbone_output(model, given)
+    said = f"on the inputs of math the base model stops here with {kind}: "
+    with torch.no_grad(), pytest.raises(InputError, match=said) as raised, inputs_of("math"):
+        backbone_output(model, given)
     assert raised.value.key.startswith(layer) and type(raised.value.__cause__).__name__ == kind
     assert next(iter(change)) in str(raised.value)
 

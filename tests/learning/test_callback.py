@@ -11,8 +11,8 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import coremerge.learning
-from coremerge import Adapter, LowRank
-from coremerge.errors import MismatchError, MissingExtraError
+from coremerge import Adapter, LowRank, load
+from coremerge.errors import InputError, MismatchError, MissingExtraError
 from coremerge.learning import NullSpaceCallback, measure_null_space, null_space_ratio
 from coremerge.learning.callback import null_space_of_training
 from families import batches, make_model
@@ -74,6 +74,59 @@ def test_it_is_the_ratio_of_the_modules_inputs(family, targets):
     assert found[name] == pytest.approx(expected, abs=SINGLE)
     assert model.training and not any(module._forward_pre_hooks for module in model.modules())
     assert null_space_ratio(down, down).max() < 1e-2
+
+
+def uneven():
+    """Batches of several sizes, padded to several lengths."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [[7, 2], [3, 3, 3, 1], [1]]
+    masks = [torch.arange(max(row)) < torch.tensor(row).unsqueeze(1) for row in lengths]
+    return [
+        {"input_ids": torch.randint(1, 49, mask.shape, generator=generator), "attention_mask": mask.long()}
+        for mask in masks
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("bert", TARGETS), ("llama", ["q_proj", "down_proj"]), ("t5", ["q", "v"])]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_and_the_measure_give_one_number(family, targets, dtype, tmp_path):
+    """The mean over tokens that count, however they are shared out among batches; with the adapter in the model."""
+    model = make_peft(family, targets).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(tmp_path)
+    found = null_space_of_training(model, uneven())
+    table = measure_null_space(
+        make_model(family).to(dtype), {"a": load(tmp_path)}, {"t": uneven()}, weights={"a": 1.0}
+    )["t"]["a"]
+    assert found.keys() == table.keys() and len(found) >= 8
+    # the update is added in another order of operations: that is a rounding of the activations' own dtype
+    assert found == pytest.approx(table, abs=1e-5 if dtype == torch.float32 else 1e-2)
+    first = next(name for name in found if ".0." in name)
+    assert found[first] == pytest.approx(table[first], abs=1e-6)  # nothing is added before it
+    single = [{key: value[i : i + 1] for key, value in b.items()} for b in uneven() for i in range(len(b["input_ids"]))]
+    assert null_space_of_training(model, single)[first] == pytest.approx(found[first], abs=1e-5)
+
+
+def test_what_is_padding_does_not_count():
+    model, longer = make_peft(), uneven()
+    padded = [{k: torch.cat([v, torch.zeros_like(v)], 1) for k, v in b.items()} for b in longer]
+    one, other = null_space_of_training(model, longer), null_space_of_training(model, padded)
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_modules_that_no_input_reaches():
+    model = make_peft("llava", ["q_proj"])
+    found = null_space_of_training(model, batches("bert", 1))
+    assert found and not any("vision" in name for name in found)
+    with pytest.raises(InputError, match="reach no module that has a LoRA"):
+        null_space_of_training(make_peft("llava", r".*vision.*q_proj"), batches("bert", 1))
 
 
 def test_veras_shared_projection_is_measured():

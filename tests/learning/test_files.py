@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertModel
 
 from coremerge.errors import SourceError
 from coremerge.learning.files import load_model, read_config
@@ -43,4 +45,50 @@ def test_weights_that_are_a_pickle_are_not_read(base: Path) -> None:
     assert load_model(base)
     (base / "model.safetensors").unlink()
     with pytest.raises(SourceError, match=r"the base model cannot be loaded: .*safetensors"):
+        load_model(base)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_what_transformers_reports_of_a_load_goes_nowhere(
+    base: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, head: bool
+) -> None:
+    make_model("llama").save_pretrained(base)  # with a head, which the backbone does not take
+    capfd.readouterr()
+    assert load_model(base, head=head)
+    said = capfd.readouterr()
+    assert not said.out and not said.err and not caplog.records
+
+
+def test_the_callers_bars_and_reports_are_his_again(
+    base: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    load_model(base)
+    capfd.readouterr()
+    BertModel.from_pretrained(base)
+    assert "Loading weights" in capfd.readouterr().err and "LOAD REPORT" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("name", ["layer.1", "word_embeddings"])
+def test_weights_that_transformers_makes_up_are_said(base: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    tensors = load_file(base / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if name not in k}, base / "model.safetensors", {"format": "pt"})
+    assert load_model(base)
+    (record,) = (one for one in caplog.records if one.name.startswith("coremerge"))
+    assert "lacks weights of the model, which are random now: " in record.getMessage() and name in record.getMessage()
+
+
+def test_weights_of_another_shape_are_named(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    wrong = "bert.encoder.layer.0.output.dense.weight"
+    save_file(tensors | {wrong: torch.zeros(3, 3)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"cannot be loaded: encoder.layer.0.output.dense.weight: .*\[3, 3\]"):
+        load_model(base)
+
+
+def test_a_library_that_a_base_model_needs_is_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("\nTimmBackbone requires the timm library but it was not found")
+
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", fail)
+    with pytest.raises(SourceError, match="cannot be loaded: TimmBackbone requires the timm library"):
         load_model(base)

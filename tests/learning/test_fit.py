@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import kinds
 from coremerge import Adapter, Recipe, load, merge
 from coremerge.errors import ConfigError, InputError, MismatchError, UnsupportedError
 from coremerge.learning import fit
@@ -299,7 +300,131 @@ def test_what_no_input_reaches_keeps_the_prior(tmp_path):
     away = [name for name in prior if "vision" in name]
     assert away and close({n: result.adapter[n] for n in away}, {n: prior[n] for n in away})
     assert any(
-        f"{len(away)} of {len(prior)} modules keep the prior: no input" in said for said in result.report.warnings
+        said.startswith(f"{len(away)} of {len(prior)} modules keep the prior: no input reaches them: ")
+        and all(f"vision_tower.encoder.layers.[0-3].self_attn.{part}_proj" in said for part in "qv")
+        and "language_model" not in said
+        for said in result.report.warnings
+    )
+
+
+@pytest.mark.parametrize("name", kinds.KINDS)
+def test_every_kind_of_model_is_fitted_block_by_block_as_in_whole_passes(name, unchecked, monkeypatch):
+    kind = kinds.KINDS[name]
+    model = kinds.make(kind)
+    adapters = kinds.adapters_of(model, kind.targets)
+    data = {key: [kinds.batch_of(kind, seed) for seed in (2 * i, 2 * i + 1)] for i, key in enumerate("ab")}
+    found = fit(model, adapters, data, prior="zero", dtype="float64")
+    assert set(found.report.fits) == set(adapters["a"]) and not found.report.warnings
+    monkeypatch.setattr("coremerge.learning.stream._same", lambda *_: False)
+    whole = fit(model, adapters, data, prior="zero", dtype="float64")
+    assert any("cannot be run block by block" in said for said in whole.report.warnings)
+    assert close(found.adapter, whole.adapter, 1e-4)
+
+
+def test_tasks_of_texts_and_tasks_of_pictures_fit_a_tower_each():
+    model = kinds.make(kinds.CLIP)
+    adapters = kinds.adapters_of(model)
+    generator = torch.Generator().manual_seed(0)
+    data = {"a": [kinds.text(generator)], "b": [kinds.pictures()(generator)]}
+    report = fit(model, adapters, data).report
+    assert set(report.fits) == set(adapters["a"])
+    assert not any("no input reaches" in said for said in report.warnings)
+
+
+def test_modules_that_a_model_has_no_use_for_keep_the_prior_and_are_named():
+    """As adapters have them that were trained where layers that share keys and values still had weights of these."""
+    kind = kinds.SHARING["gemma4"]
+    model = kinds.make(kind)
+    adapters = kinds.adapters_of(model, (*kind.targets, "k_proj", "v_proj"))
+    donor = adapters["a"]["model.layers.1.self_attn.k_proj"]
+    unused = [f"model.layers.{i}.self_attn.{part}_proj" for i in (2, 3) for part in "kv"]
+    assert not any(name in adapters["a"] for name in unused)
+    adapters = {
+        key: Adapter.from_updates({**dict(one.items()), **dict.fromkeys(unused, donor)}, name=key)
+        for key, one in adapters.items()
+    }
+    data = {key: [kinds.batch_of(kind, seed)] for seed, key in enumerate("ab")}
+    result = fit(model, adapters, data, dtype="float64", rank_budget=2)
+    said = [one for one in result.report.warnings if "no input reaches them" in one]
+    assert said == [
+        f"4 of {len(adapters['a'])} modules keep the prior: no input reaches them:"
+        " model.layers.[2-3].self_attn.k_proj, model.layers.[2-3].self_attn.v_proj"
+    ]
+    assert set(result.adapter) == set(adapters["a"]) and not set(unused) & set(result.report.fits)
+    with pytest.raises(MismatchError, match=r"no such module.*q_prox|q_prox.*no such module"):
+        wrong = Adapter.from_updates({"model.layers.3.self_attn.q_prox": donor})
+        fit(model, {"a": wrong, "b": adapters["b"]}, data, allow_disjoint=True)
+
+
+def test_layers_that_are_passed_by_keep_the_prior_and_are_named():
+    """WavLM reads its projections' weights, and never runs them."""
+    from transformers import WavLMConfig, WavLMModel
+
+    kind = kinds.KINDS["wav2vec2"]
+    torch.manual_seed(0)
+    model = WavLMModel(WavLMConfig(**kinds.WAVES, **kinds.LAYERS)).eval()
+    adapters = kinds.adapters_of(model, ("q_proj", "intermediate_dense"))
+    data = {key: [kinds.batch_of(kind, seed)] for seed, key in enumerate("ab")}
+    report = fit(model, adapters, data).report
+    assert any("no input reaches them: encoder.layers.[0-1].attention.q_proj" in said for said in report.warnings)
+    assert set(report.fits) == {f"encoder.layers.{i}.feed_forward.intermediate_dense" for i in range(2)}
+
+
+def test_why_a_module_keeps_the_prior_is_the_reason(model, adapters, data):
+    nothing = dict.fromkeys("ab", 0.0) | {"a": 1.0}
+    few = Adapter.from_updates({n: u for n, u in adapters["b"].items() if ".layer.3." in n})
+    masked = [{**batch, "token_mask": torch.zeros_like(batch["attention_mask"])} for batch in data["b"]]
+    said = fit(model, adapters, {"a": data["a"], "b": masked}, preferences={"a": 0.0}).report.warnings
+    assert any("modules keep the prior: only inputs of tasks whose preference is 0 reach them: " in one for one in said)
+    said = fit(model, {"a": adapters["a"], "b": few}, {"b": masked}, preferences=nothing | {"b": 1.0}).report.warnings
+    assert any("modules keep the prior: no token that counts reaches them: " in one for one in said)
+    with pytest.raises(ConfigError, match="no task to fit to"):
+        fit(model, adapters, data, preferences=dict.fromkeys("ab", 0.0))
+
+
+class Seldom(torch.nn.Module):
+    """An expert that the first input does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.first(x)
+        rare = x[:, 0] > 0
+        return self.expert(y[rare]) if bool(rare.any()) else y
+
+
+def test_a_module_that_only_some_inputs_run_is_told_so():
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    inputs[0, 0], inputs[1, 0] = -1.0, 1.0
+    report = fit(Seldom().eval(), random_adapters(["first", "expert"]), {k: [{"x": inputs}] for k in "ab"}).report
+    assert any("only some inputs run them, as experts: expert" in said for said in report.warnings)
+
+
+@pytest.mark.parametrize("prior", ["zero", "router", "regmean", "iso"])
+def test_how_an_adapter_without_inputs_counts_is_what_is_said(model, adapters, data, prior):
+    """Whether it does: with it changed, the result is, or is not, another."""
+    other = make_from(adapters["b"], 3.0)
+    one, two = (fit(model, {"a": adapters["a"], "b": b}, {"a": data["a"]}, prior=prior) for b in (adapters["b"], other))
+    counts = any("these count through the prior alone" in said for said in one.report.warnings)
+    assert counts == (prior == "iso")
+    assert counts or any(f"as the prior ({prior}) does not hold them" in said for said in one.report.warnings)
+    if prior != "zero":
+        return
+    assert close({n: one.adapter[n] for n in one.adapter}, {n: two.adapter[n] for n in two.adapter}, 1e-5)
+
+
+def make_from(adapter, factor):
+    return Adapter.from_updates({n: LowRank(factor * u.left, u.right) for n, u in adapter.items()}, name=adapter.name)
+
+
+def test_a_models_own_exception_names_the_layer_and_the_task(model, adapters, data):
+    long = {"input_ids": torch.ones(1, 40, dtype=torch.long), "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+    with pytest.raises(InputError, match="on the inputs of b the base model stops here with") as raised:
+        fit(model, adapters, {"a": data["a"], "b": [data["b"][0], long]})
+    assert raised.value.key.startswith("bert.embeddings") and isinstance(
+        raised.value.__cause__, (RuntimeError, IndexError)
     )
 
 

@@ -74,6 +74,12 @@ def test_without_a_ridge_what_no_input_shows_stays_as_the_prior():
     assert torch.allclose(found[:, -1], prior[:, -1])
 
 
+def test_without_anything_that_comes_in_the_prior_stays():
+    nothing = Demand(spd(P, 0), torch.zeros(Q, Q), torch.zeros(P, Q), spd(P, 1))
+    prior = randn(P, Q)
+    assert torch.equal(solve([nothing], prior, 0.3), prior) and torch.equal(solve([], prior, 0.3), prior)
+
+
 def test_residuals_are_those_over_the_tokens(asked):
     z, y, core, size = randn(30, Q, seed=10), randn(30, P, seed=20), randn(P, Q, seed=3), asked[0].metric
     rest = z @ core.T - y

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+import kinds
 from coremerge import Recipe, load, merge
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, InputError
@@ -12,6 +15,7 @@ from coremerge.learning import PRESETS, Settings, learn_weights, measure_null_sp
 from coremerge.learning.blocks import choose_modules
 from coremerge.learning.forward import MergedModel
 from coremerge.learning.objectives import Entropy, Match, NullSpace, alone
+from coremerge.learning.result import as_tuple
 from coremerge.lowrank import LowRank
 from families import batches, make_adapter, make_model
 from tolerances import DOUBLE, LAYERS, SINGLE
@@ -225,8 +229,87 @@ class TestDescent:
         weights = learn_weights(model, adapters, data, preset="vision", steps=2)
         last = "bert.encoder.layer.3.attention.output.dense"
         start = weights.path[0, 0].item()
-        assert weights["a"][last] == pytest.approx(start, rel=1e-3)  # weight decay moves it
-        assert "2 of 24 coefficients have no influence" in weights.notes[0]
+        assert weights["a"][last] == weights["b"][last] == start
+        first = ", ".join(weights.notes)
+        assert first == (
+            f"2 of 24 coefficients have no influence on what is measured and stayed at the start, {start:.4g}: {last}"
+        )
+
+    @pytest.mark.parametrize("per", ["adapter", "module", "component"])
+    @pytest.mark.parametrize(
+        "changes",
+        [{"decay": 0.5}, {"decay": 0.5, "fixed_total": True}, {"bounds": (0.0, 0.4)}, {"decay": 0.5, "pull": 3.0}],
+    )
+    def test_what_is_said_to_have_stayed_at_the_start_has(self, model, adapters, data, per, changes):
+        """Under weight decay, too; and what moved for another's sake is not said to have stayed."""
+        few = Adapter.from_updates({n: LowRank(0 * u.left, u.right) for n, u in adapters["b"].items()})
+        given = {"a": adapters["a"], "b": few}
+        settings = {"per": per, "rate": 0.1, "start": 0.5, "objective": "match", **changes}
+        weights = learn_weights(model, given, {"a": data["a"]}, steps=3, **settings)
+        stayed = sum(v == 0.5 for row in weights.table.values() for value in row.values() for v in as_tuple(value))
+        said = [int(note.split(" of ")[0]) for note in weights.notes if "stayed at the start, 0.5" in note]
+        moved = [note for note in weights.notes if "moved only as bounds or the fixed total ask" in note]
+        if per == "adapter":
+            assert all(note.endswith(": b") for note in weights.notes)
+        else:
+            assert said == ([stayed] if stayed else []) and (said or moved)
+        assert bool(moved) == (bool(changes.keys() & {"fixed_total", "bounds"}))
+
+    def test_what_has_no_influence_is_known_after_a_resume(self, model, adapters, data, tmp_path):
+        few = Adapter.from_updates({n: LowRank(0 * u.left, u.right) for n, u in adapters["b"].items()})
+        given = {"a": adapters["a"], "b": few}
+        half = learn_weights(model, given, {"a": data["a"]}, objective="match", steps=2, start=0.5)
+        half.save(tmp_path / "half.safetensors")
+        again = read_weights(tmp_path / "half.safetensors")
+        for steps in (2, 3):
+            rest = learn_weights(
+                model, given, {"a": data["a"]}, objective="match", steps=steps, resume=again, start=0.9
+            )
+            assert rest.notes == half.notes and "12 of 24 coefficients" in rest.notes[0]
+            assert " (b)" in rest.notes[0] and "(a" not in rest.notes[0]
+
+    def test_nothing_has_influence(self):
+        """The only layer's inputs come before any adapter."""
+        kind = kinds.KINDS["whisper_classes"]
+        model = kinds.make(kind)
+        adapters = {
+            key: Adapter.from_updates({n: u for n, u in one.items() if ".0." in n})
+            for key, one in kinds.adapters_of(model).items()
+        }
+        weights = learn_weights(model, adapters, {key: [kinds.batch_of(kind)] for key in "ab"}, steps=2, start=0.7)
+        assert "4 of 4 coefficients have no influence on what is measured and stayed" in weights.notes[0]
+        assert weights.flat().tolist() == pytest.approx([0.7] * 4)
+
+    @pytest.mark.parametrize("name", ["gemma4", "gemma3n", "whisper", "speecht5", "wav2vec2", "sapiens2"])
+    @pytest.mark.parametrize("objective", ["match", "nsc-own"])
+    def test_every_kind_of_model_learns(self, name, objective):
+        kind = kinds.KINDS[name]
+        model = kinds.make(kind)
+        adapters = kinds.adapters_of(model, kind.targets)
+        data = {key: [kinds.batch_of(kind, seed)] for seed, key in enumerate("ab")}
+        weights = learn_weights(model, adapters, data, objective=objective, steps=3)
+        assert not torch.equal(weights.path[0], weights.path[-1]) and set(weights["a"]) == set(adapters["a"])
+        assert set(measure_null_space(model, adapters, data)["a"]["b"]) == set(adapters["a"])
+
+    def test_modules_that_a_model_has_no_use_for_stay_at_the_start(self):
+        kind = kinds.SHARING["gemma3n"]
+        model = kinds.make(kind)
+        donor = kinds.adapters_of(model, ("k_proj",))["a"]["model.layers.1.self_attn.k_proj"]
+        unused = {f"model.layers.{i}.self_attn.k_proj": donor for i in (2, 3)}
+        adapters = {
+            key: Adapter.from_updates({**dict(one.items()), **unused}, name=key)
+            for key, one in kinds.adapters_of(model, kind.targets).items()
+        }
+        weights = learn_weights(model, adapters, {key: [kinds.batch_of(kind)] for key in "ab"}, steps=2, start=0.5)
+        assert "model.layers.[2-3].self_attn.k_proj" in weights.notes[0]
+        assert {weights[key][name] for key in "ab" for name in unused} == {0.5}
+
+    def test_a_models_own_exception_names_the_layer_and_the_task(self, model, adapters, data):
+        long = {"input_ids": torch.ones(1, 40, dtype=torch.long)}
+        for run in (partial(learn_weights, steps=1), measure_null_space):
+            with pytest.raises(InputError, match="on the inputs of b the base model stops here with") as raised:
+                run(model, adapters, {"a": data["a"], "b": [long]})
+            assert raised.value.key.startswith("bert.embeddings") and raised.value.__cause__ is not None
 
     def test_progress_and_half_precision(self, model, adapters, data):
         told = []

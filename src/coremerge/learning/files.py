@@ -124,6 +124,8 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
         try:
             model, said = kind.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **how, **where)
         except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError) as error:
+            if refusal := out_of_memory(error):
+                raise refusal from None
             raise SourceError(
                 f"the base model cannot be loaded: {_wrong(report) or first_line(error)}", file=base,
                 remedy="Give a model of transformers: its folder, or its hub id",
@@ -152,24 +154,6 @@ def load_report() -> Iterator[list[str]]:
     logger.addFilter(catch)
     bars.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-<<<<<<< HEAD
-        model: nn.Module = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
-            place,
-            dtype=dtype,
-            device_map=None if device == "cpu" else device,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **where,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        if refusal := out_of_memory(error):
-            raise refusal from None
-        raise SourceError(
-            f"the base model cannot be loaded: {str(error).splitlines()[0]}", file=base,
-            remedy="Give a model of transformers: its folder, or its hub id",
-        ) from None  # fmt: skip
-    return model
-=======
         yield lines
     finally:
         logger.removeFilter(catch)
@@ -184,4 +168,3 @@ def _wrong(report: Sequence[str]) -> str | None:
     """The first weight of another shape, or that could not be converted."""
     row = next((line.split("|") for line in report if "MISMATCH" in line or "CONVERSION" in line), None)
     return f"{row[0].strip()}: {row[-1].strip()}" if row else None
->>>>>>> 0dd6781 (A fit keeps what blocks leave for later ones, sees the order from inputs of every kind, and names what it does not fit)

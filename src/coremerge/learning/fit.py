@@ -240,8 +240,8 @@ def _batches(plan: Plan, data: Mapping[str, Iterable[Batch]], likes: Mapping[str
 def _samples(batches: Mapping[str, Sequence[Batch]]) -> list[tuple[str, Batch]]:
     """An input of each kind, and its task: some may be texts, some images, some both, which come first."""
     kinds: dict[frozenset[str], tuple[str, Batch]] = {}
-    for task, listed in batches.items():
-        for batch in listed:
+    for task, given in batches.items():
+        for batch in given:
             kinds.setdefault(frozenset(batch), (task, first_row(batch)))
     return [kinds[keys] for keys in sorted(kinds, key=len, reverse=True)]
 

@@ -138,7 +138,7 @@ def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """Where ``model`` keeps the modules that adapters call ``names``.
 
     Names may begin elsewhere: at the backbone while ``model`` has a head, at a tower of it, or the other way round.
-    Modules that the model lacks and says to have no use for, as Gemma's layers that share keys and values, are left out.
+    Modules that the model lacks and has no use for, as Gemma's layers that share keys and values, are left out.
 
     Raises:
         MismatchError: a module is not there, or could be several.

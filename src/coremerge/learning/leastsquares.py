@@ -161,7 +161,7 @@ def solve(asked: Sequence[Demand], prior: Tensor, ridge: float, *, exact: float 
     where the tasks' metrics are equal, or their inputs' moments.
     """
     inputs = sum((demand.zz for demand in asked), torch.zeros(prior.shape[-1], prior.shape[-1], dtype=torch.float64))
-    if not asked or not inputs.numel() or not prior.numel():
+    if not bool(inputs.diagonal().any()) or not prior.numel():  # nothing comes in: nothing can be asked
         return prior
     mean = float(inputs.diagonal().mean())
     rho = max(ridge, linalg.RTOL) * mean
