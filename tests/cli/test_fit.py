@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import coremerge
 from families import WORDS, make_adapter, make_model
@@ -140,3 +141,18 @@ def test_one_out_of_many_cores_says_so(fit):
     assert fit(*DATA, "-o", "OUT").exit_code == 0
     result = fit(*DATA, "-o", "OUT")
     assert result.exit_code == 1 and "--overwrite" in result.stderr
+
+
+def test_a_base_model_with_a_head_is_loaded_in_silence_and_one_with_holes_is_not(fit, tmp_path):
+    make_model("bert").save_pretrained("headed")
+    for name in ("config.json", "model.safetensors"):
+        Path("headed", name).replace(Path("base", name))
+    said = fit(*DATA, "-o", "OUT").stderr
+    assert "REPORT" not in said and "\x1b" not in said and "random" not in said
+    held = load_file("base/model.safetensors")
+    save_file({k: v for k, v in held.items() if "layer.3" not in k}, "base/model.safetensors", {"format": "pt"})
+    said = fit(*DATA, "-o", "TWO").stderr
+    assert "warning: base lacks weights of the model, which are random now: encoder.layer.3." in said.replace(
+        f"{tmp_path}/", ""
+    )
+    assert not fit(*DATA, "-o", "TWO", "-q", "--overwrite").stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 
 import pytest
@@ -75,3 +76,11 @@ def test_a_label_is_only_text_to_the_bar(monkeypatch):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_the_package_logs_is_a_warning_unless_quiet(quiet, capsys):
+    with progress_bar(quiet):
+        logging.getLogger("coremerge.learning.files").warning("base %s", "\x1b[31mis odd")
+    assert not logging.getLogger("coremerge").handlers
+    assert capsys.readouterr().err == ("" if quiet else "warning: base \\x1b[31mis odd\n")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coremerge.learning import null_space_ratio
-from coremerge.learning.ratio import FLOOR, mean_over, row_basis
+from coremerge.learning.ratio import FLOOR, MeanRatios, mean_over, ratio_to_basis, row_basis
 
 
 def oracle(x: Tensor, right: Tensor) -> Tensor:
@@ -88,3 +88,17 @@ def test_the_basis_has_the_numerical_rank() -> None:
     basis = row_basis(torch.cat([right, right @ torch.eye(7).double() * 2]).float())
     assert basis.shape == (3, 7)
     torch.testing.assert_close(basis @ basis.T, torch.eye(3).double())
+
+
+def test_means_are_over_tokens_however_they_are_shared_out():
+    x, basis = torch.randn(6, 5, 8), row_basis(torch.randn(3, 8))
+    mask = torch.arange(5) < torch.tensor([1, 5, 2, 0, 3, 4]).unsqueeze(1)
+    whole, shared = MeanRatios(), MeanRatios()
+    whole.add("x", x, basis, mask)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        shared.add("x", x[rows], basis, mask[rows])
+    assert (
+        shared.get("x") == pytest.approx(whole.get("x")) == pytest.approx(float(ratio_to_basis(x[mask], basis).mean()))
+    )
+    whole.add("y", x, basis, torch.zeros(6, 5))
+    assert whole.get("y") is None and whole.get("z") is None

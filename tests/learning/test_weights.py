@@ -10,7 +10,7 @@ import torch
 import kinds
 from coremerge import Recipe, load, merge
 from coremerge.adapter import Adapter
-from coremerge.errors import ConfigError, InputError
+from coremerge.errors import ConfigError, InputError, UnsupportedError
 from coremerge.learning import PRESETS, Settings, learn_weights, measure_null_space, null_space_ratio, read_weights
 from coremerge.learning.blocks import choose_modules
 from coremerge.learning.forward import MergedModel
@@ -303,6 +303,22 @@ class TestDescent:
         weights = learn_weights(model, adapters, {key: [kinds.batch_of(kind)] for key in "ab"}, steps=2, start=0.5)
         assert "model.layers.[2-3].self_attn.k_proj" in weights.notes[0]
         assert {weights[key][name] for key in "ab" for name in unused} == {0.5}
+
+    def test_experts_whose_routing_changes_are_refused(self):
+        class Routed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.expert = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+            def forward(self, x):
+                x = self.first(x)
+                return self.expert(x[x[:, 0] > 0])
+
+        torch.manual_seed(0)
+        updates = {key: {n: LowRank(torch.randn(6, 1), torch.randn(1, 6)) for n in ("first", "expert")} for key in "ab"}
+        adapters = {key: Adapter.from_updates(held) for key, held in updates.items()}
+        with pytest.raises(UnsupportedError, match="another way"):
+            learn_weights(Routed(), adapters, {key: [{"x": torch.randn(40, 6)}] for key in "ab"}, objective="match")
 
     def test_a_models_own_exception_names_the_layer_and_the_task(self, model, adapters, data):
         long = {"input_ids": torch.ones(1, 40, dtype=torch.long)}

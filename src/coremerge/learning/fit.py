@@ -130,7 +130,8 @@ def fit(
 
     Raises:
         ConfigError: a setting that means nothing, a task that is no adapter, no inputs; a ``resume`` of something else.
-        InputError: a task without inputs; what is no adapter, or no batch.
+        InputError: a task without inputs; what is no adapter, or no batch; the model stops on one with an exception of
+            its own, which is the cause.
         MismatchError: the model (or an adapter that is the prior) lacks a module, or has it in another shape.
         UnsupportedError: a module that cannot be hooked, biases in the adapters, or inputs that take other ways through
             the merged model than through their own (experts).

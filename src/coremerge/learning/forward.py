@@ -22,6 +22,9 @@ from coremerge.learning.backbone import Batch, backbone_output
 Coefficients = Callable[["Target"], Tensor]
 """Of a target: one per rank component (R,)."""
 
+OTHER_WAY = "the inputs of a task take another way through the merged model than through their own"
+WITHOUT_EXPERTS = "Leave out adapters of experts, or merge without data"
+
 Watch = Callable[["Target", Tensor], Tensor | None]
 """Called with a target module and its input (..., n); what it returns is collected."""
 

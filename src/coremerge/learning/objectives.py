@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coremerge.errors import ConfigError, InputError
+from coremerge.errors import ConfigError, InputError, UnsupportedError
 from coremerge.learning.backbone import Batch, token_mask
-from coremerge.learning.forward import Coefficients, MergedModel, Target, Watch
+from coremerge.learning.forward import OTHER_WAY, WITHOUT_EXPERTS, Coefficients, MergedModel, Target, Watch
 from coremerge.learning.ratio import mean_over, ratio_to_basis, row_basis, sum_over
 
 
@@ -95,7 +95,10 @@ class Match:
             own, end = run.found, run.hidden
 
         def distance(target: Target, x: Tensor) -> Tensor | None:
-            return _distance(x, own[target.name], token_mask(batch, x)) if target.name in own else None
+            goal = own.get(target.name)
+            if goal is not None and goal.shape != x.shape:
+                raise UnsupportedError(OTHER_WAY, key=target.name, remedy=WITHOUT_EXPERTS)
+            return None if goal is None else _distance(x, goal, token_mask(batch, x))
 
         with self.merged.run(batch, coefficients, distance) as run:
             last = [] if end is None or run.hidden is None else [_distance(run.hidden, end, token_mask(batch, end))]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coremerge.errors import UnsupportedError
 from coremerge.learning.backbone import Batch, frozen, inputs_of, seeded, token_mask
 from coremerge.learning.cores import Cores
-from coremerge.learning.forward import MergedModel, Target
+from coremerge.learning.forward import OTHER_WAY, WITHOUT_EXPERTS, MergedModel, Target
 from coremerge.learning.given import moved, rows_of
 from coremerge.learning.kept import mark_of_model
 from coremerge.learning.leastsquares import Sums
@@ -254,10 +254,7 @@ class Passes:
                 return
             goal = next(goals[name]).to(output.device)
             if len(goal) != len(x):
-                raise UnsupportedError(
-                    "the inputs of a task take another way through the merged model than through their own",
-                    key=name, remedy="Leave out adapters of experts, or merge without data",
-                )  # fmt: skip
+                raise UnsupportedError(OTHER_WAY, key=name, remedy=WITHOUT_EXPERTS)
             core = self.cores[name]
             z, y = in_basis(x, core.right.mT), goal - in_basis(output, core.left)
             part = (rows + before) % FOLDS

@@ -27,7 +27,7 @@ class Settings:
         bounds: that coefficients are kept within, or None.
         fixed_total: keep the sum of each module's coefficients (of all, if they are per adapter) where it starts, as
             far as bounds allow.
-        decay: AdamW's weight decay.
+        decay: AdamW's weight decay, of coefficients that have an influence on what is measured.
         patience: stop after so many steps without a new best of the objective's running mean; None: never.
     """
 

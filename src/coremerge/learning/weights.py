@@ -71,7 +71,8 @@ def learn_weights(
 
     Raises:
         ConfigError: an unknown setting, task or objective; no module is measured.
-        InputError: a task without inputs; what is no adapter, or no batch.
+        InputError: a task without inputs; what is no adapter, or no batch; the model stops on one with an exception of
+            its own, which is the cause.
         MismatchError: the model lacks a module, or has it in another shape.
         UnsupportedError: a module that cannot be hooked.
     """
