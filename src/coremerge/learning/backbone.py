@@ -97,8 +97,8 @@ def _output(model: nn.Module, backbone: nn.Module, inputs: Mapping[str, Any]) ->
 def _backbone(model: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
     """The part beneath the head, where it takes what the model does: some models' ``base_model`` is their encoder."""
     base = getattr(model, "base_model", None)
-    whole = not isinstance(base, nn.Module) or any(_takes(model, key) and not _takes(base, key) for key in inputs)
-    return _tower(model if whole else base, inputs)
+    takes_all = isinstance(base, nn.Module) and all(_takes(base, key) for key in inputs if _takes(model, key))
+    return _tower(base if isinstance(base, nn.Module) and takes_all else model, inputs)
 
 
 def _tower(backbone: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
