@@ -297,8 +297,8 @@ class Fitting:
         asked = demands(sums, metrics, weights)
         tokens = sum(one.count for one in sums.values())
         if not asked or self.drawn.alone:
-            core, told = self._cut_plainly(name, prior)
-            return core, told | {"tokens": tokens}
+            plain, energy = self._cut_plainly(name, prior)
+            return plain, energy | {"tokens": tokens}
         ridge, rank = self.drawn.ridge, self.drawn.rank_of(name)
         before = after = 0.0
         checked = False
