@@ -115,5 +115,5 @@ def test_a_base_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> No
 
 def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match=r"coremerge\[evaluate\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[evaluate\]"):
         Encoder(read_taskset(folder))

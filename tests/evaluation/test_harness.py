@@ -91,5 +91,5 @@ def test_an_unknown_task_or_metric_is_refused(folder: Path) -> None:
 
 def test_without_lm_eval_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(MissingExtraError, match=r"coremerge\[lm-eval\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[lm-eval\]"):
         scored(folder, write_tasks(folder), "other")

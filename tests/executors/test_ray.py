@@ -167,7 +167,7 @@ def test_a_cluster_without_gpus_says_so(executor: Ray) -> None:
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtraError, match="coremerge\\[ray\\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[ray\]"):
         Ray()
 
 

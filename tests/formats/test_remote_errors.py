@@ -30,7 +30,10 @@ class HttpError(Exception):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ImportError("Install s3fs to access S3"), r"s3:// needs a package that is not installed\. Install s3fs"),
+        (
+            ImportError("Install s3fs to access S3"),
+            r"s3:// needs a package that is not installed\. pip install .*\[s3\]",
+        ),
         (FileNotFoundError("bucket/a"), r"is not there\. Check the spelling"),
         (TimeoutError(), r"no answer in time\. Check the address"),
         (asyncio.TimeoutError(), "no answer in time"),

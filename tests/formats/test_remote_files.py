@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -162,10 +163,18 @@ class TestAdapters:
         with pytest.raises(SourceError, match=r"no such file or folder.*a URL is given as text"):
             load(Path("memory://b/math"))
 
-    @pytest.mark.parametrize("scheme", ["s3", "gs", "az", "oci"])
-    def test_a_package_that_is_missing(self, scheme: str) -> None:
-        with pytest.raises(SourceError, match=rf"{scheme}:// needs a package that is not installed\. .*nstall \w+fs"):
+    @pytest.mark.parametrize(
+        ("scheme", "extra"),
+        [("s3", "s3"), ("gcs", "gs"), ("az", "az"), ("abfss", "az"), ("oci", "oci"), ("oss", "oss")],
+    )
+    def test_a_package_that_is_missing_comes_with_an_extra(self, scheme: str, extra: str) -> None:
+        with pytest.raises(SourceError, match=rf"{scheme}:// needs a package .*\. pip install .*\[{extra}\]"):
             load(f"{scheme}://bucket/a")
+
+    def test_a_web_server_needs_an_extra_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "aiohttp", None)
+        with pytest.raises(SourceError, match=r"https:// needs a package that is not installed\. .*\[http\]"):
+            load("https://host/a")
 
     def test_a_disk_that_is_full(self, math: str, monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
         def full(*_: object, **__: object) -> None:

@@ -156,7 +156,7 @@ def test_other_layers_are_passed_over():
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "coremerge.learning.callback", None)
-    with pytest.raises(MissingExtraError, match=r"coremerge\[learn\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[learn\]"):
         coremerge.learning.NullSpaceCallback  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         coremerge.learning.nothing  # noqa: B018

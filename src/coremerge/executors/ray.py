@@ -1,4 +1,4 @@
-"""A Ray cluster: ``pip install 'coremerge[ray]'``.
+"""A Ray cluster; Ray comes with the extra ``ray``.
 
 Work goes out as tasks, which Ray tries again elsewhere when a worker or a whole machine is lost. A function is sent
 once; each worker process keeps what the function itself caches.
@@ -17,6 +17,7 @@ from coremerge.errors import ConfigError, CoremergeError, MissingExtraError
 from coremerge.executors import Group, bundles
 from coremerge.executors.holders import Holders
 from coremerge.executors.local import single_threaded_torch
+from coremerge.installing import install
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -65,7 +66,7 @@ class Ray:
         try:
             ray: Any = importlib.import_module("ray")
         except ImportError:
-            raise MissingExtraError("a cluster needs Ray", remedy="pip install 'coremerge[ray]'") from None
+            raise MissingExtraError("a cluster needs Ray", remedy=install("ray")) from None
         self._ray, self._gpus, self._ours = ray, gpus, not ray.is_initialized()
         if self._ours:
             _start(ray, address)

@@ -10,6 +10,8 @@ from errno import EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
 
 from coremerge.errors import CoremergeError, SourceError
+from coremerge.formats.urls import EXTRAS
+from coremerge.installing import install
 from coremerge.text import HIDDEN
 
 _S3 = "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; FSSPEC_S3_ANON=true for what is public"
@@ -48,8 +50,9 @@ def failed_status(error: BaseException) -> int | None:
 
 def _refusal(url: str, scheme: str, cache: Path, error: Exception) -> SourceError:
     said, status = _first_line(error), failed_status(error)
-    if isinstance(error, ImportError):
-        return SourceError(f"{scheme}:// needs a package that is not installed", file=url, remedy=said)
+    if isinstance(error, ImportError) or said.startswith("Protocol not known"):  # fsspec knows some by their packages
+        remedy = install(EXTRAS[scheme]) if scheme in EXTRAS else said
+        return SourceError(f"{scheme}:// needs a package that is not installed", file=url, remedy=remedy)
     if isinstance(error, OSError) and _is_local(error, cache):
         remedy = "Free some space, or set COREMERGE_CACHE to another folder"
         return SourceError(f"cannot be kept in {cache}: {error.strerror or said}", file=url, remedy=remedy)

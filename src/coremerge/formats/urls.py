@@ -16,6 +16,15 @@ SCHEMES = (
 """Stores of files. Others that fsspec knows read this machine's own files, take archives apart, or log in to other
 machines: a URL in somebody's recipe shall not."""
 
+EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "az"),
+    **{scheme: scheme for scheme in ("oci", "oss", "hdfs", "webhdfs")},
+    **dict.fromkeys(HTTP, "http"),
+}
+"""Scheme → the extra of this package that brings its client."""
+
 _URL = re.compile(r"(?:[\w.+-]+::)*(?P<scheme>[A-Za-z][\w.+-]+)://")
 _FILE = re.compile(r"(?i:file)://(?:localhost)?(?P<path>/.*)", re.DOTALL)
 

@@ -35,6 +35,7 @@ def __getattr__(name: str) -> Any:
         from coremerge.learning.callback import NullSpaceCallback
     except ImportError:
         from coremerge.errors import MissingExtraError
+        from coremerge.installing import install
 
-        raise MissingExtraError("the callback needs transformers", remedy="pip install 'coremerge[learn]'") from None
+        raise MissingExtraError("the callback needs transformers", remedy=install("learn")) from None
     return NullSpaceCallback

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from coremerge.errors import MissingExtraError
+from coremerge.installing import install
 
 
 def optional(module: str, needing: str = "such inputs need") -> Any:
@@ -18,7 +19,7 @@ def optional(module: str, needing: str = "such inputs need") -> Any:
         return importlib.import_module(module)
     except ImportError:
         name = "pillow" if module.startswith("PIL") else module
-        raise MissingExtraError(f"{needing} {name}", remedy="pip install 'coremerge[learn]'") from None
+        raise MissingExtraError(f"{needing} {name}", remedy=install("learn")) from None
 
 
 def first_line(error: Exception) -> str:
