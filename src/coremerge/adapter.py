@@ -76,6 +76,7 @@ class Info:
         modules_to_save: module names (as PEFT's config lists them) that the extras belong to.
         token_indices: module name → trained token ids, for extras that are token rows.
         targets: ends of module names: the base model has no such modules but the adapter's.
+        initial: the source of the adapter before training, which was subtracted, if one was given.
         files: the files that were read.
         stamps: theirs, from before they were read.
         notes: what was normalised or left unread, in plain words.
@@ -93,6 +94,7 @@ class Info:
     modules_to_save: tuple[str, ...] = ()
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    initial: str | None = None
     files: tuple[Path, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

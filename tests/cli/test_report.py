@@ -18,6 +18,17 @@ def test_report_is_drawn_afterwards_and_again(run):
         assert (result.exit_code, result.stdout) == (0, "written to OUT/report.html\n")
 
 
+def test_somebody_elses_report_is_not_replaced(run):
+    run("merge", "A", "B", "-o", "OUT", "-q")
+    for content in (b"<html>my notes</html>", b"", b"\xff\xfe"):
+        Path("OUT/report.html").write_bytes(content)
+        refused = run("report", "OUT")
+        assert (refused.exit_code, "report.html: exists" in refused.stderr) == (1, True)
+        assert Path("OUT/report.html").read_bytes() == content
+    assert run("report", "OUT", "--overwrite", "-q").exit_code == 0
+    assert run("report", "OUT", "-q").exit_code == 0
+
+
 def test_report_goes_where_it_is_asked_for_once(run):
     run("merge", "A", "B", "-o", "OUT", "-q")
     assert run("report", "OUT", "-o", "new/r.html", "-q").exit_code == 0

@@ -177,7 +177,7 @@ def test_inputs_that_are_gone_or_changed_are_said_and_the_rest_is_drawn(merged: 
     shutil.rmtree("A")
     make_adapter(Path("B"), 6, seed=9, use_rslora=True)
     said = text(report_page(merged))
-    assert "Not shown below, as an input is missing: A cannot be read" in said
+    assert "Not shown below, as it is missing: A cannot be read" in said
     assert "B has changed since the merge: adapter_model.safetensors" in said
     assert "How alike" not in said
     assert "Spectra" in said

@@ -40,12 +40,13 @@ def report(
     each; weights and scores. It opens without a network.
     """
     from coremerge.formats.atomic import check_file, write_file
-    from coremerge.report.page import FILE, report_page
+    from coremerge.report.page import FILE, is_report, report_page
 
     target = out or folder / FILE
-    check_file(target, overwrite=overwrite or out is None)
+    overwrite = overwrite or (out is None and is_report(target))
+    check_file(target, overwrite=overwrite)
     with progress_bar(quiet) as bar:
         page = report_page(folder, inputs=inputs, weights=weights, scores=scores, threads=threads, progress=bar)
-    write_file(target, page, overwrite=overwrite or out is None)
+    write_file(target, page, overwrite=overwrite)
     if not quiet:
         say(f"written to {target}")

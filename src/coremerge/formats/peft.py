@@ -220,6 +220,7 @@ def relative_to(adapter: Adapter, initial: Adapter) -> Adapter:
         extras=adapter.extras,
         info=replace(
             with_note(adapter.info, note),
+            initial=initial.info.source or None,
             files=(*adapter.info.files, *initial.info.files),
             stamps={**adapter.info.stamps, **initial.info.stamps},
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from coremerge.diagnostics.retention import Sums
 from coremerge.errors import CoremergeError, SourceError
 from coremerge.executors import local
 from coremerge.formats import load
+from coremerge.formats.source import locate
 from coremerge.hashing import file_sha256
 from coremerge.lowrank import LowRank
 
@@ -47,7 +48,7 @@ class Numbers:
     Attributes:
         places: module → where it is.
         spectra: label of a kind → name (inputs, "merged") → singular values, averaged over the kind's modules.
-        alignment: of the inputs; None where they could not be read.
+        alignment: of the inputs that could be read; None where there is none.
         kept: input → module → what :func:`~coremerge.diagnostics.retain_module` found.
         missing: why inputs could not be read, in plain words.
     """
@@ -87,8 +88,6 @@ def gather(
     unknown = sorted(set(merged or ()) - set(names))
     if unknown:
         raise SourceError("the record beside it does not know this module", file=folder, key=unknown[0])
-    if missing:
-        adapters = {}
     held = {**adapters, **({} if merged is None else {MERGED: merged})}
     spectra = _spectra(held, places, threads, lambda done, count: tell("spectra", done, count))
     if not adapters:
@@ -113,9 +112,11 @@ def read_inputs(
             missing.append(f"{name} is not in a file")
             continue
         try:
-            adapter = load(source)
-            known = set(entry["sha256"].values())
-            changed = [file.name for file in adapter.info.files if known and file_sha256(file) not in known]
+            known, read = set(entry["sha256"].values()), entry.get("read", {})
+            changed = _changed(_pickles(source, read), known)
+            if not changed:
+                adapter = load(source, revision=None if places else entry["revision"], **read)
+                changed = _changed(adapter.info.files, known)
         except (CoremergeError, OSError) as error:
             missing.append(f"{name} cannot be read: {error}")
             continue
@@ -124,6 +125,17 @@ def read_inputs(
         else:
             found[name] = adapter
     return found, tuple(missing)
+
+
+def _pickles(source: str, read: Mapping[str, Any]) -> list[Path]:
+    """What is only unpickled once it is known to be what the merge read."""
+    if not read.get("allow_pickle"):
+        return []
+    return [locate(place, allow_pickle=True).weights for place in (source, read.get("initial")) if place]
+
+
+def _changed(files: Iterable[Path], known: Collection[str]) -> list[str]:
+    return [file.name for file in files if known and file_sha256(file) not in known]
 
 
 def places_of(names: Sequence[str]) -> dict[str, Place]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from coremerge.learning.result import Weights
 
 FILE = "report.html"
+_MARK = b"<footer>coremerge "
 
 STRONG = 3
 """An adapter that counts so many times as strongly as the others' median is remarked on."""
@@ -87,6 +88,14 @@ def report_page(
     return visible_lines(redacted(page))
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that :func:`report_page` made, and not somebody else's of that name."""
+    try:
+        return _MARK in path.read_bytes()
+    except OSError:
+        return False
+
+
 def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     recipe = record["recipe"]
     steps = "".join(f" + {step if isinstance(step, str) else next(iter(step))}" for step in recipe["steps"])
@@ -131,7 +140,7 @@ def _went_in(record: Mapping[str, Any]) -> Part:
 def _dropped(record: Mapping[str, Any], numbers: Numbers) -> Part:
     items = [*_cut(record), *(f"{name}: {decision}" for name, decision in record["extras"].items())]
     items += [note for note in dict.fromkeys([*record["warnings"], *record["notes"]]) if note not in items]
-    items += [f"Not shown below, as an input is missing: {reason}" for reason in numbers.missing]
+    items += [f"Not shown below, as it is missing: {reason}" for reason in numbers.missing]
     text = "" if items else "Nothing was dropped, cut or assumed."
     return Part("What was cut, dropped or decided", text, items=items)
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coremerge.errors import SourceError
+from coremerge.formats.vera import TYPES as VERA
 from coremerge.text import redacted, redacted_words, visible_json
 
 if TYPE_CHECKING:
+    from coremerge.adapter import Info
     from coremerge.outcome import Report
     from coremerge.plan import Plan
 
@@ -29,8 +31,13 @@ def make_record(
     notes: Sequence[str] = (),
     dtype: str,
     into: str | None = None,
+    base: str | None = None,
+    vera_width: int | None = None,
 ) -> str:
-    """The file's text: nothing in it changes from one run to the next of the same merge, and no secret is in it."""
+    """The file's text: nothing in it changes from one run to the next of the same merge, and no secret is in it.
+
+    ``base`` and ``vera_width``: what VeRA adapters were read with.
+    """
     from coremerge import __version__
 
     inputs = [
@@ -44,6 +51,7 @@ def make_record(
             "ranks": sorted({module.rank for module in adapter.modules.values()}),
             "scales": sorted({module.scale for module in adapter.modules.values()}),
             "sha256": dict(sha256[name]),
+            "read": _read_with(adapter.info, base, vera_width),
         }
         for name, adapter in plan.adapters.items()
     ]
@@ -65,6 +73,29 @@ def make_record(
     return visible_json(redacted(json.dumps(data, ensure_ascii=False))) + "\n"
 
 
+def _read_with(info: Info, base: str | None, vera_width: int | None) -> dict[str, Any]:
+    """What its files cannot be read without, as :func:`coremerge.load` takes it."""
+    vera = info.type.upper() in VERA
+    read = {
+        "base": base if vera else None,
+        "vera_width": vera_width if vera else None,
+        "initial": info.initial,
+        "allow_pickle": any(file.suffix not in (".json", ".safetensors") for file in info.files),
+    }
+    return {key: value for key, value in read.items() if value}
+
+
+class _Read(BaseModel):
+    """Arguments of :func:`coremerge.load`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: str | None = None
+    vera_width: int | None = None
+    initial: str | None = None
+    allow_pickle: bool = False
+
+
 class _Input(BaseModel):
     name: str
     source: str | None
@@ -74,6 +105,7 @@ class _Input(BaseModel):
     ranks: list[int]
     scales: list[float]
     sha256: dict[str, str]
+    read: _Read = _Read()
 
 
 class _Recipe(BaseModel):
