@@ -78,8 +78,10 @@ class Info:
         targets: ends of module names: the base model has no such modules but the adapter's.
         initial: the source of the adapter before training, which was subtracted, if one was given.
         files: the files that were read.
-        stamps: theirs, from before they were read.
+        stamps: theirs, from before they were read, and of those beside.
+        beside: files that go with the adapter and are not read: name → where it is; several: they are averaged.
         notes: what was normalised or left unread, in plain words.
+        warnings: what it lacks, or what of it is lost, in plain words.
     """
 
     source: str = ""
@@ -97,7 +99,9 @@ class Info:
     initial: str | None = None
     files: tuple[Path, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    beside: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Lazy(Mapping[str, T]):

@@ -286,7 +286,7 @@ def _size(files: Iterable[Path]) -> int:
 def _result(prepared: Prepared, out: Path) -> list[Path]:
     """The weights of a former result, if there is a whole one."""
     names = [*prepared.into_plan.layouts] if prepared.into_plan else [WEIGHTS_NAME]
-    others = [RECORD] if prepared.into_plan else [RECORD, CONFIG_NAME]
+    others = [RECORD, *([] if prepared.into_plan else [CONFIG_NAME]), *prepared.plan.info.beside]
     return [out / name for name in names] if all((out / name).is_file() for name in [*names, *others]) else []
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coremerge.adapter import Adapter
+from coremerge.adapter import Adapter, Info
 from coremerge.errors import ConfigError
 from coremerge.formats import load
 from coremerge.formats.source import locate
@@ -94,12 +94,12 @@ def with_labels(recipe: Recipe, adapters: Iterable[str], sources: Sequence[str |
 
 
 def files_of(adapters: Mapping[str, Adapter]) -> list[Path]:
-    """All files that they were read from."""
-    return [file for adapter in adapters.values() for file in adapter.info.files]
+    """All files that the result depends on: those that they were read from, and those beside."""
+    return [file for adapter in adapters.values() for file in _named(adapter.info).values()]
 
 
 def hashes_of(adapters: Mapping[str, Adapter], hashes: Hashes) -> dict[str, dict[str, str]]:
-    """Adapter name → file name → SHA-256 of all files that were read.
+    """Adapter name → file name → SHA-256 of all files that were read, and of those beside.
 
     Raises:
         SourceError: one of them has changed since, or is gone.
@@ -107,7 +107,7 @@ def hashes_of(adapters: Mapping[str, Adapter], hashes: Hashes) -> dict[str, dict
     found: dict[str, dict[str, str]] = {}
     for name, adapter in adapters.items():
         known = adapter.info.stamps
-        files = _named(adapter.info.files)
+        files = _named(adapter.info)
         found[name] = {
             label: hashes.of(file, known[file]) if file in known else hashes[file] for label, file in files.items()
         }
@@ -116,10 +116,10 @@ def hashes_of(adapters: Mapping[str, Adapter], hashes: Hashes) -> dict[str, dict
     return found
 
 
-def _named(files: Sequence[Path]) -> dict[str, Path]:
+def _named(info: Info) -> dict[str, Path]:
     """Files by their names; the first of a name is the adapter's own, a later one the initial adapter's."""
     named: dict[str, Path] = {}
-    for file in files:
+    for file in (*info.files, *(file for files in info.beside.values() for file in files)):
         name = file.name
         while name in named:
             name = f"initial {name}"

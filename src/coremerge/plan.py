@@ -7,12 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from coremerge.adapter import Adapter, Info, Module
+from coremerge.carried import Carried, plan_files
 from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, plan_extras
@@ -69,6 +71,7 @@ class Plan:
         info: of the result.
         dtype: of the result.
         warnings: what the person should know, in plain words.
+        files: what becomes of files beside the adapters' own.
     """
 
     adapters: Mapping[str, Adapter]
@@ -79,6 +82,7 @@ class Plan:
     info: Info
     dtype: torch.dtype
     warnings: tuple[str, ...]
+    files: Mapping[str, Carried] = dataclass_field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -195,6 +199,7 @@ class Plan:
                 for name, p in self.modules.items()
             },
             "extras": {name: {"from": e.holders, "decision": e.decision} for name, e in self.extras.items()},
+            "files": {name: {"from": c.holders, "decision": c.decision} for name, c in self.files.items()},
             "rank": self.rank,
             "dtype": str(self.dtype).removeprefix("torch."),
             "output_bytes": self.output_bytes,
@@ -218,7 +223,7 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
     modules = {name: _planned(name, named, recipe, resolved) for name in _module_names(named)}
     _check_shared(named, modules, recipe)
     holders = {name: tuple(p.ranks) for name, p in modules.items()}
-    extras = plan_extras(named, recipe.extras)
+    extras, files = plan_extras(named, recipe.extras), plan_files(named, recipe.extras)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else _common_dtype(named.values())
     plan = Plan(
         named,
@@ -226,9 +231,10 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
         modules,
         weight_table(weights, holders, named, recipe.normalize),
         extras,
-        _merged_info(named.values(), extras),
+        _merged_info(named.values(), extras, files),
         dtype,
         (),
+        files,
     )
     return replace(plan, warnings=tuple(_warnings(plan)))
 
@@ -282,13 +288,20 @@ def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe, resolve
                 raise MismatchError(
                     f"module {name}: {what} {getattr(first, what)} in {first_key}, {getattr(module, what)} in {key}",
                     file=adapters[key].info.source or key,
-                    remedy="Adapters must have been trained on the same base model",
+                    remedy="Adapters must have been trained on the same base model" + _or_shard(first, module),
                 )
     resolved = resolved.alone if resolved.alone and len(having) == 1 else resolved
     rank = resolved.rank([module.rank for module in having.values()], first.shape)
     if isinstance(recipe.rank, int):
         rank = min(rank, recipe.rank)
     return PlannedModule(replace(first, rank=rank, scale=1.0), {key: module.rank for key, module in having.items()})
+
+
+def _or_shard(one: Module, other: Module) -> str:
+    """A hint, where one has a whole part of the other's rows: what a process of several has of a B."""
+    (few, inner), (many, others) = sorted((one.shape, other.shape))
+    shard = few < many and inner == others and many % few == 0
+    return f"; or the one of {few} rows was saved in shards (ZeRO-3 or FSDP): gather them first" if shard else ""
 
 
 def _check_shared(adapters: Mapping[str, Adapter], modules: Mapping[str, PlannedModule], recipe: Recipe) -> None:
@@ -314,7 +327,7 @@ def _common_dtype(adapters: Iterable[Adapter]) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra]) -> Info:
+def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra], files: Mapping[str, Carried]) -> Info:
     infos = [adapter.info for adapter in adapters]
     first = infos[0]
 
@@ -339,6 +352,8 @@ def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra]) -> In
         modules_to_save=tuple(sorted(saved)),
         token_indices={key: ids for key, ids in tokens.items() if key not in dropped},
         targets=tuple(sorted({target for info in infos for target in info.targets})),
+        stamps={file: stamp for info in infos for file, stamp in info.stamps.items() if file not in info.files},
+        beside={name: sources for one in files.values() for name, sources in one.files.items()},
     )
 
 
@@ -369,7 +384,8 @@ def _warnings(plan: Plan) -> Iterable[str]:
     yield from planned_zeros(plan)
     if any(adapter.biases for adapter in plan.adapters.values()):
         yield "lora_bias: biases are merged as weighted sums; vLLM refuses adapters with lora_bias"
-    yield from (f"{extra.name}: {extra.decision}" for extra in plan.extras.values())
+    yield from (f"{key}: {warning}" for key, adapter in plan.adapters.items() for warning in adapter.info.warnings)
+    yield from (f"{one.name}: {one.decision}" for one in (*plan.extras.values(), *plan.files.values()))
     if plan.rank > VLLM_RANKS[-1]:
         yield f"rank {plan.rank} is above {VLLM_RANKS[-1]}, the most that vLLM serves; --rank makes it smaller"
     if math.prod(m := max((p.module.shape for p in plan.modules.values()), key=math.prod)) > 1 << 24 and plan.is_dense:

@@ -152,7 +152,7 @@ class TestAdapters:
             with pytest.raises(SourceError, match="this is a pickle"):
                 load(url)
         assert not fetched
-        assert locate(math, allow_pickle=True).weights.name == "adapter_model.bin"
+        assert locate(math, allow_pickle=True).weights[0].name == "adapter_model.bin"
 
     @pytest.mark.parametrize("url", ["memory://b/none", "memory://b", "memory://none/x.safetensors", "memory://"])
     def test_nothing_there(self, math: str, url: str) -> None:

@@ -226,7 +226,11 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, made: Callable[[]
         load("org/name@v1:sub", token="secret", cache_dir="there")
     assert asked["repo"] == "org/name"
     assert (asked["revision"], asked["token"], asked["cache_dir"]) == ("v1", "secret", "there")
-    assert asked["allow_patterns"] == [f"sub/{CONFIG}", f"sub/{WEIGHTS}", f"sub/*/{CONFIG}"]
+    patterns = asked["allow_patterns"]
+    assert patterns[:2] == [f"sub/{CONFIG}", f"sub/{WEIGHTS}"] and patterns[-1] == f"sub/*/{CONFIG}"
+    assert {"sub/tokenizer.json", "sub/value_head.safetensors"} < set(
+        patterns
+    ) and "sub/adapter_model.bin" not in patterns
 
 
 class TestServer:

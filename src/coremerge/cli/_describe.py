@@ -152,8 +152,9 @@ def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> It
 
 
 def extras_table(plan: Plan) -> str:
-    """Whole tensors besides the updates, and what becomes of them; empty where there are none."""
-    if not plan.extras:
-        return ""
-    rows = [[name, ", ".join(extra.holders), extra.decision] for name, extra in plan.extras.items()]
-    return table(["whole tensors", "in", "what becomes of them"], rows)
+    """Whole tensors besides the updates, files beside them, and what becomes of them; empty where there are none."""
+    found = [
+        (heading, [[name, ", ".join(one.holders), one.decision] for name, one in decided.items()])
+        for heading, decided in (("whole tensors", plan.extras), ("files beside", plan.files))
+    ]
+    return "\n\n".join(table([heading, "in", "what becomes of them"], rows) for heading, rows in found if rows)

@@ -99,7 +99,7 @@ def _texts(
     else:
         for name, adapter in adapters.items():
             yield (f"{printable(name)}\n" if len(adapters) > 1 else "") + modules_table(adapter)
-    if plan and plan.extras:
+    if plan and (plan.extras or plan.files):
         yield extras_table(plan)
     if alike:
         yield _norms_and_pairs(alike)
@@ -129,6 +129,8 @@ def _remarks(adapters: Mapping[str, Adapter], plan: Plan | None, refusal: str | 
     for name, adapter in adapters.items():
         for note in adapter.info.notes:
             remark("note", f"{name}: {note}")
+        for warning in adapter.info.warnings if len(adapters) == 1 or not plan else ():
+            remark("warning", f"{name}: {warning}")
     if plan and len(adapters) > 1:
         for warning in plan.warnings:
             remark("warning", warning)
@@ -172,5 +174,7 @@ def _adapter_json(name: str, adapter: Adapter) -> dict[str, Any]:
         },
         "whole_tensors": list(adapter.extras),
         "biases": list(adapter.biases),
+        "files_beside": list(info.beside),
         "notes": list(info.notes),
+        "warnings": list(info.warnings),
     }

@@ -277,8 +277,9 @@ def _show_plan(prepared: Prepared, out: Path | None, threads: int | None, as_jso
 
 
 def _decisions(prepared: Prepared | Merged) -> Iterator[str]:
-    """What a plan's warnings say of whole tensors."""
-    return (f"{extra.name}: {extra.decision}" for extra in prepared.plan.extras.values())
+    """What a plan's warnings say of whole tensors, and of files beside."""
+    plan = prepared.plan
+    return (f"{one.name}: {one.decision}" for one in (*plan.extras.values(), *plan.files.values()))
 
 
 def _remarks(warnings: tuple[str, ...], notes: tuple[str, ...], decisions: set[str]) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 from coremerge.adapter import Adapter
-from coremerge.errors import TensorError
+from coremerge.errors import ConfigError, TensorError
 from coremerge.formats import adalora, peft, vera
 from coremerge.formats.checkpoint import Checkpoint, Options
 from coremerge.formats.config import changes_base, read_config, refuse_changed_base, unknown_type
-from coremerge.formats.safetensors_file import PickledFile, SafetensorsFile
+from coremerge.formats.foreign import refuse_foreign
+from coremerge.formats.safetensors_file import Tensors
+from coremerge.formats.sharded import ShardedFile, open_one
 from coremerge.formats.source import Location, locate
 from coremerge.hashing import check_download, file_sha256, stamps
 
@@ -88,15 +90,25 @@ def detect(checkpoint: Checkpoint) -> ModuleType:
 
 
 def _open(location: Location, options: Options) -> Checkpoint:
-    before = stamps((location.config, location.weights))
-    config = read_config(location.config)
-    opener = SafetensorsFile if location.weights.suffix == ".safetensors" else PickledFile
+    before = stamps((*location.files, *location.beside.values()))
     try:
-        tensors = opener(location.weights)
-    except TensorError:
-        check_download(location.weights, file_sha256(location.weights))
+        config = read_config(location.config)
+    except ConfigError:
+        refuse_foreign(_tensors(location))
         raise
+    tensors = _tensors(location)
+    refuse_foreign(tensors)
     return Checkpoint(location, config, tensors, before, options)
+
+
+def _tensors(location: Location) -> Tensors:
+    first, *others = location.weights
+    try:
+        return ShardedFile(location.weights, location.index) if others or location.index else open_one(first)
+    except TensorError:
+        for file in location.weights:
+            check_download(file, file_sha256(file))
+        raise
 
 
 def _read(checkpoint: Checkpoint) -> Adapter:

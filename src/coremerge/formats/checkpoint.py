@@ -251,10 +251,24 @@ def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = ()) -> Info:
         modules_to_save=tuple(keys.saved),
         token_indices=dict(keys.token_indices),
         targets=_targets(config),
-        files=(config.path, checkpoint.tensors.path),
+        files=location.files,
         stamps=checkpoint.stamps,
-        notes=(*keys.notes, *notes),
+        beside={name: (file,) for name, file in location.beside.items()},
+        notes=(*keys.notes, *notes, *location.notes),
+        warnings=(*location.warnings, *_lacking(config, keys)),
     )
+
+
+def _lacking(config: Config, keys: Keys) -> list[str]:
+    """Trained modules that the config lists and the file lacks; of PEFT's two names for a head one is enough."""
+    listed = config.names("modules_to_save")
+    heads = set(_HEADS.get(config.optional_text("task_type") or "", ()))
+    found = heads & set(keys.saved)
+    lost = [name for name in listed if name not in keys.saved and not (found and name in heads)]
+    if not lost:
+        return []
+    what = "tensors" if len(lost) > 1 else "tensor"
+    return [f"modules_to_save lists {shorten(lost)}, and the file has no such {what}: what was trained there is lost"]
 
 
 def _targets(config: Config) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from coremerge.errors import UnsupportedError
 from coremerge.executors import local
 from coremerge.formats.atomic import Resumable, atomic_directory, standing, tensor_file, write_files
 from coremerge.formats.base_weights import BLOCK, INDEX_NAME, BaseModel, Shard, dump_index, open_base, reading
+from coremerge.formats.beside import write_carried
 from coremerge.formats.linking import Links, link_files, one_disk
 from coremerge.formats.placing import Edit, Placement
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
@@ -57,7 +58,8 @@ class IntoPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was settled, in plain words."""
-        return tuple(self.placement.notes)
+        left = [f"{name}: not carried over, as the base's weights are called so" for name in self._taken]
+        return (*self.placement.notes, *left)
 
     @property
     def size(self) -> int:
@@ -101,6 +103,7 @@ class IntoPlan:
                 if other.as_posix() not in texts:
                     _copy(self.base.folder / other, folder / other)
             write_files(folder, texts)
+            write_carried(folder, self.adapter.info.beside, self.adapter.info.stamps, without=self._taken)
             links = self._links(folder, resume) if link else Links()
             layouts = {name: layout for name, layout in self.layouts.items() if name not in links.made}
             if shards:
@@ -145,6 +148,11 @@ class IntoPlan:
     def _links(self, folder: Path, resume: Resumable | None) -> Links:
         stamps = {self.base.folder / name: self.base.shards[name].file.stamp for name in self.untouched}
         return link_files(stamps, folder, resume)
+
+    @property
+    def _taken(self) -> list[str]:
+        """Files beside the adapter whose names the base's own weights have."""
+        return sorted(self.adapter.info.beside.keys() & {*self.layouts, INDEX_NAME})
 
     def _texts(self) -> dict[str, str]:
         texts = {}

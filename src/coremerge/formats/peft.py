@@ -90,15 +90,17 @@ class Scales:
         self._alphas: Patterns[float] = Patterns(config, "alpha_pattern", as_number)
         self._rooted = config.flag("use_rslora")
 
+    def said(self, module: str) -> int:
+        """The rank that the config gives ``module``."""
+        return self._ranks.get(_layer(module), self._rank)
+
     def of(self, module: str, rank: int) -> float:
         """The scale of ``module``, whose lora_A has ``rank`` rows.
 
         Raises:
             ConfigError: the config says another rank.
         """
-        # PEFT names both parts of an attention layer by the layer itself
-        name = module.partition(".base_layer.")[0]
-        said = self._ranks.get(name, self._rank)
+        name, said = _layer(module), self.said(module)
         if said != rank:
             key = "r" if said == self._rank else "rank_pattern"
             raise ConfigError(
@@ -109,6 +111,11 @@ class Scales:
                 remedy="The config belongs to another checkpoint, or lost its rank_pattern: restore it",
             )
         return self._alphas.get(name, self._alpha) / (math.sqrt(rank) if self._rooted else rank)
+
+
+def _layer(module: str) -> str:
+    """PEFT names both parts of an attention layer by the layer itself."""
+    return module.partition(".base_layer.")[0]
 
 
 def _factors(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], scales: Scales) -> Factors:
@@ -123,14 +130,14 @@ def _factors(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], scales
     a, b = tensors.entries[right].shape, tensors.entries[left].shape
     kind = "embedding" if embedding else _KINDS.get(len(a))
     if kind is None or len(a) != len(b) or (embedding and len(a) != 2) or 0 in (*a, *b):
-        raise _misshapen(tensors, left, a, b)
+        raise _misshapen(tensors, left, a, b, scales.said(name))
     if kind.startswith("conv") and b[1] < a[0] and a[0] % max(b[1], 1) == 0:
         raise UnsupportedError(
             f"a convolution in {a[0] // b[1]} groups: its update is not one product",
             file=tensors.path, key=left, value=b, remedy="Leave grouped convolutions out of target_modules",
         )  # fmt: skip
     if a[0] != b[1] or any(side != 1 for side in b[2:]):
-        raise _misshapen(tensors, left, a, b)
+        raise _misshapen(tensors, left, a, b, scales.said(name))
     dtypes = dtype_of(tensors, left), dtype_of(tensors, right)
     shape = b[0], math.prod(a[1:])
     scale = scales.of(name, a[0])
@@ -165,14 +172,15 @@ def _part(tensors: Tensors, module: str, parts: Mapping[str, str], part: str) ->
     return parts[part]
 
 
-def _misshapen(tensors: Tensors, key: str, a: tuple[int, ...], b: tuple[int, ...]) -> TensorError:
-    flat = 1 in (len(a), len(b)) or 0 in (*a, *b)
+def _misshapen(tensors: Tensors, key: str, a: tuple[int, ...], b: tuple[int, ...], rank: int) -> TensorError:
+    """``rank``: the config's. One process of several has some of A's rows or B's columns, of a flat tensor none."""
+    cut = min(len(a), len(b)) < 2 or 0 in (*a, *b) or rank in (a[0], b[1]) or a[0] < b[1]
     return TensorError(
         f"A {list(a)} and B {list(b)} do not multiply",
         file=tensors.path,
         key=key,
         remedy="The factors were saved in shards (ZeRO-3 or FSDP): gather them, then save again"
-        if flat
+        if cut
         else "Download or save the adapter again",
     )
 

@@ -64,6 +64,17 @@ class RemoteFolder:
             self._seen[name] = self._look(name)
         return self._seen[name] is not None
 
+    def names(self) -> list[str] | None:
+        """The files in it; None where its store has no list of them, or shows none."""
+        if self._scheme in HTTP:
+            return None
+        try:
+            with told(self.url, self._scheme, cache()):
+                found: list[About] = self._files.ls(self._inside, detail=True)
+        except SourceError:  # many may read what they may not list
+            return None
+        return sorted(str(about["name"]).rpartition("/")[2] for about in found if about.get("type") == "file")
+
     def fetch(self, *names: str) -> list[Path]:
         """Those files, each in a folder of its own in the cache, all as they were at one moment."""
         seen = {name: self._seen[name] if self.has(name) else None for name in names}

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
+from coremerge.carried import TEMPLATE, TOKENIZER
 from coremerge.errors import SourceError
+from coremerge.formats.beside import KNOWN, usable, wanted
 from coremerge.formats.config import CONFIG_NAME
+from coremerge.formats.foreign import PICKLES, no_config, no_weights, refuse_other
+from coremerge.formats.sharded import INDEX, Folder, Here, is_part, whole
 from coremerge.formats.urls import is_url, label, split, unwrapped
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-_PICKLES = (".bin", ".pt", ".pth")
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(
@@ -30,15 +35,28 @@ class Location:
         source: as the person gave it.
         name: a short label: the last part of the path or id.
         config: the ``adapter_config.json``.
-        weights: the tensors.
+        weights: the files of its tensors: one, or shards.
+        index: tensor name → shard, where an index says it.
         revision: the commit on the hub, where it came from there.
+        beside: further files that go with it: name → file.
+        notes: what is said of files there that are not read.
+        warnings: what of it is lost.
     """
 
     source: str
     name: str
     config: Path
-    weights: Path
+    weights: tuple[Path, ...]
+    index: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that it is read from."""
+        return self.config, *self.weights
 
 
 @dataclass(frozen=True)
@@ -119,48 +137,71 @@ def in_folder(folder: Path, source: str, *, allow_pickle: bool = False) -> Locat
     Raises:
         SourceError: the folder does not hold exactly one adapter.
     """
-    config = folder / CONFIG_NAME
-    if not config.is_file():
-        raise _no_config(folder)
-    return Location(source, _label(folder), config, _weights_in(folder, allow_pickle))
+    if not (folder / CONFIG_NAME).is_file():
+        raise no_config(folder)
+    name = _standard_name(Here(folder), _names_in(folder))
+    if name is None:
+        raise no_weights(folder, WEIGHTS_NAME, allow_pickle=allow_pickle)
+    return _located(folder, name, source, _label(folder), allow_pickle)
 
 
-def _weights_in(folder: Path, allow_pickle: bool) -> Path:
-    weights, pickled = folder / WEIGHTS_NAME, folder / PICKLE_NAME
-    if weights.is_file():
-        return weights
-    if pickled.is_file():
-        _refuse_pickle(pickled, allow_pickle)
-        return pickled
-    raise SourceError(
-        f"no {WEIGHTS_NAME} beside the config",
-        file=folder,
-        key=WEIGHTS_NAME,
-        remedy="Download or save the adapter again"
-        + ("" if allow_pickle else f"; if it only exists as {PICKLE_NAME}, allow_pickle reads that"),
-    )
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    except OSError:  # a folder that may be entered and not listed
+        return []
+
+
+def _standard_name(folder: Folder, names: Iterable[str]) -> str | None:
+    """What PEFT or transformers call an adapter's tensors: one file, or the index or the first one of several."""
+    for name in (WEIGHTS_NAME, WEIGHTS_NAME + INDEX):
+        if folder.has(name):
+            return name
+    shards = (name for name in names if name.startswith("adapter_model-") and is_part(name))
+    if (shard := min(shards, key=lambda name: (not name.endswith(".safetensors"), name), default=None)) is not None:
+        return shard
+    return next((name for name in (PICKLE_NAME, PICKLE_NAME + INDEX) if folder.has(name)), None)
+
+
+def _located(folder: Path, name: str, source: str, label: str, allow_pickle: bool) -> Location:
+    """The adapter whose tensors are in ``name``, or in that and others."""
+    names, index = whole(Here(folder), name) if is_part(name) else ([name], {})
+    for one in names:
+        _refuse_pickle(folder / one, allow_pickle)
+    weights = tuple(folder / one for one in names)
+    location = Location(source, label, folder / CONFIG_NAME, weights, index)
+    kept, notes = wanted(_names_in(folder), names)
+    return _with_others(location, {one: folder / one for one in kept}, notes)
+
+
+def _with_others(location: Location, others: Mapping[str, Path], notes: Iterable[str] = ()) -> Location:
+    beside, said, warnings = usable(others)
+    return replace(location, beside=beside, notes=(*notes, *said), warnings=tuple(warnings))
 
 
 def _beside(path: Path, source: str, *, allow_pickle: bool) -> Location:
-    folder = path.absolute().parent
+    folder = path.parent
     if path.name == CONFIG_NAME:
         return in_folder(folder, source, allow_pickle=allow_pickle)
-    config = folder / CONFIG_NAME
-    if not config.is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise SourceError(
             f"no {CONFIG_NAME} beside this file, so its scale is not known",
             file=path,
             key=CONFIG_NAME,
             remedy="Put PEFT's adapter_config.json into the same folder",
         )
-    if path.suffix != ".safetensors":
-        _refuse_pickle(path, allow_pickle)
-    name = _label(folder) if path.name in (WEIGHTS_NAME, PICKLE_NAME) else path.stem
-    return Location(source, name, config, path)
+    if not is_part(path.name):
+        refuse_other(path)
+    return _located(folder, path.name, source, _label_of(_label(folder), path.name), allow_pickle)
+
+
+def _label_of(folder: str, name: str) -> str:
+    """The folder's, of an adapter whose tensors have their usual name."""
+    return folder if name in (WEIGHTS_NAME, PICKLE_NAME) or is_part(name) else Path(name).stem
 
 
 def _refuse_pickle(path: str | Path, allowed: bool) -> None:
-    if not allowed:
+    if not allowed and Path(path).suffix != ".safetensors":
         raise SourceError(
             "this is a pickle, which can run code when it is read",
             file=path,
@@ -172,34 +213,13 @@ def _label(folder: Path) -> str:
     return folder.name or folder.resolve().name or "adapter"
 
 
-def _no_config(folder: Path) -> SourceError:
-    below = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{CONFIG_NAME}"))
-    below = below or sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/*/{CONFIG_NAME}"))
-    if below:
-        named = ", ".join(below[:8]) + (", ..." if len(below) > 8 else "")
-        return SourceError(
-            f"no {CONFIG_NAME} here, but adapters in subfolders: {named}",
-            file=folder,
-            remedy=f"Name one of them: {(folder / below[0]).as_posix()}",
-        )
-    if not any(folder.iterdir()):
-        return SourceError("the folder is empty", file=folder, remedy="Download or save the adapter again")
-    full = (folder / "config.json").is_file()
-    return SourceError(
-        f"no {CONFIG_NAME} in this folder" + (": it looks like a whole model" if full else ""),
-        file=folder,
-        key=CONFIG_NAME,
-        remedy="Give the folder that PEFT's save_pretrained wrote",
-    )
-
-
 def _was_url(source: str | Path) -> bool:
     return isinstance(source, Path) and is_url(str(source).replace(":/", "://", 1))
 
 
 def _at_url(url: str, allow_pickle: bool) -> Location:
     folder, last = split(url.rstrip("/"))
-    if Path(last).suffix not in (".safetensors", *_PICKLES) and last != CONFIG_NAME:
+    if Path(last).suffix not in (".safetensors", *PICKLES) and not last.endswith(INDEX) and last != CONFIG_NAME:
         folder, last = url, CONFIG_NAME
     from coremerge.formats.remote_files import RemoteFolder
 
@@ -209,22 +229,32 @@ def _at_url(url: str, allow_pickle: bool) -> Location:
             f"no {CONFIG_NAME} there", file=url, key=CONFIG_NAME,
             remedy="Check the spelling, and give the folder that PEFT's save_pretrained wrote",
         )  # fmt: skip
-    named = [last] if last != CONFIG_NAME else [WEIGHTS_NAME, PICKLE_NAME]
-    weights = next((name for name in named if remote.has(name)), None)
-    if weights is None:
-        raise SourceError(f"no {named[0]} there", file=url, key=named[0], remedy="Save the adapter there again")
-    if Path(weights).suffix in _PICKLES:
-        _refuse_pickle(url, allow_pickle)
-    config, tensors = remote.fetch(CONFIG_NAME, weights)
-    standard = weights in (WEIGHTS_NAME, PICKLE_NAME)
-    return Location(url, label(folder) if standard else Path(weights).stem, config, tensors)
+    listed = remote.names()
+    name = last if last != CONFIG_NAME and remote.has(last) else None
+    name = name or (_standard_name(remote, listed or ()) if last == CONFIG_NAME else None)
+    if name is None:
+        named = WEIGHTS_NAME if last == CONFIG_NAME else last
+        raise SourceError(f"no {named} there", file=url, key=named, remedy="Save the adapter there again")
+    names, index = whole(remote, name) if is_part(name) else ([name], {})
+    for one in names:
+        if Path(one).suffix != ".safetensors":
+            _refuse_pickle(url, allow_pickle)
+    kept, notes = wanted(listed or (), names)
+    if listed is None:
+        notes = ["its store lists no files: a tokenizer or a head beside it is not looked for"]
+    config, *fetched = remote.fetch(CONFIG_NAME, *names, *kept)
+    weights, others = fetched[: len(names)], dict(zip(kept, fetched[len(names) :], strict=True))
+    location = Location(url, _label_of(label(folder), name), config, tuple(weights), index)
+    return _with_others(location, others, notes)
 
 
 def _on_hub(
     hub: HubId, source: str, allow_pickle: bool, cache_dir: str | Path | None, token: str | bool | None
 ) -> Location:
     prefix = f"{hub.subfolder}/" if hub.subfolder else ""
-    names = [CONFIG_NAME, WEIGHTS_NAME, *([PICKLE_NAME] if allow_pickle else [])]
+    pickles = [PICKLE_NAME, PICKLE_NAME + INDEX, "adapter_model-*-of-*.bin"] if allow_pickle else []
+    names = [CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAME + INDEX, "adapter_model-*-of-*.safetensors", *pickles]
+    names += [*TOKENIZER, *TEMPLATE, *KNOWN]
     patterns = [prefix + name for name in names] + [f"{prefix}*/{CONFIG_NAME}"]
     snapshot = download(hub, source, patterns, cache_dir, token)
     folder = snapshot / hub.subfolder if hub.subfolder else snapshot
@@ -238,7 +268,7 @@ def _on_hub(
             remedy = f"Name one of them: {hub.repo}:{prefix}<folder>"
         raise SourceError(error.what, file=source, key=error.key, remedy=remedy) from None
     name = (hub.subfolder or hub.repo).rsplit("/", 1)[-1]
-    return Location(source, name, found.config, found.weights, snapshot.name)
+    return replace(found, name=name, revision=snapshot.name)
 
 
 def download(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Generator, Iterable, Iterator, 
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from coremerge.adapter import Adapter, Module
 from coremerge.errors import OutputError, TensorError
 from coremerge.executors import local
 from coremerge.formats.atomic import Resumable, atomic_directory, tensor_file, write_files
+from coremerge.formats.beside import write_carried
 from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype
 from coremerge.hashing import file_sha256
 from coremerge.lowrank import LowRank
@@ -103,10 +105,11 @@ def save(
     _refuse_clashes(adapter, path)
     layout = Layout.of(_shapes(adapter, ranks, kept))
     texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, ranks), indent=2) + "\n"}
-    sources = (*adapter.info.files, *inputs)
+    sources = (*adapter.info.files, *chain.from_iterable(adapter.info.beside.values()), *inputs)
     faint: list[str] = []
     with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes, resume=resume) as folder:
         write_files(folder, {**(files or {}), **texts})
+        write_carried(folder, adapter.info.beside, adapter.info.stamps)
         with tensor_file(folder, WEIGHTS_NAME, layout, resume) as file:
             if file:
                 with closing(_written(file, adapter, ranks, factors, dtype=kept, threads=threads)) as written:

@@ -131,7 +131,8 @@ def _pickles(source: str, read: Mapping[str, Any]) -> list[Path]:
     """What is only unpickled once it is known to be what the merge read."""
     if not read.get("allow_pickle"):
         return []
-    return [locate(place, allow_pickle=True).weights for place in (source, read.get("initial")) if place]
+    places = [place for place in (source, read.get("initial")) if place]
+    return [file for place in places for file in locate(place, allow_pickle=True).weights]
 
 
 def _changed(files: Iterable[Path], known: Collection[str]) -> list[str]:

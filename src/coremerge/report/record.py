@@ -204,7 +204,8 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     if [*before] != [*inputs]:
         yield f"made of {', '.join(before)}, not of {', '.join(inputs)}"
     for name in before.keys() & inputs.keys():
-        changed = sorted(file for file, value in inputs[name].items() if before[name].get(file) != value)
+        files = before[name].keys() | inputs[name].keys()
+        changed = sorted(file for file in files if before[name].get(file) != inputs[name].get(file))
         if changed:
             yield f"{name} has changed: {', '.join(changed)}"
     for key, value in now["recipe"].items():

@@ -1,0 +1,145 @@
+"""Files beside an adapter's own: found when it is read, copied when it is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from coremerge.carried import kind_of
+from coremerge.errors import MismatchError
+from coremerge.formats.atomic import writing
+from coremerge.formats.config import LFS_MARK
+from coremerge.formats.foreign import holds_factors
+from coremerge.formats.safetensors_file import SafetensorsFile, read_whole
+from coremerge.hashing import Stamp, changed, stamp_of, unreadable
+
+STANDARD = ("adapter_model.", "adapter_model-")
+LARGEST = 4 << 30
+"""Bytes of weights that are carried over: heads and tables of embeddings have up to two gigabytes, models more."""
+KNOWN = (
+    "value_head.safetensors", "value_head.bin", "v_head.safetensors", "v_head.bin", "non_lora_trainables.bin",
+    "non_lora_state_dict.bin", "new_embeddings.safetensors", "mm_projector.bin",
+)  # fmt: skip
+"""Trained weights that are asked for where files cannot be listed."""
+_MODEL = ("model*.safetensors", "pytorch_model*.bin", "consolidated*")
+
+
+def wanted(names: Collection[str], read: Collection[str]) -> tuple[list[str], list[str]]:
+    """Of the ``names`` in an adapter's folder those to be carried over, and what is said of weights that are not.
+
+    Args:
+        names: all files there.
+        read: those that the adapter is read from.
+    """
+    found = [name for name in sorted(names) if name not in read and kind_of(name) is not None]
+    kept = {name: _why_left(name, names, read) if kind_of(name) == "weights" else None for name in found}
+    left: dict[str, list[str]] = {}
+    for name, why in kept.items():
+        if why:
+            left.setdefault(why, []).append(name)
+    return [name for name, why in kept.items() if not why], [f"{', '.join(n)} beside it: {w}" for w, n in left.items()]
+
+
+def _why_left(name: str, names: Collection[str], read: Collection[str]) -> str | None:
+    if name in KNOWN:
+        return None
+    if name.startswith(STANDARD) or not any(one.startswith(STANDARD) for one in read):
+        return "another adapter, or the same once more; left unread"
+    if "config.json" in names and any(fnmatch(name, pattern) for pattern in _MODEL):
+        return "weights of a whole model; left unread"
+    return None
+
+
+def usable(files: Mapping[str, Path]) -> tuple[dict[str, Path], list[str], list[str]]:
+    """Those that can be carried over; what is said, and what is warned of, of the others."""
+    kept, notes, warnings = {}, [], []
+    for name, file in files.items():
+        if what := _broken(file):
+            warnings.append(f"{name} beside it is not carried over: {what}")
+        elif file.suffix == ".safetensors" and holds_factors(file):
+            notes.append(f"{name} beside it: another adapter; left unread")
+        else:
+            kept[name] = file
+    return kept, notes, warnings
+
+
+def _broken(file: Path) -> str | None:
+    try:
+        with file.open("rb") as data:
+            head = data.read(len(LFS_MARK))
+        size = file.stat().st_size
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    if head == LFS_MARK:
+        return "it is a Git LFS pointer, not the file itself (git lfs pull fetches it)"
+    return f"it has {size / 1e9:.1f} GB, more than a head or a table has" if size > LARGEST else None
+
+
+def write_carried(
+    folder: Path, carried: Mapping[str, tuple[Path, ...]], stamps: Mapping[Path, Stamp], without: Iterable[str] = ()
+) -> None:
+    """Copy files into ``folder``; those of several sources are their average.
+
+    Args:
+        folder: that is written.
+        carried: name → what it is copied from.
+        stamps: of the sources, from when they were found.
+        without: names that are left out.
+
+    Raises:
+        SourceError: a source has changed since, or is gone.
+        MismatchError: files that cannot be averaged.
+    """
+    for name in sorted(carried.keys() - {*without}):
+        sources = carried[name]
+        if len(sources) > 1:
+            content = _average(name, sources)
+            with writing(folder / name):
+                (folder / name).write_bytes(content)
+        else:
+            _copy(sources[0], folder / name)
+        for source in sources:
+            _check(source, stamps)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        data = source.open("rb")
+    except OSError as error:
+        raise unreadable(source, error) from None
+    with data, writing(target), target.open("wb") as file:
+        shutil.copyfileobj(data, file, 1 << 23)
+
+
+def _check(source: Path, stamps: Mapping[Path, Stamp]) -> None:
+    try:
+        same = source not in stamps or stamp_of(source) == stamps[source]
+    except OSError as error:
+        raise unreadable(source, error) from None
+    if not same:
+        raise changed(source)
+
+
+def _average(name: str, sources: Sequence[Path]) -> bytes:
+    """Tensor by tensor, in float64, as whole tensors in an adapter's own file are averaged."""
+    from safetensors.torch import save
+
+    files = [SafetensorsFile(source) for source in sources]
+    first = files[0].entries
+    for file in files[1:]:
+        odd = sorted(
+            key for key in {*first, *file.entries}
+            if key not in first or key not in file.entries or first[key].shape != file.entries[key].shape
+        )  # fmt: skip
+        if odd:
+            raise MismatchError(
+                f"other tensors or shapes than in {files[0].path}, so the two cannot be averaged", file=file.path,
+                key=odd[0], remedy="Say which to take, by its adapter's name, or --extras drop",
+            )  # fmt: skip
+    averaged = {}
+    for key in sorted(first):
+        total = sum(read_whole(file, key).double() for file in files)
+        averaged[key] = (total / len(files)).to(read_whole(files[0], key).dtype).contiguous()  # type: ignore[union-attr]
+    return save(averaged, files[0].metadata or None)
