@@ -45,7 +45,9 @@ class Answer(BaseHTTPRequestHandler):
             ]
             self.json(listed)
         else:
-            self.json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]})
+            self.json(
+                {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n, "size": len(b)} for n, b in files.items()]}
+            )
 
     def json(self, data: object) -> None:
         self.send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})

@@ -379,9 +379,9 @@ class Prepared:
         self, result: MergeResult, sha256: Mapping[str, Mapping[str, str]], command: Sequence[str] | None
     ) -> str:
         into = None if self.into is None else str(self.into)
-        base = self.given.base or self.into
-        read = {"base": None if base is None else str(base), "vera_width": self.given.vera_width}
+        base = into if self.given.base is None else str(self.given.base)
         said: dict[str, Any] = {"command": command, "notes": self.notes, "dtype": self.dtype, "into": into}
+        read: dict[str, Any] = {"base": base, "vera_width": self.given.vera_width}
         return make_record(self.plan, result.report, sha256, **said, **read)
 
     def _weights_file(self) -> dict[str, str]:

@@ -90,6 +90,12 @@ class Plan:
         return max((p.module.rank for p in self.modules.values()), default=0)
 
     @property
+    def decisions(self) -> tuple[str, ...]:
+        """What becomes of whole tensors and of files beside, in plain words."""
+        tensors = (f"{name}: {extra.decision}" for name, extra in self.extras.items())
+        return (*tensors, *(f"{name}: {carried.decision}" for name, carried in self.files.items()))
+
+    @property
     def output_bytes(self) -> int:
         """Size of the factors at :attr:`rank`."""
         return sum(self.rank * sum(p.module.shape) for p in self.modules.values()) * self.dtype.itemsize
@@ -385,7 +391,7 @@ def _warnings(plan: Plan) -> Iterable[str]:
     if any(adapter.biases for adapter in plan.adapters.values()):
         yield "lora_bias: biases are merged as weighted sums; vLLM refuses adapters with lora_bias"
     yield from (f"{key}: {warning}" for key, adapter in plan.adapters.items() for warning in adapter.info.warnings)
-    yield from (f"{one.name}: {one.decision}" for one in (*plan.extras.values(), *plan.files.values()))
+    yield from plan.decisions
     if plan.rank > VLLM_RANKS[-1]:
         yield f"rank {plan.rank} is above {VLLM_RANKS[-1]}, the most that vLLM serves; --rank makes it smaller"
     if math.prod(m := max((p.module.shape for p in plan.modules.values()), key=math.prod)) > 1 << 24 and plan.is_dense:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import load_file, save
 
 from coremerge import load
 from coremerge.batch import run_batch
@@ -162,6 +163,45 @@ class TestAdapters:
     def test_a_path_is_no_url(self) -> None:
         with pytest.raises(SourceError, match=r"no such file or folder.*a URL is given as text"):
             load(Path("memory://b/math"))
+
+    def test_what_is_beside_it_is_fetched(self, store: MemoryFileSystem, math: str, fetched: list[str]) -> None:
+        for name in ("tokenizer.json", "value_head.bin", "optimizer.pt", "sub/tokenizer.json"):
+            store.pipe(f"/b/math/{name}", b"{}")
+        info = load(math).info
+        assert {name: file.read_bytes() for name, (file,) in info.beside.items()} == {
+            "tokenizer.json": b"{}", "value_head.bin": b"{}",
+        }  # fmt: skip
+        assert len(fetched) == 4 and info.notes == ()
+
+    def test_a_store_that_shows_no_list_is_read_all_the_same(self, math: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError("no list")
+
+        monkeypatch.setattr(MemoryFileSystem, "ls", refuse)
+        (note,) = load(math).info.notes
+        assert note == "its store lists no files: a tokenizer or a head beside it is not looked for"
+
+    def test_shards_are_read_whole(self, store: MemoryFileSystem, math: str) -> None:
+        whole = load(math)
+        tensors = load_file(whole.info.files[1])
+        home = {}
+        for at, part in enumerate((list(tensors)[:3], list(tensors)[3:]), 1):
+            name = f"adapter_model-0000{at}-of-00002.safetensors"
+            store.pipe(f"/b/math/{name}", save({key: tensors[key] for key in part}))
+            home |= dict.fromkeys(part, name)
+        store.rm(f"/b/math/{WEIGHTS}")
+        for index in (False, True):
+            if index:
+                store.pipe(f"/b/math/{WEIGHTS}.index.json", json.dumps({"weight_map": home}).encode())
+            named = ["", "/adapter_model-00002-of-00002.safetensors", *([f"/{WEIGHTS}.index.json"] if index else [])]
+            for one in named:
+                found = load(math + one)
+                assert found.name == "math" and found.modules == whole.modules
+        store.rm("/b/math/adapter_model-00001-of-00002.safetensors")
+        with pytest.raises(
+            SourceError, match=r"one of 2 shards: adapter_model-00001-of-00002.safetensors is not beside"
+        ):
+            load(math)
 
     @pytest.mark.parametrize(
         ("scheme", "extra"),

@@ -9,9 +9,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import zoo
 from benchmarks.reliability import hub
 from huggingface_hub import errors
+from safetensors.torch import load_file, save, save_file
 
 from coremerge import load
 from coremerge.errors import SourceError
@@ -183,6 +185,25 @@ class TestHub:
         monkeypatch.chdir(tmp_path)
         assert load("org/name", cache_dir=cache).info.revision is None
 
+    def test_what_is_beside_it(self, tmp_path: Path) -> None:
+        cache = self.cache(tmp_path)
+        for name in ("tokenizer.json", "value_head.safetensors", "README.md"):
+            (tmp_path / name).write_text("{}")
+            zoo.hub_cache(cache, "org/name", {name: tmp_path / name})
+        beside = load("org/name", cache_dir=cache).info.beside
+        assert set(beside) == {"tokenizer.json", "value_head.safetensors"}
+
+    def test_shards(self, tmp_path: Path) -> None:
+        folder = zoo.simple(tmp_path / "made")
+        names = [f"adapter_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+        tensors = list(load_file(folder / WEIGHTS).items())
+        save_file(dict(tensors[:2]), tmp_path / names[0])
+        save_file(dict(tensors[2:]), tmp_path / names[1])
+        files = {CONFIG: folder / CONFIG, **{name: tmp_path / name for name in names}}
+        cache = zoo.hub_cache(tmp_path / "hub", "org/split", files)
+        adapter = load("org/split", cache_dir=cache)
+        assert (adapter.name, len(adapter), adapter.info.revision) == ("split", 2, "a" * 40)
+
     def test_an_initial_adapter_from_the_hub(self, tmp_path: Path) -> None:
         trained = zoo.simple(tmp_path / "trained", init_lora_weights="pissa")
         adapter = load(trained, initial="org/name", cache_dir=self.cache(tmp_path))
@@ -256,6 +277,21 @@ class TestServer:
             adapter = load(hub.REPO, cache_dir=tmp_path / "cache")
         assert adapter.info.revision == hub.COMMIT and len(adapter) == 2
         assert sum("GET" in line and "/resolve/" in line for line in served.asked) == 2
+
+    def test_what_is_beside_it_is_fetched_and_what_is_too_large_is_said(
+        self, served: hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("coremerge.formats.source.LARGEST", 100)
+        small, large = (save({"w": torch.ones(n)}) for n in (1, 100))
+        served.files |= {"tokenizer.json": b"{}", "spectrogram_head.safetensors": small, "odd.safetensors": large}
+        served.files |= {"optimizer.pt": b"x", "runs/tokenizer.json": b"x", "README.md": b"x"}
+        info = load(hub.REPO, cache_dir=tmp_path / "cache").info
+        assert {name: file.read_bytes() for name, (file,) in info.beside.items()} == {
+            "tokenizer.json": b"{}", "spectrogram_head.safetensors": small,
+        }  # fmt: skip
+        assert info.warnings == ("odd.safetensors on the hub is not carried over: it is larger than a head or a table",)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert load(hub.REPO, cache_dir=tmp_path / "cache").info.beside == info.beside
 
     @pytest.mark.parametrize(
         "name", ["401", "403", "404, of the revision", "500", "another body of that size", "no answer", "a login page"]

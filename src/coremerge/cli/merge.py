@@ -273,13 +273,7 @@ def _show_plan(prepared: Prepared, out: Path | None, threads: int | None, as_jso
         return
     if not as_json:
         say(plan_text(prepared, out, threads))
-    _remarks(prepared.plan.warnings, prepared.notes, {*_decisions(prepared)})
-
-
-def _decisions(prepared: Prepared | Merged) -> Iterator[str]:
-    """What a plan's warnings say of whole tensors, and of files beside."""
-    plan = prepared.plan
-    return (f"{one.name}: {one.decision}" for one in (*plan.extras.values(), *plan.files.values()))
+    _remarks(prepared.plan.warnings, prepared.notes, {*prepared.plan.decisions})
 
 
 def _remarks(warnings: tuple[str, ...], notes: tuple[str, ...], decisions: set[str]) -> None:
@@ -297,7 +291,7 @@ def _show_result(merged: Merged, as_json: bool, quiet: bool) -> None:
         return
     if not as_json:
         say(facts(_result_facts(merged)))
-    _remarks(merged.report.warnings, merged.notes, {*_decisions(merged)})
+    _remarks(merged.report.warnings, merged.notes, {*merged.plan.decisions})
 
 
 def _lost(report: Report) -> str:

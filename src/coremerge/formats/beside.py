@@ -9,10 +9,10 @@ from pathlib import Path
 
 from coremerge.carried import kind_of
 from coremerge.errors import MismatchError
-from coremerge.formats.atomic import writing
 from coremerge.formats.config import LFS_MARK
 from coremerge.formats.foreign import holds_factors
 from coremerge.formats.safetensors_file import SafetensorsFile, read_whole
+from coremerge.formats.safetensors_layout import writing
 from coremerge.hashing import Stamp, changed, stamp_of, unreadable
 
 STANDARD = ("adapter_model.", "adapter_model-")
@@ -142,4 +142,4 @@ def _average(name: str, sources: Sequence[Path]) -> bytes:
     for key in sorted(first):
         total = sum(read_whole(file, key).double() for file in files)
         averaged[key] = (total / len(files)).to(read_whole(files[0], key).dtype).contiguous()  # type: ignore[union-attr]
-    return save(averaged, files[0].metadata or None)
+    return save(averaged, dict(files[0].metadata) or None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from coremerge.carried import TEMPLATE, TOKENIZER
 from coremerge.errors import SourceError
-from coremerge.formats.beside import KNOWN, usable, wanted
+from coremerge.formats.beside import KNOWN, LARGEST, usable, wanted
 from coremerge.formats.config import CONFIG_NAME
 from coremerge.formats.foreign import PICKLES, no_config, no_weights, refuse_other
 from coremerge.formats.sharded import INDEX, Folder, Here, is_part, whole
@@ -268,7 +268,37 @@ def _on_hub(
             remedy = f"Name one of them: {hub.repo}:{prefix}<folder>"
         raise SourceError(error.what, file=source, key=error.key, remedy=remedy) from None
     name = (hub.subfolder or hub.repo).rsplit("/", 1)[-1]
-    return replace(found, name=name, revision=snapshot.name)
+    more, warnings = _more_on_hub(replace(hub, revision=snapshot.name), found, prefix, token)
+    if more:
+        download(replace(hub, revision=snapshot.name), source, [prefix + one for one in more], cache_dir, token)
+        found = in_folder(folder, source, allow_pickle=allow_pickle)
+    return replace(found, name=name, revision=snapshot.name, warnings=(*found.warnings, *warnings))
+
+
+def _more_on_hub(hub: HubId, found: Location, prefix: str, token: str | bool | None) -> tuple[list[str], list[str]]:
+    """What goes with the adapter there and was not asked for by its name, and what is said of what is too large."""
+    sizes = _listed(hub, prefix, token)
+    kept, _ = wanted(sizes, [file.name for file in found.weights])
+    there = {file.name for file in found.config.parent.iterdir()}
+    missing = {name: sizes[name] for name in kept if name not in there}
+    large = {name: size for name, size in missing.items() if size is None or size > LARGEST}
+    said = [f"{name} on the hub is not carried over: it is larger than a head or a table" for name in large]
+    return [name for name in missing if name not in large], said
+
+
+def _listed(hub: HubId, prefix: str, token: str | bool | None) -> dict[str, int | None]:
+    """File name → bytes of what lies beside the adapter; empty where the hub is out of reach: nothing depends on it."""
+    import huggingface_hub
+
+    try:
+        told = huggingface_hub.HfApi().model_info(
+            hub.repo, revision=hub.revision, files_metadata=True, token=token, timeout=10.0
+        )
+        listed = {file.rfilename: file.size for file in told.siblings or ()}
+    except Exception:  # of whatever layer of the client
+        return {}
+    inside = {name.removeprefix(prefix): size for name, size in listed.items() if name.startswith(prefix)}
+    return {name: size for name, size in inside.items() if not set(name) & set("/*?[")}
 
 
 def download(
