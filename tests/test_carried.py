@@ -1,4 +1,4 @@
-"""Files beside adapters: what one has or all agree on is carried over, weights that differ are refused."""
+"""Files beside adapters: what one has or all agree on is carried over, what differs is said."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from coremerge import Recipe, load, merge
 from coremerge.batch import run_batch
 from coremerge.carried import kind_of
-from coremerge.errors import MismatchError, SourceError
+from coremerge.errors import SourceError
 from coremerge.pipeline import Merged, merge_files, prepare
 from tiny import make_adapter, make_base
 
@@ -72,31 +72,18 @@ class TestWeights:
         merged()
         assert others() == {name: content}
 
-    def test_that_differ_are_refused_unless_it_is_said_which_to_take(self, name: str) -> None:
+    def test_that_differ_are_left_out_with_a_warning_unless_one_is_named(self, name: str) -> None:
         first, second = put("a", name, 1.0), put("b", name, 3.0)
         assert len(first) == len(second)
-        with pytest.raises(
-            MismatchError, match=rf"{name}: weights beside the adapters that differ between a, b.*--extras a"
-        ):
-            merged()
-        assert not Path("out").exists()
+        for policy in (None, "average"):
+            report = merged(policy)
+            assert others() == {}
+            said = f"{name}: left out, as it differs between a, b; --extras a takes that one"
+            assert said in report.report.warnings and said not in report.plan.decisions
         for policy, kept in (("a", {name: first}), ("b", {name: second}), ("drop", {})):
             report = merged(policy)
             assert others() == kept
-            assert any(policy == "drop" or policy in text for text in report.report.warnings if name in text)
-
-    def test_are_averaged_where_they_are_safetensors(self, name: str) -> None:
-        put("a", name, 1.0)
-        put("b", name, 3.0)
-        if name.endswith(".bin"):
-            with pytest.raises(MismatchError, match="a pickle is not averaged"):
-                merged("average")
-            return
-        merged("average")
-        assert torch.equal(load_file(f"out/{name}")["summary.weight"], torch.full((1, 4), 2.0))
-        before = others()
-        merged("average")
-        assert others() == before
+            assert any("as asked" in text for text in report.plan.decisions if name in text)
 
     def test_are_never_unpickled(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         Path("a", name).write_bytes(b"\x80\x04cos\nsystem\n")
@@ -109,14 +96,6 @@ class TestWeights:
         make_base(Path("base"))
         merged(into="base")
         assert Path("out", name).read_bytes() == content
-
-
-def test_other_tensors_are_not_averaged() -> None:
-    put("a", "value_head.safetensors")
-    save_file({"other": torch.ones(1)}, "b/value_head.safetensors")
-    with pytest.raises(MismatchError, match="other tensors or shapes"):
-        merged("average")
-    assert not Path("out").exists()
 
 
 def test_a_name_that_the_base_has_is_not_carried_over_and_said() -> None:
@@ -149,9 +128,7 @@ class TestTokenizers:
         other = put("b", "tokenizer_config.json", '{"x": 2}')
         template = put("b", "chat_template.jinja", "{{ messages }}")
         (said,) = [text for text in merged().report.warnings if text.startswith("tokenizer")]
-        assert said.startswith(
-            "tokenizer: not carried over: it differs between a, b (tokenizer_config.json); --extras a"
-        )
+        assert said.startswith("tokenizer: left out, as it differs between a, b (tokenizer_config.json); --extras a")
         assert others() == {"chat_template.jinja": template}
         merged("b")
         assert others() == {"tokenizer_config.json": other, "chat_template.jinja": template}

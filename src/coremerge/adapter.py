@@ -79,7 +79,7 @@ class Info:
         initial: the source of the adapter before training, which was subtracted, if one was given.
         files: the files that were read.
         stamps: theirs, from before they were read, and of those beside.
-        beside: files that go with the adapter and are not read: name → where it is; several: they are averaged.
+        beside: files that go with the adapter and are not read: name → file.
         notes: what was normalised or left unread, in plain words.
         warnings: what it lacks, or what of it is lost, in plain words.
     """
@@ -99,7 +99,7 @@ class Info:
     initial: str | None = None
     files: tuple[Path, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
-    beside: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    beside: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

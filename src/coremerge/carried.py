@@ -1,20 +1,19 @@
 """Files beside adapters' own that are carried over as they are: trained weights, a tokenizer, a chat template.
 
-Weights go by the policy of whole tensors (:mod:`coremerge.extras`): carried where one adapter has them or all copies
-are equal, else refused unless it is said which to take. A tokenizer or a template that differs is left out, and said:
-nothing of the merge depends on it. Pickles are copied, never opened.
+Carried where one adapter has it or all copies are equal, byte for byte; else left out with a warning, unless the
+policy of whole tensors (:mod:`coremerge.extras`) says which to take. Unlike those it is no part of what PEFT loads
+(each task of one merged encoder may keep a head of its own), so a difference is no reason to refuse. Files are not
+averaged: they are copied as they are, pickles unopened.
 """
 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from coremerge.errors import MismatchError
 
 if TYPE_CHECKING:
     from coremerge.adapter import Adapter
@@ -61,77 +60,44 @@ class Carried:
         name: the file's, or what they are together.
         holders: the adapters that have it.
         decision: in plain words.
-        files: name → what it is copied from; several: their average. Empty: nothing is written.
+        files: name → what it is copied from; empty: nothing is written.
+        lost: whether something that was trained is left out, though nobody asked for that.
     """
 
     name: str
     holders: tuple[str, ...]
     decision: str
-    files: Mapping[str, tuple[Path, ...]]
+    files: Mapping[str, Path]
+    lost: bool = False
 
 
 def plan_files(adapters: Mapping[str, Adapter], policy: str | None) -> dict[str, Carried]:
-    """Decide on every file beside the adapters' own; ``policy`` is that of :func:`~coremerge.extras.plan_extras`.
-
-    Raises:
-        MismatchError: weights that differ, and no policy was given that says which to take.
-    """
-    held = {key: adapter.info.beside for key, adapter in adapters.items() if adapter.info.beside}
-    weights = sorted({name for files in held.values() for name in files if kind_of(name) == "weights"})
-    found = {name: _weights(name, held, policy) for name in weights}
-    for kind in ("tokenizer", "chat template"):
-        found |= {one.name: one for one in _together(kind, held, policy)}
-    return found
+    """Decide on every file beside the adapters' own; ``policy`` is that of :func:`~coremerge.extras.plan_extras`."""
+    held = {key: adapter.info.beside for key, adapter in adapters.items()}
+    found: dict[str, dict[str, None]] = {}
+    for name in sorted({name for files in held.values() for name in files}):
+        kind = kind_of(name) or "weights"
+        found.setdefault(name if kind == "weights" else kind, {})[name] = None
+    return {label: _decide(label, names, held, policy) for label, names in found.items()}
 
 
-Held = Mapping[str, Mapping[str, tuple[Path, ...]]]
-"""Adapter → file name → the file."""
-
-
-def _weights(name: str, held: Held, policy: str | None) -> Carried:
-    copies = {key: files[name] for key, files in held.items() if name in files}
-    holders = tuple(copies)
-    if _agree(copies):
-        return Carried(name, holders, _carried_from(holders), {name: copies[holders[0]]})
-    if policy == "drop":
-        return Carried(name, holders, "dropped, as asked", {})
-    if policy == "average" and name.endswith(".safetensors"):
-        return Carried(
-            name, holders, "averaged, as asked", {name: tuple(path for one in copies.values() for path in one)}
-        )
-    if policy in copies:
-        return Carried(name, holders, f"taken from {policy}, as asked", {name: copies[policy]})
-    asked = "; a pickle is not averaged" if policy == "average" else f"; {policy!r} does not have it" if policy else ""
-    average = ", --extras average" if name.endswith(".safetensors") else ""
-    raise MismatchError(
-        f"weights beside the adapters that differ between {', '.join(holders)}{asked}", key=name,
-        remedy=f"Say which to take (--extras {holders[0]}){average}, or --extras drop",
-    )  # fmt: skip
-
-
-def _together(kind: Kind, held: Held, policy: str | None) -> Iterator[Carried]:
-    """Files that only make sense together; those that several adapters have must be equal."""
-    own = {key: {name: path for name, path in files.items() if kind_of(name) == kind} for key, files in held.items()}
-    holders = tuple(key for key, files in own.items() if files)
-    names = sorted({name for files in own.values() for name in files})
-    copies = {name: {key: own[key][name] for key in holders if name in own[key]} for name in names}
-    apart = [name for name in names if not _agree(copies[name])]
-    if not names:
-        return
+def _decide(label: str, names: Collection[str], held: Mapping[str, Mapping[str, Path]], policy: str | None) -> Carried:
+    """``names`` are files that only make sense together: those that several adapters have must be equal."""
+    own = {key: {name: files[name] for name in names if name in files} for key, files in held.items()}
+    own = {key: files for key, files in own.items() if files}
+    holders, joined = tuple(own), {name: file for files in reversed(own.values()) for name, file in files.items()}
+    apart = [name for name in names if not _equal([files[name] for files in own.values() if name in files])]
     if not apart:
-        files = {name: next(iter(copies[name].values())) for name in names}
-        yield Carried(kind, holders, _carried_from(holders), files)
-    elif policy in holders:
-        yield Carried(kind, holders, f"taken from {policy}, as asked", own[policy])
-    else:
-        differ = f"not carried over: it differs between {', '.join(holders)} ({', '.join(apart)})"
-        yield Carried(kind, holders, f"{differ}; --extras {holders[0]} takes that one", {})
+        which = f" from {holders[0]}" if len(holders) == 1 else ": equal in all that have it"
+        return Carried(label, holders, f"carried over{which}", joined)
+    if policy == "drop":
+        return Carried(label, holders, "dropped, as asked", {})
+    if policy in own:
+        return Carried(label, holders, f"taken from {policy}, as asked", own[policy])
+    which = "" if apart == [label] else f" ({', '.join(apart)})"
+    what = f"left out, as it differs between {', '.join(holders)}{which}; --extras {holders[0]} takes that one"
+    return Carried(label, holders, what, {}, lost=label in names)
 
 
-def _carried_from(holders: tuple[str, ...]) -> str:
-    return f"carried over from {holders[0]}" if len(holders) == 1 else "carried over: equal in all that have it"
-
-
-def _agree(copies: Mapping[str, tuple[Path, ...]]) -> bool:
-    first, *others = copies.values()
-    return all(one == first or (len(one) == len(first) == 1 and filecmp.cmp(one[0], first[0], False)) for one in others)
+def _equal(files: Sequence[Path]) -> bool:
+    return all(filecmp.cmp(files[0], file, shallow=False) for file in files[1:])

@@ -119,7 +119,7 @@ def hashes_of(adapters: Mapping[str, Adapter], hashes: Hashes) -> dict[str, dict
 def _named(info: Info) -> dict[str, Path]:
     """Files by their names; the first of a name is the adapter's own, a later one the initial adapter's."""
     named: dict[str, Path] = {}
-    for file in (*info.files, *(file for files in info.beside.values() for file in files)):
+    for file in (*info.files, *info.beside.values()):
         name = file.name
         while name in named:
             name = f"initial {name}"

@@ -93,7 +93,7 @@ class Plan:
     def decisions(self) -> tuple[str, ...]:
         """What becomes of whole tensors and of files beside, in plain words."""
         tensors = (f"{name}: {extra.decision}" for name, extra in self.extras.items())
-        return (*tensors, *(f"{name}: {carried.decision}" for name, carried in self.files.items()))
+        return (*tensors, *(f"{name}: {one.decision}" for name, one in self.files.items() if not one.lost))
 
     @property
     def output_bytes(self) -> int:
@@ -359,7 +359,7 @@ def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra], files
         token_indices={key: ids for key, ids in tokens.items() if key not in dropped},
         targets=tuple(sorted({target for info in infos for target in info.targets})),
         stamps={file: stamp for info in infos for file, stamp in info.stamps.items() if file not in info.files},
-        beside={name: sources for one in files.values() for name, sources in one.files.items()},
+        beside={name: file for one in files.values() for name, file in one.files.items()},
     )
 
 
@@ -392,6 +392,7 @@ def _warnings(plan: Plan) -> Iterable[str]:
         yield "lora_bias: biases are merged as weighted sums; vLLM refuses adapters with lora_bias"
     yield from (f"{key}: {warning}" for key, adapter in plan.adapters.items() for warning in adapter.info.warnings)
     yield from plan.decisions
+    yield from (f"{name}: {one.decision}" for name, one in plan.files.items() if one.lost)
     if plan.rank > VLLM_RANKS[-1]:
         yield f"rank {plan.rank} is above {VLLM_RANKS[-1]}, the most that vLLM serves; --rank makes it smaller"
     if math.prod(m := max((p.module.shape for p in plan.modules.values()), key=math.prod)) > 1 << 24 and plan.is_dense:

@@ -168,7 +168,7 @@ class TestAdapters:
         for name in ("tokenizer.json", "value_head.bin", "optimizer.pt", "sub/tokenizer.json"):
             store.pipe(f"/b/math/{name}", b"{}")
         info = load(math).info
-        assert {name: file.read_bytes() for name, (file,) in info.beside.items()} == {
+        assert {name: file.read_bytes() for name, file in info.beside.items()} == {
             "tokenizer.json": b"{}", "value_head.bin": b"{}",
         }  # fmt: skip
         assert len(fetched) == 4 and info.notes == ()

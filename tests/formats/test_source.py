@@ -286,7 +286,7 @@ class TestServer:
         served.files |= {"tokenizer.json": b"{}", "spectrogram_head.safetensors": small, "odd.safetensors": large}
         served.files |= {"optimizer.pt": b"x", "runs/tokenizer.json": b"x", "README.md": b"x"}
         info = load(hub.REPO, cache_dir=tmp_path / "cache").info
-        assert {name: file.read_bytes() for name, (file,) in info.beside.items()} == {
+        assert {name: file.read_bytes() for name, file in info.beside.items()} == {
             "tokenizer.json": b"{}", "spectrogram_head.safetensors": small,
         }  # fmt: skip
         assert info.warnings == ("odd.safetensors on the hub is not carried over: it is larger than a head or a table",)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from coremerge.carried import kind_of
-from coremerge.errors import MismatchError
 from coremerge.formats.config import LFS_MARK
 from coremerge.formats.foreign import holds_factors
-from coremerge.formats.safetensors_file import SafetensorsFile, read_whole
 from coremerge.formats.safetensors_layout import writing
 from coremerge.hashing import Stamp, changed, stamp_of, unreadable
 
@@ -78,9 +76,9 @@ def _broken(file: Path) -> str | None:
 
 
 def write_carried(
-    folder: Path, carried: Mapping[str, tuple[Path, ...]], stamps: Mapping[Path, Stamp], without: Iterable[str] = ()
+    folder: Path, carried: Mapping[str, Path], stamps: Mapping[Path, Stamp], without: Collection[str] = ()
 ) -> None:
-    """Copy files into ``folder``; those of several sources are their average.
+    """Copy files into ``folder``.
 
     Args:
         folder: that is written.
@@ -90,17 +88,10 @@ def write_carried(
 
     Raises:
         SourceError: a source has changed since, or is gone.
-        MismatchError: files that cannot be averaged.
     """
-    for name in sorted(carried.keys() - {*without}):
-        sources = carried[name]
-        if len(sources) > 1:
-            content = _average(name, sources)
-            with writing(folder / name):
-                (folder / name).write_bytes(content)
-        else:
-            _copy(sources[0], folder / name)
-        for source in sources:
+    for name, source in carried.items():
+        if name not in without:
+            _copy(source, folder / name)
             _check(source, stamps)
 
 
@@ -120,26 +111,3 @@ def _check(source: Path, stamps: Mapping[Path, Stamp]) -> None:
         raise unreadable(source, error) from None
     if not same:
         raise changed(source)
-
-
-def _average(name: str, sources: Sequence[Path]) -> bytes:
-    """Tensor by tensor, in float64, as whole tensors in an adapter's own file are averaged."""
-    from safetensors.torch import save
-
-    files = [SafetensorsFile(source) for source in sources]
-    first = files[0].entries
-    for file in files[1:]:
-        odd = sorted(
-            key for key in {*first, *file.entries}
-            if key not in first or key not in file.entries or first[key].shape != file.entries[key].shape
-        )  # fmt: skip
-        if odd:
-            raise MismatchError(
-                f"other tensors or shapes than in {files[0].path}, so the two cannot be averaged", file=file.path,
-                key=odd[0], remedy="Say which to take, by its adapter's name, or --extras drop",
-            )  # fmt: skip
-    averaged = {}
-    for key in sorted(first):
-        total = sum(read_whole(file, key).double() for file in files)
-        averaged[key] = (total / len(files)).to(read_whole(files[0], key).dtype).contiguous()  # type: ignore[union-attr]
-    return save(averaged, dict(files[0].metadata) or None)

@@ -253,7 +253,7 @@ def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = ()) -> Info:
         targets=_targets(config),
         files=location.files,
         stamps=checkpoint.stamps,
-        beside={name: (file,) for name, file in location.beside.items()},
+        beside=location.beside,
         notes=(*keys.notes, *notes, *location.notes),
         warnings=(*location.warnings, *_lacking(config, keys)),
     )

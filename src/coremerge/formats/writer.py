@@ -15,7 +15,6 @@ from collections.abc import Callable, Container, Generator, Iterable, Iterator, 
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def save(
     _refuse_clashes(adapter, path)
     layout = Layout.of(_shapes(adapter, ranks, kept))
     texts = {CONFIG_NAME: json.dumps(adapter_config(adapter, ranks), indent=2) + "\n"}
-    sources = (*adapter.info.files, *chain.from_iterable(adapter.info.beside.values()), *inputs)
+    sources = (*adapter.info.files, *adapter.info.beside.values(), *inputs)
     faint: list[str] = []
     with atomic_directory(path, overwrite=overwrite, inputs=sources, needed=layout.data_bytes, resume=resume) as folder:
         write_files(folder, {**(files or {}), **texts})
