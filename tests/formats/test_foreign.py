@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from coremerge import load
 from coremerge.errors import CoremergeError, SourceError, TensorError, UnsupportedError
+from coremerge.formats.base_model import sliced
 from coremerge.formats.foreign import DEEPEST, adapters_below
 from tiny import make_adapter
 
@@ -195,3 +196,43 @@ def test_a_slice_of_one_process_is_told_as_a_shard(tmp_path: Path, how: str, dty
     save_file(sliced, folder / WEIGHTS)
     with pytest.raises(TensorError, match=r"saved in shards .*gather them, then save again"):
         load(folder)
+
+
+LLAMA = {
+    "self_attn.q_proj": (16, 16),
+    "self_attn.v_proj": (8, 16),
+    "self_attn.o_proj": (16, 16),
+    "mlp.down_proj": (16, 24),
+}
+BERT = {"attention.self.query": (16, 16), "attention.output.dense": (16, 16), "output.dense": (16, 64)}
+
+
+@pytest.mark.parametrize("block", [LLAMA, BERT], ids=["llama", "bert"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_slice_of_b_alone_is_warned_of(tmp_path: Path, block: dict[str, tuple[int, int]], world: int) -> None:
+    tensors = {}
+    for layer in range(2):
+        for part, (out, inner) in block.items():
+            name = f"base_model.model.model.layers.{layer}.{part}"
+            tensors[f"{name}.lora_A.weight"] = torch.ones(4, inner)
+            tensors[f"{name}.lora_B.weight"] = torch.ones(out // world, 4)
+    save_file(tensors, make_adapter(tmp_path / "a") / WEIGHTS)
+    warned = load(tmp_path / "a").info.warnings
+    assert len(warned) == (world > 1)
+    assert all(
+        f"read 16 values and write {16 // world}: each B seems to be one process's shard" in one for one in warned
+    )
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"l.0.q_proj": (8, 16), "l.0.k_proj": (8, 16)},  # nothing that writes
+        {"l.0.q_proj": (16, 16), "l.0.k_proj": (16, 32), "l.0.o_proj": (16, 16)},  # attention across two streams
+        {"l.0.q_proj": (16, 16), "l.0.o_proj": (8, 16), "l.1.q_proj": (8, 8), "l.1.o_proj": (8, 8)},  # a pyramid
+        {"l.0.q_proj": (16, 16), "l.0.o_proj": (12, 16)},  # no whole part
+        {"q_proj": (16, 16), "o_proj": (8, 16)},  # no blocks
+    ],
+)
+def test_blocks_that_are_made_otherwise_are_not(shapes: dict[str, tuple[int, int]]) -> None:
+    assert sliced(shapes) == []

@@ -6,6 +6,7 @@ Else every module is taken to be as wide as the shared A, unless the file itself
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,33 @@ class InputWidths:
                 remedy="Give the base model: base=its folder or config.json",
             )
         self.notes.append(f"every module is taken to have {shared} inputs, as wide as the shared A (no base was given)")
+
+
+def sliced(shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A warning, where every block's layers write a whole part of the width that its other layers read.
+
+    A and B of one process of several may multiply: its B has some of the rows. Only names tell which layers write to
+    the residual stream, and a block may be made otherwise: so it is no refusal.
+
+    Args:
+        shapes: module → (out, in).
+    """
+    read: dict[str, set[int]] = {}
+    written: dict[str, set[int]] = {}
+    for name, (out, inner) in shapes.items():
+        if block := re.match(r".*?\.\d+\.", name):
+            writes = _ends(name, (*_FROM_MLP, *_FROM_ATTENTION))
+            (written if writes else read).setdefault(block[0], set()).add(out if writes else inner)
+    pairs = {(tuple(read[block]), tuple(written[block])) for block in read.keys() & written.keys()}
+    if len(pairs) != 1:
+        return []
+    ((inner, out),) = pairs
+    if len(inner) != 1 or len(out) != 1 or out[0] >= inner[0] or inner[0] % out[0]:
+        return []
+    return [
+        f"its layers read {inner[0]} values and write {out[0]}: each B seems to be one process's shard (FSDP); gather"
+        " them before saving"
+    ]
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:

@@ -235,7 +235,7 @@ def no_modules(checkpoint: Checkpoint) -> TensorError:
     )
 
 
-def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = ()) -> Info:
+def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = (), warnings: Iterable[str] = ()) -> Info:
     """What the files say of themselves."""
     config, location = checkpoint.config, checkpoint.location
     return Info(
@@ -255,7 +255,7 @@ def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = ()) -> Info:
         stamps=checkpoint.stamps,
         beside=location.beside,
         notes=(*keys.notes, *notes, *location.notes),
-        warnings=(*location.warnings, *_lacking(config, keys)),
+        warnings=(*location.warnings, *_lacking(config, keys), *warnings),
     )
 
 

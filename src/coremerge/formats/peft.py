@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter, Kind, Lazy, Module
 from coremerge.errors import ConfigError, MismatchError, TensorError, UnsupportedError
+from coremerge.formats.base_model import sliced
 from coremerge.formats.checkpoint import Checkpoint, Keys, extras, info, no_modules, sort_keys, with_note
 from coremerge.formats.config import Config, as_integer, as_number, refuse_variants
 from coremerge.formats.patterns import Patterns
@@ -75,7 +76,7 @@ def build(checkpoint: Checkpoint, keys: Keys, found: Mapping[str, Factors], bias
         name=checkpoint.location.name,
         biases=biases,
         extras=extras(checkpoint, keys),
-        info=info(checkpoint, keys),
+        info=info(checkpoint, keys, warnings=sliced({name: factors.module.shape for name, factors in found.items()})),
     )
 
 
