@@ -165,8 +165,9 @@ def test_an_mlx_adapter_that_is_converted_as_told_is_right(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("trainer_state.json", "this is JSON"), ("a.gguf", "converted for llama.cpp"), ("adapters.npz", "of numpy's")],
-)
+    [("trainer_state.json", "this is JSON"), ("a.gguf", "converted for llama.cpp"), ("adapters.npz", "of numpy's"),
+     ("README.md", "no file of tensors"), ("weights", "no file of tensors")],
+)  # fmt: skip
 @pytest.mark.parametrize("allow_pickle", [True, False])
 def test_what_is_no_pickle_is_not_called_one(tmp_path: Path, name: str, what: str, allow_pickle: bool) -> None:
     folder = make_adapter(tmp_path / "a")
@@ -236,3 +237,11 @@ def test_a_slice_of_b_alone_is_warned_of(tmp_path: Path, block: dict[str, tuple[
 )
 def test_blocks_that_are_made_otherwise_are_not(shapes: dict[str, tuple[int, int]]) -> None:
     assert sliced(shapes) == []
+
+
+@pytest.mark.parametrize("name", ["weights", "lora.model"])
+def test_a_pickle_of_any_name_is_read_when_asked_for(tmp_path: Path, name: str) -> None:
+    folder = make_adapter(tmp_path / "a")
+    torch.save(load_file(folder / WEIGHTS), folder / name)
+    assert "this is a pickle" in refused(folder / name).what
+    assert len(load(folder / name, allow_pickle=True)) == 4

@@ -112,17 +112,15 @@ def sliced(shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     written: dict[str, set[int]] = {}
     for name, (out, inner) in shapes.items():
         if block := re.match(r".*?\.\d+\.", name):
-            writes = _ends(name, (*_FROM_MLP, *_FROM_ATTENTION))
-            (written if writes else read).setdefault(block[0], set()).add(out if writes else inner)
-    pairs = {(tuple(read[block]), tuple(written[block])) for block in read.keys() & written.keys()}
-    if len(pairs) != 1:
-        return []
-    ((inner, out),) = pairs
-    if len(inner) != 1 or len(out) != 1 or out[0] >= inner[0] or inner[0] % out[0]:
+            last = _ends(name, (*_FROM_MLP, *_FROM_ATTENTION))
+            (written if last else read).setdefault(block[0], set()).add(out if last else inner)
+    blocks = read.keys() & written.keys()
+    reads, writes = (sorted(set[int]().union(*(of[block] for block in blocks))) for of in (read, written))
+    if len(reads) != 1 or len(writes) != 1 or writes[0] >= reads[0] or reads[0] % writes[0]:
         return []
     return [
-        f"its layers read {inner[0]} values and write {out[0]}: each B seems to be one process's shard (FSDP); gather"
-        " them before saving"
+        f"its layers read {reads[0]} values and write {writes[0]}: each B seems to be one process's shard (FSDP);"
+        " gather them before saving"
     ]
 
 

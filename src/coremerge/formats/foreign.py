@@ -9,8 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from coremerge.errors import CoremergeError, SourceError, UnsupportedError
-from coremerge.formats.config import CONFIG_NAME
+from coremerge.formats.config import CONFIG_NAME, LFS_MARK
 from coremerge.formats.safetensors_file import SafetensorsFile, Tensors
+from coremerge.hashing import unreadable
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DEEPEST = 4
@@ -160,3 +161,15 @@ def refuse_other(file: Path) -> None:
     ):
         if file.suffix == suffix:
             raise SourceError(what, file=file, remedy=remedy)
+    if file.suffix not in (".safetensors", *PICKLES) and not _looks_pickled(file):
+        raise SourceError(
+            "this is no file of tensors", file=file, remedy="Give the adapter's folder, or its safetensors"
+        )
+
+
+def _looks_pickled(file: Path) -> bool:
+    try:
+        with file.open("rb") as data:
+            return data.read(64).startswith((b"PK\x03\x04", b"\x80", LFS_MARK))
+    except OSError as error:
+        raise unreadable(file, error) from None
