@@ -293,6 +293,15 @@ class TestServer:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert load(hub.REPO, cache_dir=tmp_path / "cache").info.beside == info.beside
 
+    def test_weights_under_another_name_are_named(self, served: hub.Hub, tmp_path: Path) -> None:
+        served.files["lora.safetensors"] = served.files.pop(WEIGHTS)
+        served.files["optimizer.pt"] = b"x"
+        with pytest.raises(SourceError, match=r"org/faulty: .*the config, but lora.safetensors\. .*name that file"):
+            load(hub.REPO, cache_dir=tmp_path / "cache")
+        served.files["adapter_model.bin"] = b"x"
+        with pytest.raises(SourceError, match=r"but .*adapter_model.bin.*\. .*allow_pickle reads that"):
+            load(hub.REPO, cache_dir=tmp_path / "cache")
+
     @pytest.mark.parametrize(
         "name", ["401", "403", "404, of the revision", "500", "another body of that size", "no answer", "a login page"]
     )

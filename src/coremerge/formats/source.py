@@ -10,7 +10,7 @@ from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
-from coremerge.carried import TEMPLATE, TOKENIZER
+from coremerge.carried import TEMPLATE, TOKENIZER, kind_of
 from coremerge.errors import SourceError
 from coremerge.formats.beside import KNOWN, LARGEST, usable, wanted
 from coremerge.formats.config import CONFIG_NAME
@@ -263,10 +263,15 @@ def _on_hub(
     try:
         found = in_folder(folder, source, allow_pickle=allow_pickle)
     except SourceError as error:
-        remedy = error.remedy
+        what, remedy = error.what, error.remedy
+        listed = _listed(replace(hub, revision=snapshot.name), prefix, token) if WEIGHTS_NAME in what else {}
+        if others := [name for name in listed if kind_of(name) == "weights"]:
+            what = f"{what}, but {', '.join(others[:8])}"
+            if PICKLE_NAME not in others:
+                remedy = "If one of these is the adapter, download the repository and name that file"
         if error.what.startswith(f"no {CONFIG_NAME} here"):
             remedy = f"Name one of them: {hub.repo}:{prefix}<folder>"
-        raise SourceError(error.what, file=source, key=error.key, remedy=remedy) from None
+        raise SourceError(what, file=source, key=error.key, remedy=remedy) from None
     name = (hub.subfolder or hub.repo).rsplit("/", 1)[-1]
     more, warnings = _more_on_hub(replace(hub, revision=snapshot.name), found, prefix, token)
     if more:
