@@ -117,7 +117,7 @@ class IntoPlan:
                 self._write_here(folder, layouts, threads, resume, progress)
         out = Path(path).expanduser()
         changed = {
-            self.layouts[self.base.home[key]].slots[key].dtype for key, e in self.placement.edits.items() if e.update
+            self.layouts[self.base.home[key]].slots[key].dtype for key, e in self.placement.edits.items() if e.modules
         }
         dtype = FACTOR_DTYPES[changed.pop()] if len(changed) == 1 else torch.float32
         return Saved(out, tuple(out / name for name in self.layouts), self.size, 0, dtype, (*self.notes, *links.notes))
@@ -166,7 +166,7 @@ class IntoPlan:
     def modules_in(self, shard: str) -> list[str]:
         """The adapter's modules whose weights are in that file."""
         edits = (self.placement.edits.get(key) for key in self.layouts[shard].slots)
-        return sorted({name for edit in edits if edit for name in (edit.update, edit.bias) if name})
+        return sorted({name for edit in edits if edit for name in (*edit.modules, edit.bias) if name})
 
     def write_shard(self, folder: Path, name: str) -> None:
         """One of the files, into ``folder``."""
@@ -199,9 +199,7 @@ class IntoPlan:
         source = FACTOR_DTYPES[entry.dtype]
         length = entry.shape[0] if entry.shape else 1
         width = math.prod(entry.shape[1:])
-        update = self.adapter[edit.update] if edit.update else None
-        if update is not None and edit.transposed:
-            update = update.mT
+        update = edit.total(self.adapter, length)
         rows = dict(zip(edit.rows[1], self.adapter.extras[edit.rows[0]], strict=True)) if edit.rows else {}
         step = max(1, ENTRIES // max(1, width))
         for start in range(0, length if width else 0, step):

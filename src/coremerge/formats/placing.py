@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
+import torch
 from torch import Tensor
 
 from coremerge.adapter import Adapter, Module
@@ -13,11 +15,15 @@ from coremerge.errors import MismatchError, UnsupportedError
 from coremerge.extras import TOKEN_ROWS, token_ids
 from coremerge.formats.base_weights import BaseModel
 from coremerge.formats.checkpoint import shorten
+from coremerge.formats.naming import Names, hint, readings
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
 from coremerge.formats.safetensors_layout import NAMES
+from coremerge.lowrank import LowRank
 
 _INPUT_TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 _OUTPUT_TABLES = ("lm_head.weight", "embed_out.weight", "output.weight")
+_NESTED = ".base_layer."
+"""PEFT's word between a layer of attention and a layer inside of it."""
 _PACKED = ("qweight", "weight_packed", "qzeros", "W_q", "weight_q")
 
 
@@ -30,6 +36,8 @@ class Edit:
         rows: the extra whose rows take the place of some of its rows, and their numbers.
         update: the module whose update is added.
         transposed: whether the base stores it as (in, out).
+        times: how often it is added.
+        parts: modules of whose updates some rows are added to some of its rows: module, its rows, their places.
         bias: the module whose trained bias is added.
     """
 
@@ -37,7 +45,27 @@ class Edit:
     rows: tuple[str, tuple[int, ...]] | None = None
     update: str | None = None
     transposed: bool = False
+    times: int = 1
+    parts: tuple[tuple[str, Tensor, Tensor], ...] = ()
     bias: str | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules whose updates are added."""
+        return tuple(name for name in (self.update, *(name for name, _, _ in self.parts)) if name)
+
+    def total(self, adapter: Adapter, length: int) -> LowRank | None:
+        """The sum of what is added to the tensor of ``length`` rows, in float64; None where nothing is."""
+        if self.update:
+            update = adapter[self.update] * self.times
+            return update.mT if self.transposed else update
+        total: LowRank | None = None
+        for name, rows, places in self.parts:
+            update = adapter[name]
+            left = torch.zeros(length, update.rank, dtype=update.dtype).index_copy_(0, places, update.left[rows])
+            part = LowRank(left, update.right)
+            total = part if total is None else total + part
+        return total
 
 
 @dataclass(frozen=True)
@@ -78,7 +106,9 @@ class Placement:
 
     def __post_init__(self) -> None:
         self.entries = {key: entry for shard in self.base.shards.values() for key, entry in shard.entries.items()}
-        self.rename = self._find_rename()
+        self.names, self.rename = self._find_names()
+        if self.names.note:
+            self.notes.append(self.names.note)
         if self.rename != Rename():
             self.notes.append(f"the adapter's module names match the base's {self.rename}")
         for name, module in self.adapter.modules.items():
@@ -89,25 +119,59 @@ class Placement:
             self._place_extra(name)
         self._note_rest()
 
-    def _find_rename(self) -> Rename:
+    def _find_names(self) -> tuple[Names, Rename]:
+        """The base's names as they stand, or as another reading of them that finds a place for more.
+
+        Other readings are tried only where something has no place, for they cost time: transformers is loaded.
+        """
+        best, refused = None, None
+        plain = Names({key: key for key in self.entries})
+        for names in chain([plain], readings(self.base, self.adapter.info, self._wanted)):
+            if best and names.guessed:
+                break
+            try:
+                found = names, self._find_rename(names)
+            except (MismatchError, UnsupportedError) as error:
+                refused = error if refused is None or isinstance(error, UnsupportedError) else refused
+                continue
+            if best is None or len(self._added(*found)) < len(self._added(*best)):
+                best = found
+            if not self._added(*best):
+                break
+        if best is None:
+            assert refused is not None, "no reading was found"
+            raise refused
+        return best
+
+    @property
+    def _wanted(self) -> list[str]:
+        """Every parameter of the base that the adapter may speak of."""
+        weights = [name for module in self.adapter.modules for name in (*_parameters(module), module)]
+        biases = [_bias(name) for module in self.adapter.biases for name in _parameters(module)]
+        return [*weights, *biases, *map(_plain, self.adapter.extras)]
+
+    def _added(self, names: Names, rename: Rename) -> list[str]:
+        """The extras that the base lacks."""
+        lacking = [name for name in self.adapter.extras if _find_extra(names, rename, name) is None]
+        return [name for name in lacking if _plain(name) not in names.pieces and _plain(name) not in names.scattered]
+
+    def _find(self, parameter: str) -> str | None:
+        """The tensor that holds ``parameter``; None where there is none, or it lies in pieces."""
+        return self.names.keys.get(self.rename(parameter))
+
+    def _find_rename(self, names: Names) -> Rename:
         """The one change of prefix under which every module has a weight."""
         tails: dict[str, list[str]] = {}
-        for key in self.entries:
+        for key in names.keys:
             parts = key.split(".")
             for cut in range(1, min(4, len(parts) - 1)):
                 tails.setdefault(".".join(parts[cut:]), []).append(".".join(parts[:cut]) + ".")
         common: set[Rename] | None = None
         for name in self.adapter.modules:
-            if ".base_layer." in name:
-                raise UnsupportedError(
-                    "PEFT adds the update of an attention layer's out_proj twice (as of 0.21), so what it stands for"
-                    " is not settled",
-                    key=name, remedy="Write an adapter, not a model",
-                )  # fmt: skip
-            found = set(self._renames(name, tails))
+            found = set(self._renames(name, names, tails))
             common = found if common is None else common & found
             if not found or not common:
-                raise self._missing(name)
+                raise self._missing(name, names)
         assert common is not None, "an adapter has modules"
         if Rename() in common:
             return Rename()
@@ -121,28 +185,35 @@ class Placement:
             )
         return common.pop()
 
-    def _renames(self, module: str, tails: Mapping[str, list[str]]) -> Iterator[Rename]:
+    def _renames(self, module: str, names: Names, tails: Mapping[str, list[str]]) -> Iterator[Rename]:
         for parameter in _parameters(module):
-            if parameter in self.entries:
+            if parameter in names.keys or parameter in names.pieces:
                 yield Rename()
             yield from (Rename(add=prefix) for prefix in tails.get(parameter, ()))
             parts = parameter.split(".")
             for cut in range(1, min(4, len(parts) - 1)):
-                if ".".join(parts[cut:]) in self.entries:
+                if ".".join(parts[cut:]) in names.keys:
                     yield Rename(strip=".".join(parts[:cut]) + ".")
 
-    def _missing(self, module: str) -> MismatchError | UnsupportedError:
+    def _missing(self, module: str, names: Names) -> MismatchError | UnsupportedError:
         stem = module.split(".", 1)[-1]
-        packed = [key for key in self.entries if key.endswith(_PACKED) and key.rpartition(".")[0].endswith(stem)]
+        packed = [name for name in names.keys if name.endswith(_PACKED) and name.rpartition(".")[0].endswith(stem)]
         if packed:
-            return self._quantised(packed[0])
+            return self._quantised(names.keys[packed[0]])
+        if not names.scattered.isdisjoint((module, *_parameters(module))):
+            return UnsupportedError(
+                f"transformers makes the weight of {module} out of tensors of another shape, so its update has no place"
+                " in the files",
+                file=self.base.source, key=f"{module}.weight",
+                remedy="Save the base again with save_pretrained(..., save_original_format=False), and merge into that",
+            )  # fmt: skip
         tied = " (it shares the input embedding's, so it cannot change alone)" if module.endswith("lm_head") else ""
         return MismatchError(
             f"the base model has no weight for module {module}{tied}",
             file=self.base.source,
             key=f"{module}.weight",
             remedy="Give the base model that the adapter was trained on"
-            f" (its tensors: {shorten(sorted(self.entries))})",
+            f" (its tensors: {shorten(sorted(self.entries))}){hint(self.base)}",
         )
 
     def _quantised(self, key: str) -> UnsupportedError:
@@ -155,37 +226,92 @@ class Placement:
         )  # fmt: skip
 
     def _place_update(self, name: str, module: Module) -> None:
-        key = next(k for k in map(self.rename, _parameters(name)) if k in self.entries)
+        known, key = next(((p, key) for p in _parameters(name) if (key := self._find(p))), ("", ""))
+        if not key:
+            self._place_parts(name, module)
+            return
         if self.entries[key].dtype not in FACTOR_DTYPES:
             raise self._quantised(key)
         shape = self.entries[key].shape
         transposed = _transposed(module, shape, self.adapter.info.fan_in_fan_out)
         if transposed is None:
-            raise MismatchError(
-                f"the base's weight is {list(shape)}, and the update is {_described(module)}",
-                file=self.base.source,
-                key=key,
-                remedy="Give the base model that the adapter was trained on",
-            )
-        self._edit(key, update=name, transposed=transposed)
+            raise self._unlike(key, module)
+        if self.edits.get(key, Edit()).modules:
+            raise self._twice(key)
+        self._edit(key, update=name, transposed=transposed, times=self._times(name, known))
+
+    def _place_parts(self, name: str, module: Module) -> None:
+        pieces = next(self.names.pieces[p] for p in _parameters(name) if p in self.names.pieces)
+        out, inner = module.shape
+        for piece in pieces:
+            entry, edit = self.entries[piece.key], self.edits.get(piece.key, Edit())
+            if entry.dtype not in FACTOR_DTYPES:
+                raise self._quantised(piece.key)
+            alike = math.prod(entry.shape[1:]) == inner and sum(len(p.rows) for p in pieces) == out
+            if module.kind == "embedding" or not alike:
+                raise self._unlike(piece.key, module)
+            taken = torch.cat([piece.places, *(places for _, _, places in edit.parts)]).tolist()
+            if edit.update or len(set(taken)) < len(taken):
+                raise self._twice(piece.key)
+            self._edit(piece.key, parts=(*edit.parts, (name, piece.rows, piece.places)))
+
+    def _times(self, name: str, parameter: str) -> int:
+        """How often PEFT adds the update: an attention layer's out_proj gets it twice, in forward and in merge."""
+        if parameter == f"{name}.weight" or _NESTED not in name:
+            return 1
+        layer = name.rpartition(_NESTED)[0]
+        if not self._find(f"{layer}.in_proj_weight"):
+            raise UnsupportedError(
+                f"{layer} is no attention layer of torch in the base, so what PEFT's base_layer stands for there is"
+                " not known",
+                file=self.base.source, key=name, remedy="Write an adapter, not a model",
+            )  # fmt: skip
+        note = (
+            "the update of an attention layer's out_proj is added twice, as PEFT does (as of 0.21), in forward and in"
+            " its own merge alike"
+        )
+        if note not in self.notes:
+            self.notes.append(note)
+        return 2
+
+    def _twice(self, key: str) -> MismatchError:
+        return MismatchError(
+            "two modules of the adapter are this one weight of the base", file=self.base.source, key=key,
+            remedy="Give the base model that the adapter was trained on",
+        )  # fmt: skip
+
+    def _unlike(self, key: str, module: Module) -> MismatchError:
+        return MismatchError(
+            f"the base's weight is {list(self.entries[key].shape)}, and the update is {_described(module)}",
+            file=self.base.source,
+            key=key,
+            remedy="Give the base model that the adapter was trained on",
+        )
 
     def _place_bias(self, name: str) -> None:
-        weight = self.rename(_parameters(name)[0])
-        key = weight.removesuffix("weight") + "bias"
-        if key not in self.entries or self.entries[key].shape != self.adapter.modules[name].shape[:1]:
+        known = [_bias(p) for p in _parameters(name) if self._find(p)]
+        if known and known[0].endswith(".in_proj_bias"):
+            self.notes.append(f"the bias trained for {name} is left out: PEFT does not add it (as of 0.21)")
+            return
+        key = self._find(known[0]) if known else None
+        if key is None or self.entries[key].shape != self.adapter.modules[name].shape[:1]:
             raise MismatchError(
                 f"the adapter trains a bias for {name}, and the base has none of that size there",
-                file=self.base.source, key=key, remedy="Write an adapter, not a model",
+                file=self.base.source, key=key or _bias(f"{name}.weight"), remedy="Write an adapter, not a model",
             )  # fmt: skip
         if self.entries[key].dtype not in FACTOR_DTYPES:
             raise self._quantised(key)
         self._edit(key, bias=name)
 
     def _place_extra(self, name: str) -> None:
-        rows = name.endswith(TOKEN_ROWS)
-        plain = name.removesuffix(TOKEN_ROWS) + ".weight" if rows else name
-        key = next((k for k in (plain, self.rename(plain)) if k in self.entries), None)
+        rows, plain = name.endswith(TOKEN_ROWS), _plain(name)
+        key = _find_extra(self.names, self.rename, name)
         tensor = self.adapter.extras[name]
+        if key is None and (plain in self.names.pieces or plain in self.names.scattered):
+            raise UnsupportedError(
+                "trained whole, and the base's files hold it in parts or together with others",
+                file=self.base.source, key=plain, remedy="Drop it (--extras drop), or write an adapter, not a model",
+            )  # fmt: skip
         if rows:
             self._place_rows(name, plain, key, tensor)
         elif key is None:
@@ -268,7 +394,7 @@ class Placement:
     @property
     def _changed(self) -> list[str]:
         """The tensors of which more than some rows change."""
-        return [key for key, edit in self.edits.items() if edit.replace or edit.update]
+        return [key for key, edit in self.edits.items() if edit.replace or edit.modules]
 
 
 def _is_input(key: str) -> bool:
@@ -281,7 +407,24 @@ def _is_output(key: str) -> bool:
 
 def _parameters(module: str) -> list[str]:
     """What the weight of ``module`` may be called."""
-    return [f"{module}.weight", f"{module}.in_proj_weight"]
+    names = [f"{module}.weight", f"{module}.in_proj_weight"]
+    return [*names, f"{module.replace(_NESTED, '.')}.weight"] if _NESTED in module else names
+
+
+def _bias(weight: str) -> str:
+    """What the bias beside ``weight`` is called."""
+    return weight.removesuffix("weight") + "bias"
+
+
+def _plain(extra: str) -> str:
+    """The parameter that an extra takes the place of, in whole or in rows."""
+    return extra.removesuffix(TOKEN_ROWS) + ".weight" if extra.endswith(TOKEN_ROWS) else extra
+
+
+def _find_extra(names: Names, rename: Rename, extra: str) -> str | None:
+    """The tensor that an extra takes the place of; None where there is none."""
+    plain = _plain(extra)
+    return next((names.keys[name] for name in (plain, rename(plain)) if name in names.keys), None)
 
 
 def _transposed(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool) -> bool | None:
