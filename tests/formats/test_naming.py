@@ -196,6 +196,21 @@ class TestTransformersMapping:
         save_into(tmp_path / "base", coremerge.load(tmp_path / "a"), tmp_path / "out")
         same(type(model), tmp_path / "out", expected)
 
+    def test_one_tower_of_two_that_are_alike(self, tmp_path):
+        sides = {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16}
+        seeded(lambda: transformers.CLIPModel(transformers.CLIPConfig(**sides))).save_pretrained(tmp_path / "base")
+        kind = transformers.CLIPVisionModel
+        model = kind.from_pretrained(tmp_path / "base")
+        expected = trained(model, tmp_path / "a", ["q_proj", "fc1"])
+        save_into(tmp_path / "base", coremerge.load(tmp_path / "a"), tmp_path / "out")
+        same(kind, tmp_path / "out", expected)
+
+    def test_what_is_missing_is_told_as_transformers_names_it(self, tmp_path):
+        seeded(FAMILIES["ViT"]).save_pretrained(tmp_path / "base")
+        made = adapter(dict.fromkeys(["layers.0.attention.q_proj", "pooler.dense"], Module((16, 16), 1)))
+        with pytest.raises(MismatchError, match=r"no weight for module pooler\.dense"):
+            plan_into(tmp_path / "base", made)
+
 
 class TestStacks:
     """Weights that transformers makes out of tensors of another shape."""

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -150,12 +150,11 @@ def _classes(said: Mapping[str, Any], info: Info) -> Iterator[tuple[Any, Any]]:
     if info.task_type == "CAUSAL_LM":
         kinds.append(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
     kinds.append(MODEL_MAPPING.get(type(config), None))
+    towers = [config, config.get_text_config(), *(getattr(config, name, None) for name in config.sub_configs)]
     for kind in dict.fromkeys(kinds):
         if isinstance(kind, type) and issubclass(kind, library.PreTrainedModel):
-            for own in (config, config.get_text_config()):
-                if isinstance(own, kind.config_class or ()):
-                    yield kind, own
-                    break
+            owned = (own for own in towers if isinstance(own, kind.config_class or ()))
+            yield from ((kind, own) for own in islice(owned, 1))
 
 
 class _Loader:

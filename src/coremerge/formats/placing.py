@@ -132,7 +132,8 @@ class Placement:
             try:
                 found = names, self._find_rename(names)
             except (MismatchError, UnsupportedError) as error:
-                refused = error if refused is None or isinstance(error, UnsupportedError) else refused
+                if not names.guessed and not isinstance(refused, UnsupportedError):
+                    refused = error  # of the last: it knows most
                 continue
             if best is None or len(self._added(*found)) < len(self._added(*best)):
                 best = found
