@@ -13,6 +13,7 @@ from layers import adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models import step3p7
 
 import coremerge
 from coremerge.adapter import Info, Module
@@ -67,6 +68,11 @@ def encoder(name, head="Model", **settings):
     return getattr(transformers, name + head)(getattr(transformers, f"{name}Config")(**VISION, **settings))
 
 
+def step():
+    config = step3p7.configuration_step3p7.Step3p7VisionConfig(**VISION, max_position_embeddings=4)
+    return step3p7.modeling_step3p7.Step3p7VisionModel(config)
+
+
 FAMILIES = {
     "LLaVA": llava,
     "Gemma 3": lambda: joined("Gemma3", "gemma3_text", "siglip_vision_model", mm_tokens_per_image=1),
@@ -77,6 +83,7 @@ FAMILIES = {
     "ViT": lambda: encoder("ViT", "ForImageClassification"),
     "BEiT": lambda: encoder("Beit", "ForImageClassification"),
     "DINOv2, gate and up fused": lambda: encoder("Dinov2", use_swiglu_ffn=True),
+    "Step, query, key and value fused and permuted": step,
 }
 HEADS = ("lm_head", "classifier")
 
