@@ -135,3 +135,52 @@ def test_the_merged_adapter_carries_what_was_decided() -> None:
     assert dropped.adapter.info.modules_to_save == ()
     assert f"{HEAD}: dropped, as asked" in dropped.report.warnings
     assert run(rows(a={3: 1.0}, b={3: 2.0}), method="sum", extras="drop").adapter.info.token_indices == {}
+
+
+TABLE = "model.embed_tokens.weight"
+
+
+def tables(**sizes: int) -> dict[str, Adapter]:
+    """Tables of which each goes on where a shorter one ends."""
+    whole = torch.arange(100.0)[:, None] * torch.ones(3)
+    return {key: holding(key, {TABLE: whole[:size].clone()}) for key, size in sizes.items()}
+
+
+@pytest.mark.parametrize("policy", [None, "average", "drop"])
+def test_a_vocabulary_that_only_grew_is_carried_over_whole(policy: str | None) -> None:
+    (extra,) = plan_extras(tables(a=40, b=43, c=40), policy).values()
+    assert extra.decision == "carried over from b: the others are its first rows"
+    assert torch.equal(loaded(extra), tables(b=43)["b"].extras[TABLE])
+
+
+def test_a_table_that_is_asked_for_is_taken() -> None:
+    (extra,) = plan_extras(tables(a=40, b=43), "a").values()
+    assert (extra.decision, len(loaded(extra))) == ("taken from a, as asked", 40)
+
+
+@pytest.mark.parametrize("policy", [None, "average"])
+def test_tables_of_vocabularies_that_grew_apart_are_refused_by_name(policy: str | None) -> None:
+    adapters = tables(a=40, b=43)
+    adapters["a"] = holding("a", {TABLE: -adapters["a"].extras[TABLE]})
+    match = r"different vocabularies: 40 tokens in a, 43 tokens in b.*take one table \(--extras b\).*then lost"
+    with pytest.raises(MismatchError, match=match) as raised:
+        plan_extras(adapters, policy)
+    assert "drop" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [TABLE, "lm_head.weight", "proj_out.weight", "transformer.wte.weight"])
+def test_dropping_a_vocabulary_is_no_remedy(name: str) -> None:
+    adapters = {key: holding(key, {name: torch.full((4, 2), value)}) for key, value in {"a": 1.0, "b": 2.0}.items()}
+    with pytest.raises(MismatchError, match=r"--extras a\) or --extras average; both need one tokenizer") as raised:
+        plan_extras(adapters, None)
+    assert "drop" not in str(raised.value)
+    (extra,) = plan_extras(adapters, "drop").values()
+    assert extra.load is None
+
+
+def test_numbers_without_a_shape_are_no_tables() -> None:
+    adapters = {
+        key: holding(key, {"lm_head.scale": torch.tensor(value)}) for key, value in {"a": 1.0, "b": 2.0}.items()
+    }
+    with pytest.raises(MismatchError, match="trained whole by a, b"):
+        plan_extras(adapters, None)

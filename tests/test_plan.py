@@ -99,12 +99,33 @@ def test_other_kinds_and_kernels_are_refused() -> None:
     assert plan(conv("conv1d", (3,)), conv("conv1d", (3,))).modules["m"].module.kernel == (3,)
 
 
-@pytest.mark.parametrize("field", [{"fan_in_fan_out": True}, {"layer_replication": ((0, 2), (1, 2))}])
-def test_other_layouts_are_refused(field: dict) -> None:
-    with pytest.raises(MismatchError, match=f"{next(iter(field))} differs"):
-        plan(B, adapter({"m": (6, 5, 1)}, "c", **field))
-    same = plan(adapter({"m": (6, 5, 1)}, "c", **field), adapter({"m": (6, 5, 1)}, "d", **field))
-    assert getattr(same.info, next(iter(field))) == next(iter(field.values()))
+def test_updates_of_other_vocabularies_are_refused_by_name() -> None:
+    def tokens(count: int, name: str, kind: str = "linear") -> Adapter:
+        shape = (4, count) if kind == "embedding" else (count, 4)
+        layer = "model.embed_tokens" if kind == "embedding" else "lm_head"
+        kinds = {layer: Module(shape, 1, kind)}  # type: ignore[arg-type]
+        return Adapter.from_updates({layer: lowrank(*shape, 1)}, name=name, kinds=kinds)
+
+    for kind in ("linear", "embedding"):
+        with pytest.raises(MismatchError, match=r"40.* in a, .*43.* in b.*vocabularies differ.*one tokenizer"):
+            plan(tokens(40, "a", kind), tokens(43, "b", kind))
+
+
+def test_other_layers_are_refused() -> None:
+    layers = {"layer_replication": ((0, 2), (1, 2))}
+    with pytest.raises(MismatchError, match="layer_replication differs"):
+        plan(B, adapter({"m": (6, 5, 1)}, "c", **layers))
+    same = plan(adapter({"m": (6, 5, 1)}, "c", **layers), adapter({"m": (6, 5, 1)}, "d", **layers))
+    assert same.info.layer_replication == ((0, 2), (1, 2))
+
+
+def test_any_adapter_that_says_true_makes_fan_in_fan_out_true() -> None:
+    true = adapter({"m": (6, 5, 1)}, "c", fan_in_fan_out=True)
+    said = "written true"
+    for given, expected in (((B, true), True), ((true, B), True), ((true, true), True), ((B, B), False)):
+        made = plan(*given)
+        assert made.info.fan_in_fan_out is expected
+        assert (said in " ".join(made.warnings)) == (B in given and expected)
 
 
 def test_adapters_without_a_common_module_are_refused_unless_allowed() -> None:

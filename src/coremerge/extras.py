@@ -12,6 +12,11 @@ from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, MismatchError
 
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "tokens_embed")
+"""What models call the table of their input embedding."""
+OUTPUTS = ("lm_head", "embed_out", "output", "proj_out", "output_projection", "vocab_projector", "lm_loss",
+           "generator_lm_head", "cls.predictions.decoder", "lm_head.decoder", "lm_head.out_proj")  # fmt: skip
+"""What models call the layer of their output."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,17 @@ class Extra:
     decision: str
     load: Callable[[], Tensor] | None
     tokens: tuple[int, ...] = ()
+
+
+def in_no_layer(name: str) -> bool:
+    """Whether a parameter is in none of the numbered layers of a model."""
+    return not any(part.isdigit() for part in name.split("."))
+
+
+def end_of(parameter: str) -> str | None:
+    """The layer that ``parameter`` belongs to, if it is one of :data:`INPUTS` and :data:`OUTPUTS`."""
+    layer = f".{parameter}".rpartition(".")[0]
+    return next((end for end in INPUTS + OUTPUTS if layer.endswith(f".{end}") and in_no_layer(layer)), None)
 
 
 def plan_extras(adapters: Mapping[str, Adapter], policy: str | None) -> dict[str, Extra]:
@@ -64,14 +80,31 @@ def _decide(name: str, adapters: Mapping[str, Adapter], policy: str | None) -> E
         return _join(name, holders, tensors, tokens, policy)
     if _all_equal(tensors):
         return Extra(name, holders, "carried over: equal in all that have it", tensors[0])
+    longest = _continued(tensors) if end_of(name) and policy not in holders else None
+    if longest is not None:
+        decision = f"carried over from {holders[longest]}: the others are its first rows"
+        return Extra(name, holders, decision, tensors[longest])
     if policy == "drop":
         return Extra(name, holders, "dropped, as asked", None)
+    if policy not in holders and end_of(name):
+        _same_vocabulary(name, holders, tensors)
     if policy == "average":
         _same_shape(name, holders, tensors)
         return Extra(name, holders, "averaged, as asked", lambda: _average(tensors))
     if policy in holders:
         return Extra(name, holders, f"taken from {policy}, as asked", tensors[holders.index(policy)])
     raise _clash(name, holders, policy)
+
+
+def _same_vocabulary(name: str, holders: tuple[str, ...], tensors: Sequence[Callable[[], Tensor]]) -> None:
+    sizes = {key: _length(load()) for key, load in zip(holders, tensors, strict=True)}
+    if len(set(sizes.values())) > 1:
+        raise MismatchError(
+            f"tables of different vocabularies: {', '.join(f'{size} tokens in {key}' for key, size in sizes.items())}",
+            key=name,
+            remedy=f"Train them with one tokenizer, or take one table (--extras {max(sizes, key=lambda k: sizes[k])}):"
+            " tokens that only the others added are then lost",
+        )
 
 
 def token_ids(adapter: Adapter, name: str) -> tuple[int, ...]:
@@ -121,6 +154,21 @@ def _all_equal(tensors: Sequence[Callable[[], Tensor]]) -> bool:
     return all(torch.equal(first, load()) for load in tensors[1:])
 
 
+def _continued(tensors: Sequence[Callable[[], Tensor]]) -> int | None:
+    """Which one goes on where the others end: a vocabulary that only grew or was padded, and trained no old row."""
+    lengths = [_length(load()) for load in tensors]
+    longest = lengths.index(max(lengths))
+    whole = tensors[longest]()
+    if not whole.ndim:
+        return None
+    alike = (torch.equal(whole[:length], load()) for length, load in zip(lengths, tensors, strict=True))
+    return longest if all(alike) else None
+
+
+def _length(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.ndim else 1
+
+
 def _average(tensors: Sequence[Callable[[], Tensor]]) -> Tensor:
     first = tensors[0]()
     result = first.double()
@@ -141,8 +189,10 @@ def _same_shape(name: str, holders: tuple[str, ...], tensors: Sequence[Callable[
 
 def _clash(name: str, holders: tuple[str, ...], policy: str | None) -> MismatchError:
     asked = f"; {policy!r} does not have it" if policy else ""
+    table = end_of(name)  # without it the tokens that were added have no rows
+    others = "--extras average; both need one tokenizer" if table else "--extras average, or --extras drop"
     return MismatchError(
         f"trained whole by {', '.join(holders)}, with different values{asked}",
         key=name,
-        remedy=f"Say which to take (--extras {holders[0]}), --extras average, or --extras drop",
+        remedy=f"Say which to take (--extras {holders[0]}){' or' if table else ','} {others}",
     )

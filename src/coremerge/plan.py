@@ -17,7 +17,7 @@ from coremerge.adapter import Adapter, Info, Module
 from coremerge.carried import Carried, plan_files
 from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.executors.local import default_threads
-from coremerge.extras import Extra, plan_extras
+from coremerge.extras import Extra, end_of, plan_extras
 from coremerge.recipe import Recipe, Resolved
 from coremerge.text import size
 from coremerge.weighting import Table, fold_components, in_order, weight_table
@@ -294,7 +294,7 @@ def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe, resolve
                 raise MismatchError(
                     f"module {name}: {what} {getattr(first, what)} in {first_key}, {getattr(module, what)} in {key}",
                     file=adapters[key].info.source or key,
-                    remedy="Adapters must have been trained on the same base model" + _or_shard(first, module),
+                    remedy=_remedy(name, first, module),
                 )
     resolved = resolved.alone if resolved.alone and len(having) == 1 else resolved
     rank = resolved.rank([module.rank for module in having.values()], first.shape)
@@ -303,11 +303,15 @@ def _planned(name: str, adapters: Mapping[str, Adapter], recipe: Recipe, resolve
     return PlannedModule(replace(first, rank=rank, scale=1.0), {key: module.rank for key, module in having.items()})
 
 
-def _or_shard(one: Module, other: Module) -> str:
-    """A hint, where one has a whole part of the other's rows: what a process of several has of a B."""
-    (few, inner), (many, others) = sorted((one.shape, other.shape))
+def _remedy(name: str, first: Module, other: Module) -> str:
+    """For two modules that differ: the base, only how many tokens it has, or one of them is a part of a B."""
+    at = 1 if first.kind == "embedding" else 0
+    if end_of(f"{name}.weight") and first.kind == other.kind and first.shape[1 - at] == other.shape[1 - at]:
+        return "Their vocabularies differ: adapters must have been trained with one tokenizer, on tables of one size"
+    (few, inner), (many, others) = sorted((first.shape, other.shape))
     shard = few < many and inner == others and many % few == 0
-    return f"; or the one of {few} rows was saved in shards (ZeRO-3 or FSDP): gather them first" if shard else ""
+    hint = f"; or the one of {few} rows was saved in shards (ZeRO-3 or FSDP): gather them first" if shard else ""
+    return f"Adapters must have been trained on the same base model{hint}"
 
 
 def _check_shared(adapters: Mapping[str, Adapter], modules: Mapping[str, PlannedModule], recipe: Recipe) -> None:
@@ -320,12 +324,12 @@ def _check_shared(adapters: Mapping[str, Adapter], modules: Mapping[str, Planned
             f"the adapters have no module in common ({examples})",
             remedy="They seem to be for different base models; --allow-disjoint merges them all the same",
         )
-    for field in ("fan_in_fan_out", "layer_replication"):
-        values = {key: getattr(adapter.info, field) for key, adapter in adapters.items()}
-        if len(set(values.values())) > 1:
-            raise MismatchError(
-                f"{field} differs: {values}", remedy="Adapters must have been trained on the same layout of the base"
-            )
+    values = {key: adapter.info.layer_replication for key, adapter in adapters.items()}
+    if len(set(values.values())) > 1:
+        raise MismatchError(
+            f"layer_replication differs: {values}",
+            remedy="Adapters must have been trained on the same layout of the base",
+        )
 
 
 def _common_dtype(adapters: Iterable[Adapter]) -> torch.dtype:
@@ -352,7 +356,7 @@ def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra], files
         base_model=first.base_model or next((i.base_model for i in infos if i.base_model), None),
         base_revision=agreed("base_revision"),
         task_type=agreed("task_type"),
-        fan_in_fan_out=first.fan_in_fan_out,
+        fan_in_fan_out=any(info.fan_in_fan_out for info in infos),
         layer_replication=first.layer_replication,
         auto_mapping=agreed("auto_mapping"),
         modules_to_save=tuple(sorted(saved)),
@@ -388,6 +392,8 @@ def _warnings(plan: Plan) -> Iterable[str]:
         if missing:
             yield f"{key} lacks {missing} of {len(plan.modules)} modules: it contributes nothing there"
     yield from planned_zeros(plan)
+    if len({adapter.info.fan_in_fan_out for adapter in plan.adapters.values()}) > 1:
+        yield "fan_in_fan_out is true in some adapters only, and changes nothing in the files: written true"
     if any(adapter.biases for adapter in plan.adapters.values()):
         yield "lora_bias: biases are merged as weighted sums; vLLM refuses adapters with lora_bias"
     yield from (f"{key}: {warning}" for key, adapter in plan.adapters.items() for warning in adapter.info.warnings)

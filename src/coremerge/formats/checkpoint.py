@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coremerge.adapter import Info, Lazy
 from coremerge.errors import TensorError, UnsupportedError
+from coremerge.extras import end_of
 from coremerge.formats.config import Config
 from coremerge.formats.safetensors_file import Tensors, read_whole
 from coremerge.formats.source import Location
@@ -143,7 +144,7 @@ class _Sorter:
             saved = owner or plain.rpartition(".")[0]
             if saved not in self.keys.saved:
                 self.keys.saved.append(saved)
-            if owner in _EMBEDDINGS and owner not in self.config.names("modules_to_save"):
+            if owner and owner == end_of(plain) and owner not in self.config.names("modules_to_save"):
                 self.keys.notes.append(f"{plain} is saved whole (PEFT does so for a resized vocabulary)")
         elif name.endswith(".bias"):
             self.biases.append(key)
@@ -159,7 +160,8 @@ class _Sorter:
             if target and any(path == target or path.endswith("." + target) for path in paths):
                 return target
         # PEFT's own rule is a bare endswith, so "head" also names "lm_head"
-        return next((target for target in listed if target and any(p.endswith(target) for p in paths)), None)
+        loose = next((target for target in listed if target and any(p.endswith(target) for p in paths)), None)
+        return loose or end_of(name)
 
     def _add_tokens(self, key: str, name: str) -> None:
         module = name[: name.index(_TOKENS)]

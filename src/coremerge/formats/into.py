@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coremerge.adapter import Adapter
 from coremerge.errors import UnsupportedError
@@ -28,7 +29,7 @@ from coremerge.formats.beside import write_carried
 from coremerge.formats.linking import Links, link_files, one_disk
 from coremerge.formats.placing import Edit, Placement
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
-from coremerge.formats.safetensors_layout import NAMES, Layout, TensorFile, all_finite, output_dtype, raw, writing
+from coremerge.formats.safetensors_layout import NAMES, Layout, Slot, TensorFile, all_finite, output_dtype, raw, writing
 from coremerge.formats.writer import Saved, cast
 
 ENTRIES = 1 << 22
@@ -74,7 +75,8 @@ class IntoPlan:
     def _is_untouched(self, name: str) -> bool:
         slots, entries = self.layouts[name].slots, self.base.shards[name].entries
         return slots.keys() == entries.keys() and not any(
-            key in self.placement.edits or slot.dtype != entries[key].dtype for key, slot in slots.items()
+            key in self.placement.edits or (slot.dtype, slot.shape) != (entries[key].dtype, entries[key].shape)
+            for key, slot in slots.items()
         )
 
     def written(self, *, link: bool = False) -> int:
@@ -117,7 +119,10 @@ class IntoPlan:
                 self._write_here(folder, layouts, threads, resume, progress)
         out = Path(path).expanduser()
         changed = {
-            self.layouts[self.base.home[key]].slots[key].dtype for key, e in self.placement.edits.items() if e.modules
+            layout.slots[key].dtype
+            for layout in self.layouts.values()
+            for key, edit in self.placement.edits.items()
+            if edit.modules and key in layout.slots
         }
         dtype = FACTOR_DTYPES[changed.pop()] if len(changed) == 1 else torch.float32
         return Saved(out, tuple(out / name for name in self.layouts), self.size, 0, dtype, (*self.notes, *links.notes))
@@ -183,19 +188,23 @@ class IntoPlan:
 
     def _write_tensor(self, shard: Shard, file: TensorFile, key: str) -> None:
         slot, edit = file.layout.slots[key], self.placement.edits.get(key)
+        origin = self.placement.copied.get(key, key)
         extra = self.placement.added.get(key) or (edit and edit.replace)
         if extra:
             whole = self.adapter.extras[extra]
             file.write_bytes(key, raw(cast(whole.to(FACTOR_DTYPES.get(slot.dtype, whole.dtype)), whole, key)))
-        elif edit is None and shard.entries[key].dtype == slot.dtype:
-            for offset, block in shard.blocks(key):
+        elif slot.shape != shard.entries[origin].shape:
+            file.write_bytes(key, raw(_resized(shard, key, slot)))
+        elif edit is None and shard.entries[origin].dtype == slot.dtype:
+            for offset, block in shard.blocks(origin):
                 file.write_bytes(key, block, offset)
         else:
             self._change(shard, file, key, edit or Edit())
         file.done(key)
 
     def _change(self, shard: Shard, file: TensorFile, key: str, edit: Edit) -> None:
-        entry, target = shard.entries[key], FACTOR_DTYPES[file.layout.slots[key].dtype]
+        origin = self.placement.copied.get(key, key)
+        entry, target = shard.entries[origin], FACTOR_DTYPES[file.layout.slots[key].dtype]
         source = FACTOR_DTYPES[entry.dtype]
         length = entry.shape[0] if entry.shape else 1
         width = math.prod(entry.shape[1:])
@@ -204,7 +213,7 @@ class IntoPlan:
         step = max(1, ENTRIES // max(1, width))
         for start in range(0, length if width else 0, step):
             stop = min(length, start + step)
-            data = shard.read(key, start * width * source.itemsize, (stop - start) * width * source.itemsize)
+            data = shard.read(origin, start * width * source.itemsize, (stop - start) * width * source.itemsize)
             block = torch.frombuffer(data, dtype=source).reshape(stop - start, width).to(torch.float64)
             for row in range(start, stop) if rows else ():
                 if row in rows:
@@ -217,6 +226,16 @@ class IntoPlan:
             if edit != Edit() or all_finite(block):
                 rounded = cast(rounded, block, key)
             file.write_bytes(key, raw(rounded), start * width * target.itemsize)
+
+
+def _resized(shard: Shard, key: str, slot: Slot) -> Tensor:
+    """A tensor of one number a token, cut or with zeros for further tokens."""
+    entry = shard.entries[key]
+    values = torch.frombuffer(shard.read(key, 0, entry.end - entry.start), dtype=FACTOR_DTYPES[entry.dtype])
+    result = torch.zeros(math.prod(slot.shape), dtype=FACTOR_DTYPES[slot.dtype])
+    kept = min(len(values), len(result))
+    result[:kept] = values[:kept]
+    return result.view(slot.shape)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -305,11 +324,15 @@ def _layouts(placement: Placement, dtype: torch.dtype | None) -> dict[str, Layou
     last = list(shards)[-1]
     for name, shard in shards.items():
         sized = {}
-        for key, entry in shard.entries.items():
+        copies = {key: shard.entries[source] for key, source in placement.copied.items() if source in shard.entries}
+        for key, entry in (*shard.entries.items(), *copies.items()):
+            shape = placement.shapes.get(key, entry.shape)
             if dtype is not None and entry.dtype in FACTOR_DTYPES:
-                sized[key] = NAMES[dtype], entry.shape, math.prod(entry.shape) * dtype.itemsize
+                sized[key] = NAMES[dtype], shape, math.prod(shape) * dtype.itemsize
+            elif shape != entry.shape:
+                sized[key] = entry.dtype, shape, math.prod(shape) * FACTOR_DTYPES[entry.dtype].itemsize
             else:
-                sized[key] = entry.dtype, entry.shape, entry.end - entry.start
+                sized[key] = entry.dtype, shape, entry.end - entry.start
         for key, extra in placement.added.items() if name == last else ():
             tensor = placement.adapter.extras[extra]
             kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -325,9 +348,4 @@ def _config(placement: Placement, dtype: torch.dtype | None) -> dict[str, object
     if dtype is not None:
         spelled = str(dtype).removeprefix("torch.")
         changes |= {key: spelled for key in ("torch_dtype", "dtype") if key in base.config}
-    if placement.unties:
-        changes["tie_word_embeddings"] = False
-        inner = base.config.get("text_config")
-        if isinstance(inner, dict):
-            changes["text_config"] = {**inner, "tie_word_embeddings": False}
-    return changes
+    return changes | placement.config

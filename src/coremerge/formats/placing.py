@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from coremerge.errors import MismatchError, UnsupportedError
 from coremerge.extras import TOKEN_ROWS, token_ids
 from coremerge.formats.base_weights import BaseModel
 from coremerge.formats.checkpoint import shorten
+from coremerge.formats.conv1d import Layouts
+from coremerge.formats.ends import find_ends, untied
 from coremerge.formats.naming import Names, hint, readings
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
 from coremerge.formats.safetensors_layout import NAMES
+from coremerge.formats.vocabulary import Vocabulary, other_vocabulary
 from coremerge.lowrank import LowRank
 
-_INPUT_TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
-_OUTPUT_TABLES = ("lm_head.weight", "embed_out.weight", "output.weight")
 _NESTED = ".base_layer."
 """PEFT's word between a layer of attention and a layer inside of it."""
 _PACKED = ("qweight", "weight_packed", "qzeros", "W_q", "weight_q")
@@ -46,13 +48,17 @@ class Edit:
     update: str | None = None
     transposed: bool = False
     times: int = 1
-    parts: tuple[tuple[str, Tensor, Tensor], ...] = ()
+    parts: tuple[tuple[str, Tensor, Tensor], ...] = field(default=(), compare=False)
     bias: str | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules whose updates are added."""
         return tuple(name for name in (self.update, *(name for name, _, _ in self.parts)) if name)
+
+    def differs(self, other: Edit) -> bool:
+        """Whether two tensors that were one become different."""
+        return self != other or self.modules != other.modules
 
     def total(self, adapter: Adapter, length: int) -> LowRank | None:
         """The sum of what is added to the tensor of ``length`` rows, in float64; None where nothing is."""
@@ -91,6 +97,9 @@ class Placement:
         adapter: what is added to it.
         edits: tensor name → :class:`Edit`.
         added: name of a tensor that the base lacks → the extra it comes from.
+        copied: name of a tensor that the base lacks → the base's that it is, before its own edit.
+        shapes: tensor name → its shape, where that is another than in the base.
+        config: what changes in ``config.json``.
         notes: what was settled, in plain words.
 
     Raises:
@@ -102,10 +111,16 @@ class Placement:
     adapter: Adapter
     edits: dict[str, Edit] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
+    copied: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.entries = {key: entry for shard in self.base.shards.values() for key, entry in shard.entries.items()}
+        self.ends = find_ends(self.entries, self.base.config, self.adapter)
+        self.entries |= {key: self.entries[source] for key, source in self.ends.copies.items()}
+        self.layouts = Layouts(self.entries, self.base.config, self.adapter.info.fan_in_fan_out)
         self.names, self.rename = self._find_names()
         if self.names.note:
             self.notes.append(self.names.note)
@@ -117,6 +132,8 @@ class Placement:
             self._place_bias(name)
         for name in self.adapter.extras:
             self._place_extra(name)
+        self._untie()
+        self._fit_vocabulary()
         self._note_rest()
 
     def _find_names(self) -> tuple[Names, Rename]:
@@ -125,10 +142,11 @@ class Placement:
         Other readings are tried only where something has no place, for they cost time: transformers is loaded.
         """
         best, refused = None, None
-        plain = Names({key: key for key in self.entries})
-        for names in chain([plain], readings(self.base, self.adapter.info, self._wanted)):
-            if best and names.guessed:
+        plain, copies = Names({key: key for key in self.entries}), {key: key for key in self.ends.copies}
+        for reading in chain([plain], readings(self.base, self.adapter.info, self._wanted)):
+            if best and reading.guessed:
                 break
+            names = replace(reading, keys={**copies, **reading.keys, **self.ends.alias})
             try:
                 found = names, self._find_rename(names)
             except (MismatchError, UnsupportedError) as error:
@@ -158,7 +176,8 @@ class Placement:
 
     def _find(self, parameter: str) -> str | None:
         """The tensor that holds ``parameter``; None where there is none, or it lies in pieces."""
-        return self.names.keys.get(self.rename(parameter))
+        plain = parameter in self.ends.copies or parameter in self.ends.alias
+        return self.names.keys.get(parameter if plain else self.rename(parameter))
 
     def _find_rename(self, names: Names) -> Rename:
         """The one change of prefix under which every module has a weight."""
@@ -169,12 +188,13 @@ class Placement:
                 tails.setdefault(".".join(parts[cut:]), []).append(".".join(parts[:cut]) + ".")
         common: set[Rename] | None = None
         for name in self.adapter.modules:
+            if not {*self.ends.copies, *self.ends.alias}.isdisjoint(_parameters(name)):
+                continue  # it is in no file by its name, which tells nothing of the others
             found = set(self._renames(name, names, tails))
             common = found if common is None else common & found
             if not found or not common:
                 raise self._missing(name, names)
-        assert common is not None, "an adapter has modules"
-        if Rename() in common:
+        if common is None or Rename() in common:
             return Rename()
         if len(common) > 1:
             raise MismatchError(
@@ -208,9 +228,8 @@ class Placement:
                 file=self.base.source, key=f"{module}.weight",
                 remedy="Save the base again with save_pretrained(..., save_original_format=False), and merge into that",
             )  # fmt: skip
-        tied = " (it shares the input embedding's, so it cannot change alone)" if module.endswith("lm_head") else ""
         return MismatchError(
-            f"the base model has no weight for module {module}{tied}",
+            f"the base model has no weight for module {module}",
             file=self.base.source,
             key=f"{module}.weight",
             remedy="Give the base model that the adapter was trained on"
@@ -234,12 +253,16 @@ class Placement:
         if self.entries[key].dtype not in FACTOR_DTYPES:
             raise self._quantised(key)
         shape = self.entries[key].shape
-        transposed = _transposed(module, shape, self.adapter.info.fan_in_fan_out)
-        if transposed is None:
+        turned = module.kind == "embedding" or (len(shape) == 2 and self.layouts.is_turned(key, module.shape))
+        if not _fits(module, shape, turned):
+            at = 1 if module.kind == "embedding" else 0
+            if self._is_end(key) and len(shape) == 2 and module.shape[1 - at] == shape[1]:
+                what = f"{key} takes an update, which needs the base's own rows for all of them"
+                raise other_vocabulary(self.base.source, key, shape[0], module.shape[at], what)
             raise self._unlike(key, module)
         if self.edits.get(key, Edit()).modules:
             raise self._twice(key)
-        self._edit(key, update=name, transposed=transposed, times=self._times(name, known))
+        self._edit(key, update=name, transposed=turned, times=self._times(name, known))
 
     def _place_parts(self, name: str, module: Module) -> None:
         pieces = next(self.names.pieces[p] for p in _parameters(name) if p in self.names.pieces)
@@ -323,7 +346,11 @@ class Placement:
     def _place_whole(self, name: str, key: str, tensor: Tensor) -> None:
         entry, dtype = self.entries[key], NAMES.get(tensor.dtype, "")
         alike = dtype == entry.dtype or {dtype, entry.dtype} <= FACTOR_DTYPES.keys()
-        if entry.shape != tuple(tensor.shape) or not alike:
+        shape = tuple(tensor.shape)
+        resized = alike and self._is_end(key) and shape[1:] == entry.shape[1:] and shape[0] != entry.shape[0]
+        if resized:
+            self.shapes[key] = shape
+        elif entry.shape != shape or not alike:
             raise MismatchError(
                 f"the base's tensor is {entry.dtype} {list(entry.shape)}, and the adapter's {dtype}"
                 f" {list(tensor.shape)}",
@@ -339,6 +366,9 @@ class Placement:
     def _place_rows(self, name: str, plain: str, key: str | None, tensor: Tensor) -> None:
         ids = token_ids(self.adapter, name)
         shape = self.entries[key].shape if key else ()
+        if key and self._is_end(key) and shape[1:] == tuple(tensor.shape[1:]) and max(ids, default=0) >= shape[0]:
+            what = "some of its new tokens' rows are in the adapter, but not the whole table"
+            raise other_vocabulary(self.base.source, key, shape[0], max(ids) + 1, what)
         if key is None or shape[1:] != tuple(tensor.shape[1:]) or not all(0 <= i < shape[0] for i in ids):
             raise MismatchError(
                 f"rows for tokens up to {max(ids, default=0)}, each {list(tensor.shape[1:])}, and the base's table is"
@@ -348,9 +378,8 @@ class Placement:
                 remedy="Give the base model with the vocabulary that the adapter was trained on",
             )
         self._edit(key, rows=(name, ids))
-        for output in filter(_is_output, self.entries) if self.ties and _is_input(key) else ():
-            if self.entries[output].shape == shape:  # PEFT trains the rows of both ends
-                self._edit(output, rows=(name, ids))
+        for other in self.ends.tied_to(key) if key == self.ends.input else ():
+            self._edit(other, rows=(name, ids))  # PEFT trains the rows of both ends
 
     def _edit(self, key: str, **changes: object) -> None:
         self.edits[key] = replace(self.edits.get(key, Edit()), **changes)  # type: ignore[arg-type]
@@ -364,46 +393,64 @@ class Placement:
                 f"added, for the base has no such tensor: {shorten(self.added)}; load the model with the class of that"
                 " task, and see to its settings in config.json (num_labels, ...)"
             )
-        tables = [key for key in self._changed if _is_input(key)]
-        if tables and self.ties and not self.unties:
-            self.notes.append(
-                f"{tables[0]} is also the output layer of this base (tied weights): its change acts on both ends, as"
-                " in PEFT's own merge_and_unload; the adapter alone acts on the input"
-            )
+        if self.copied:
+            self.notes.append(f"no longer tied, and written on its own: {shorten(self.copied)}")
         if self.unties:
             self.notes.append("tie_word_embeddings was switched off: input and output layer are no longer the same")
         if self.base.left:
             self.notes.append(f"left out, for they hold the base's weights: {shorten(map(str, self.base.left))}")
 
-    @property
-    def ties(self) -> bool:
-        """Whether the base's output layer is its input embedding: its config says so, or nothing, and it has none."""
-        inner = self.base.config.get("text_config")
-        said = {**self.base.config, **(inner if isinstance(inner, dict) else {})}.get("tie_word_embeddings")
-        return bool(said) if said is not None else not any(map(_is_output, self.entries))
+    def _untie(self) -> None:
+        """Give tensors that were one, and become different, each its own place."""
+        apart = [group for group in self.ends.groups if self._differs(group)]
+        brought = self.ends.tied and not self.ends.outputs.isdisjoint(self.added)
+        self.unties = self.ends.flagged and (bool(apart) or brought)
+        self.config |= untied(self.base.config) if self.unties else {}
+        parted = {key for group in apart for key in group}
+        for key, source in self.ends.copies.items():
+            if self.unties or (key in parted and self._becomes(key).differs(self._becomes(source))):
+                self.copied[key] = source
+            else:
+                self.edits.pop(key, None)
 
-    @property
-    def unties(self) -> bool:
-        """Whether they are no longer one: both are in the files, and the adapter brings or changes one of them.
+    def _becomes(self, key: str) -> Edit:
+        return self.edits.get(key, Edit())
 
-        Some bases hold the output layer although it is tied; which of the two counts then depends on the reader.
-        """
-        if not self.ties or not any(map(_is_output, (*self.entries, *self.added))):
-            return False
-        return any(_is_output(key) or _is_input(key) for key in (*self.added, *self._changed))
+    def _differs(self, group: tuple[str, ...]) -> bool:
+        """Whether its tensors become different; if both ends are replaced by one table, so is all that is tied."""
+        changes = {self._becomes(key) for key in group}
+        tables = [self.adapter.extras[edit.replace] for edit in changes if edit.replace and edit == Edit(edit.replace)]
+        ends = [key for key in group if key in (self.ends.input, *self.ends.outputs) and key in self.edits]
+        same = len(ends) > 1 and len(tables) == len(changes - {Edit()})
+        if not same or not all(torch.equal(tables[0], table) for table in tables):
+            return any(self._becomes(key).differs(self._becomes(group[0])) for key in group)
+        for key in group:
+            self._edit(key, replace=self.edits[ends[0]].replace)
+            self.shapes |= {key: self.shapes[ends[0]]} if ends[0] in self.shapes else {}
+        return False
 
-    @property
-    def _changed(self) -> list[str]:
-        """The tensors of which more than some rows change."""
-        return [key for key, edit in self.edits.items() if edit.replace or edit.modules]
+    def _is_end(self, key: str) -> bool:
+        """Whether ``key`` has a row or an entry for each token."""
+        tables = {self.ends.input, *self.ends.outputs, *(one for group in self.ends.groups for one in group)}
+        return key in tables or f"{key.removesuffix('bias')}weight" in tables
 
-
-def _is_input(key: str) -> bool:
-    return key.removesuffix(".weight").endswith(_INPUT_TABLES)
-
-
-def _is_output(key: str) -> bool:
-    return key.endswith(_OUTPUT_TABLES)
+    def _fit_vocabulary(self) -> None:
+        if not self.shapes:
+            return
+        entries = {
+            key: entry for key, entry in self.entries.items() if key in self.copied or key not in self.ends.copies
+        }
+        brought = {key: shape for key, shape in self.shapes.items() if key in entries}
+        config = {**self.base.config, **self.config}
+        vocabulary = Vocabulary(self.base.source, entries, config, self.ends, self.adapter.info)
+        padded, changes = vocabulary.fitted(brought)
+        self.shapes = brought | padded
+        self.config |= changes
+        rows = next(iter(brought.values()))[0]
+        told = f"; with zeros for the further tokens: {shorten(padded)}" if padded else ""
+        self.notes.append(
+            f"the vocabulary has {rows} tokens now, as the adapter's; its tokenizer belongs to it, not the base's{told}"
+        )
 
 
 def _parameters(module: str) -> list[str]:
@@ -428,16 +475,12 @@ def _find_extra(names: Names, rename: Rename, extra: str) -> str | None:
     return next((names.keys[name] for name in (plain, rename(plain)) if name in names.keys), None)
 
 
-def _transposed(module: Module, shape: tuple[int, ...], fan_in_fan_out: bool) -> bool | None:
-    """Whether a weight of ``shape`` holds the update's transpose; None where it cannot be this module's."""
+def _fits(module: Module, shape: tuple[int, ...], turned: bool) -> bool:
+    """Whether a weight of ``shape`` can be this module's; ``turned``: it holds the update's transpose."""
     out, inner = module.shape
-    turned = len(shape) == 2 and shape == (inner, out)
-    if module.kind == "embedding":
-        return True if turned else None
-    if turned and fan_in_fan_out:
-        return True
-    fits = shape[:1] == (out,) and math.prod(shape[1:]) == inner and shape[2:] == module.kernel
-    return False if fits else None
+    if turned:
+        return shape == (inner, out)
+    return shape[:1] == (out,) and math.prod(shape[1:]) == inner and shape[2:] == module.kernel
 
 
 def _described(module: Module) -> str:
