@@ -300,3 +300,19 @@ def test_a_manifest_that_cannot_be_used_stops_before_any_work(folder):
     with pytest.raises(CoremergeError, match=r"recipes\.default"):
         run(write(folder, recipes={"ties": TIES, "default": {"rank": 0}}))
     assert not (folder / "OUT").exists()
+
+
+def test_a_set_may_rename_and_a_changed_renaming_is_another_merge(folder):
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "B/adapter_model.safetensors")
+    moved = {key.replace("model.layers", "net.layers"): value for key, value in held.items()}
+    save_file(moved, folder / "B/adapter_model.safetensors")
+    models = ["A", "B"]
+    written = write(folder, {"x": {"models": models, "rename": {"net": "model"}}}, {"default": {}})
+    assert statuses(run(written)) == {"x/default": "done"}
+    assert all(name.startswith("model.layers") for name in load(folder / "OUT/x/default"))
+    assert statuses(run(written)) == {"x/default": "skipped"}
+    other = write(folder, {"x": {"models": models, "rename": {"model": "net"}}}, {"default": {}})
+    (row,) = run(other).rows
+    assert row.status == "failed" and "rename was" in row.error

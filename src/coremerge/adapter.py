@@ -56,7 +56,7 @@ class Module:
         """
         mantissa, exponent = math.frexp(self.scale)
         short = (mantissa * 2**11).is_integer() and abs(exponent) <= 16
-        return torch.float32 if short and self.dtype in (torch.bfloat16, torch.float16) else torch.float64
+        return torch.float32 if short and self.dtype.itemsize <= 2 else torch.float64
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Info:
         modules_to_save: module names (as PEFT's config lists them) that the extras belong to.
         token_indices: module name → trained token ids, for extras that are token rows.
         targets: ends of module names: the base model has no such modules but the adapter's.
+        moved: its modules were given other names than its own base has, to agree with other adapters.
         initial: the source of the adapter before training, which was subtracted, if one was given.
         files: the files that were read.
         stamps: theirs, from before they were read, and of those beside.
@@ -96,6 +97,7 @@ class Info:
     modules_to_save: tuple[str, ...] = ()
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    moved: bool = False
     initial: str | None = None
     files: tuple[Path, ...] = ()
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
@@ -218,8 +220,8 @@ class Adapter(Mapping[str, LowRank]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype; float32 where modules differ."""
-        dtypes = {m.dtype for m in self.modules.values()}
+        """The stored dtype (bfloat16 for 8-bit floats, which it holds exactly); float32 where modules differ."""
+        dtypes = {torch.bfloat16 if m.dtype.itemsize == 1 else m.dtype for m in self.modules.values()}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def renamed(self, name: str) -> Adapter:

@@ -56,6 +56,7 @@ class Job:
     base: str | None = None
     vera_width: int | None = None
     initial: Mapping[str, str] = field(default_factory=dict)
+    rename: Mapping[str, str] = field(default_factory=dict)
     into: str | None = None
     allow_pickle: bool = False
     overwrite: bool = False
@@ -249,6 +250,7 @@ def _run(
         base=job.base,
         vera_width=job.vera_width,
         initial=job.initial,
+        rename=job.rename,
         allow_pickle=job.allow_pickle,
         overwrite=job.overwrite,
         progress=progress,
@@ -298,7 +300,8 @@ def _changes(prepared: Prepared, out: Path, hashes: Hashes) -> list[str]:
         return [error.what]
     into = None if prepared.into is None else str(prepared.into)
     sha256 = hashes_of(prepared.plan.adapters, hashes)
-    found = changes(record, prepared.plan, sha256, dtype=prepared.dtype, into=into)
+    rename = prepared.given.rename
+    found = changes(record, prepared.plan, sha256, dtype=prepared.dtype, into=into, rename=rename)
     return [*found, *_newer(prepared, out)]
 
 
@@ -353,6 +356,7 @@ def _sources(manifest: Manifest, choice: Choice, base: str | None) -> dict[str, 
         "base": None if base is None else place(base),
         "vera_width": given.vera_width,
         "initial": {(place(key) if key in given.models else key): place(at) for key, at in given.initial.items()},
+        "rename": given.rename,
         "into": None if given.into is None else place(given.into),
     }
 

@@ -12,6 +12,7 @@ from coremerge.formats import load
 from coremerge.formats.source import locate
 from coremerge.formats.urls import is_url
 from coremerge.hashing import Hashes, check_download
+from coremerge.naming import renamed
 from coremerge.plan import name_adapters
 from coremerge.recipe import Recipe
 
@@ -27,6 +28,7 @@ def read_adapters(
     vera_width: int | None = None,
     initial: Mapping[str, str | Path] | None = None,
     allow_pickle: bool = False,
+    rename: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     load: Callable[..., Adapter] = load,
 ) -> dict[str, Adapter]:
@@ -42,7 +44,7 @@ def read_adapters(
             progress("fetching" if is_url(source) else "reading", done, len(sources))
         start = starts.get(done)
         adapters.append(load(source, base=base, vera_width=vera_width, initial=start, allow_pickle=allow_pickle))
-    return name_adapters(adapters)
+    return renamed(name_adapters(adapters), rename or {})
 
 
 def _initials(

@@ -58,6 +58,7 @@ class Set(_Part):
         vera_width: in place of ``base``.
         initial: label or source of a PiSSA-like adapter → where its initial adapter is.
         into: a base model; the results are then that model with the merged update added.
+        rename: beginning of modules' names → what it is in the results.
     """
 
     models: tuple[Text, ...] = Field(min_length=1)
@@ -65,6 +66,7 @@ class Set(_Part):
     vera_width: Whole | None = Field(default=None, ge=1)
     initial: dict[Text, Text] = {}
     into: Text | None = None
+    rename: dict[Text, Text] = {}
 
     @model_validator(mode="before")
     @classmethod

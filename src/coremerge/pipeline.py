@@ -57,6 +57,7 @@ class Given:
     initial: Mapping[str, str | Path] | None = None
     allow_pickle: bool = False
     link: bool = False
+    rename: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def merge_files(
     vera_width: int | None = None,
     initial: Mapping[str, str | Path] | None = None,
     allow_pickle: bool = False,
+    rename: Mapping[str, str] | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     device: str = "cpu",
@@ -137,6 +139,7 @@ def merge_files(
         vera_width: in place of ``base``: see :func:`coremerge.load`.
         initial: label or source of a PiSSA-like adapter → where its initial adapter is.
         allow_pickle: read legacy ``.bin`` files.
+        rename: beginning of modules' names → what it is in the result: see :func:`coremerge.naming.renamed`.
         overwrite: replace a result that is there already.
         threads: modules in work side by side; all processors when None.
         device: of the linear algebra.
@@ -160,6 +163,7 @@ def merge_files(
         vera_width=vera_width,
         initial=initial,
         allow_pickle=allow_pickle,
+        rename=rename,
         overwrite=overwrite,
         progress=progress,
     )
@@ -179,6 +183,7 @@ def prepare(
     vera_width: int | None = None,
     initial: Mapping[str, str | Path] | None = None,
     allow_pickle: bool = False,
+    rename: Mapping[str, str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     load: Callable[..., Adapter] = load,
@@ -201,13 +206,14 @@ def prepare(
         vera_width=vera_width,
         initial=initial,
         allow_pickle=allow_pickle,
+        rename=rename,
         progress=progress,
         load=load,
     )
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_of(adapters))
     plan = make_plan(adapters, with_labels(recipe or Recipe(), adapters, sources))
-    given = Given(tuple(sources), into, base, vera_width, initial, allow_pickle, link)
+    given = Given(tuple(sources), into, base, vera_width, initial, allow_pickle, link, rename)
     return Prepared(plan, None if into is None else _plan_into(into, plan), given, overwrite, start)
 
 
@@ -380,9 +386,9 @@ class Prepared:
     ) -> str:
         into = None if self.into is None else str(self.into)
         base = into if self.given.base is None else str(self.given.base)
-        said: dict[str, Any] = {"command": command, "notes": self.notes, "dtype": self.dtype, "into": into}
+        about: dict[str, Any] = {"notes": self.notes, "dtype": self.dtype, "into": into, "rename": self.given.rename}
         read: dict[str, Any] = {"base": base, "vera_width": self.given.vera_width}
-        return make_record(self.plan, result.report, sha256, **said, **read)
+        return make_record(self.plan, result.report, sha256, command=command, **about, **read)
 
     def _weights_file(self) -> dict[str, str]:
         from coremerge.report.card import WEIGHTS_FILE, per_module

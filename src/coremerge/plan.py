@@ -18,6 +18,8 @@ from coremerge.carried import Carried, plan_files
 from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, end_of, plan_extras
+from coremerge.fused import refuse
+from coremerge.naming import agreed, suspected, unsettled
 from coremerge.recipe import Recipe, Resolved
 from coremerge.text import size
 from coremerge.weighting import Table, fold_components, in_order, weight_table
@@ -222,7 +224,7 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
         MismatchError: shapes, layer types, layouts or whole tensors clash, or no module is shared.
         ConfigError: weights or extras that name nothing.
     """
-    named = name_adapters(adapters)
+    named = agreed(name_adapters(adapters))
     weights = recipe.weights if isinstance(adapters, Mapping) else in_order(recipe.weights, named)
     weights, named = fold_components(weights, named)
     resolved = recipe.resolve()
@@ -320,10 +322,15 @@ def _check_shared(adapters: Mapping[str, Adapter], modules: Mapping[str, Planned
             raise MismatchError("has no adapted module", file=adapter.info.source or key)
     if len(adapters) > 1 and not recipe.allow_disjoint and all(len(p.ranks) == 1 for p in modules.values()):
         examples = "; ".join(f"{key}: {next(iter(adapter))}" for key, adapter in adapters.items())
+        options = unsettled(adapters)
         raise MismatchError(
             f"the adapters have no module in common ({examples})",
-            remedy="They seem to be for different base models; --allow-disjoint merges them all the same",
+            remedy=f"If that is one part of the base under two names: {options}. If it has both: --allow-disjoint"
+            if options
+            else "They seem to be for different base models; --allow-disjoint merges them all the same",
         )
+    if not recipe.allow_disjoint:
+        refuse(adapters)
     values = {key: adapter.info.layer_replication for key, adapter in adapters.items()}
     if len(set(values.values())) > 1:
         raise MismatchError(
@@ -339,7 +346,7 @@ def _common_dtype(adapters: Iterable[Adapter]) -> torch.dtype:
 
 def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra], files: Mapping[str, Carried]) -> Info:
     infos = [adapter.info for adapter in adapters]
-    first = infos[0]
+    first = next((info for info in infos if not info.moved), infos[0])  # the names of the result are its base's
 
     def agreed(field: str) -> Any:
         values = [getattr(info, field) for info in infos]
@@ -361,7 +368,10 @@ def _merged_info(adapters: Iterable[Adapter], extras: Mapping[str, Extra], files
         auto_mapping=agreed("auto_mapping"),
         modules_to_save=tuple(sorted(saved)),
         token_indices={key: ids for key, ids in tokens.items() if key not in dropped},
-        targets=tuple(sorted({target for info in infos for target in info.targets})),
+        # PEFT adapts nothing in a module that is trained whole: without that one, its targets would find more
+        targets=tuple(
+            sorted({end for info in infos if saved.issuperset(info.modules_to_save) for end in info.targets})
+        ),
         stamps={file: stamp for info in infos for file, stamp in info.stamps.items() if file not in info.files},
         beside={name: file for one in files.values() for name, file in one.files.items()},
     )
@@ -394,6 +404,7 @@ def _warnings(plan: Plan) -> Iterable[str]:
     yield from planned_zeros(plan)
     if len({adapter.info.fan_in_fan_out for adapter in plan.adapters.values()}) > 1:
         yield "fan_in_fan_out is true in some adapters only, and changes nothing in the files: written true"
+    yield from suspected(plan.adapters)
     if any(adapter.biases for adapter in plan.adapters.values()):
         yield "lora_bias: biases are merged as weighted sums; vLLM refuses adapters with lora_bias"
     yield from (f"{key}: {warning}" for key, adapter in plan.adapters.items() for warning in adapter.info.warnings)

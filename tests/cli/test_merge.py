@@ -680,3 +680,36 @@ def test_it_goes_on_after_a_stop(run, monkeypatch):
     assert run("merge", "A", "B", "-o", "OUT", "--resume").exit_code == 0
     assert listing() == sorted([*before, "OUT"])
     assert Path("OUT/adapter_model.safetensors").read_bytes() == Path("WHOLE/adapter_model.safetensors").read_bytes()
+
+
+class TestRename:
+    def two_names(self):
+        make_adapter(Path("plain"))
+        held = load_file("plain/adapter_model.safetensors")
+        moved = {key.replace("model.layers", "net.body.layers"): value for key, value in held.items()}
+        make_adapter(Path("moved"))
+        save_file(moved, "moved/adapter_model.safetensors")
+
+    def test_the_remedy_of_the_refusal_works(self, run):
+        self.two_names()
+        result = run("merge", "plain", "moved", "-o", "OUT")
+        refused(result, "no module in common", "--rename ", "--allow-disjoint")
+        option = result.stderr.partition("--rename ")[2].partition(". ")[0]
+        assert (
+            run(*f"merge plain moved -o OUT --method sum --scale 1 --no-steps -q --rename {option}".split()).exit_code
+            == 0
+        )
+        assert len(coremerge.load("OUT")) == 4
+        report = run("merge", "plain", "moved", "--dry-run", "--rename", "net.body=model")
+        assert report.exit_code == 0 and "now begin with" in report.stderr
+
+    def test_inspect_compares_under_one_name(self, run):
+        self.two_names()
+        assert "would be refused" in run("inspect", "plain", "moved").stderr
+        result = run("inspect", "plain", "moved", "--json", "--rename", "net.body=model")
+        assert json.loads(result.stdout)["alignment"]["pairs"][0]["cosine"] == pytest.approx(1)
+
+    def test_a_mistyped_one(self, run):
+        self.two_names()
+        misused(run("merge", "plain", "moved", "-o", "OUT", "--rename", "net.body"), "--rename", "OLD=NEW")
+        refused(run("merge", "plain", "moved", "-o", "OUT", "--rename", "nix=model"), "rename", "nix")

@@ -147,8 +147,7 @@ def test_modules_to_save_must_be_names(tmp_path: Path) -> None:
 
 VARIANTS: dict[str, Any] = {
     "use_dora": True, "kasa_config": {}, "use_qalora": True, "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 3},
-    "alora_invocation_tokens": [1, 2], "monteclora_config": {}, "target_parameters": ["experts.down_proj"],
-    "enable_lora": [True, False, True],
+    "alora_invocation_tokens": [1, 2], "monteclora_config": {}, "enable_lora": [True, False, True],
 }  # fmt: skip
 
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from coremerge import load
 from coremerge.errors import ConfigError, CoremergeError, MismatchError, TensorError, UnsupportedError
+from coremerge.formats.safetensors_file import EIGHT_BITS
+from coremerge.pipeline import merge_files
+from coremerge.recipe import Recipe
 
 EVERY = ["q_proj", "k_proj", "c_attn", "embed", "conv1", "conv2", "point", "conv3"]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -114,15 +117,6 @@ def test_multihead_attention_keeps_pefts_names(tmp_path: Path) -> None:
 def test_grouped_convolution_is_refused(tmp_path: Path) -> None:
     folder = zoo.save(zoo.adapted(peft.LoraConfig(target_modules=["grouped"], r=4)), tmp_path / "a")
     with pytest.raises(UnsupportedError, match=r"grouped\.lora_B\.weight.*convolution in 2 groups.*target_modules"):
-        load(folder)
-
-
-def test_target_parameters_are_refused(tmp_path: Path) -> None:
-    folder = zoo.simple(tmp_path / "a", target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(UnsupportedError, match=r"adapter_config.json: target_parameters = .*gate_up_proj.*MoE"):
-        load(folder)
-    folder = zoo.by_hand(tmp_path / "b", zoo.lora("mlp.experts.base_layer"), r=2)
-    with pytest.raises(UnsupportedError, match=r"mlp\.experts\.base_layer\.lora_.*MoE"):
         load(folder)
 
 
@@ -385,10 +379,36 @@ class TestShapes:
         with pytest.raises(TensorError, match=r"lora_B\.bias: shape \[4\], and the layer has 5 outputs"):
             load(self.replaced(tmp_path / "a", "B.bias", torch.ones(4)))
 
-    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
     def test_factors_that_are_no_plain_floats(self, tmp_path: Path, dtype: torch.dtype) -> None:
-        with pytest.raises(TensorError, match=r"lora_B\.weight: stored as (I8|F8_E4M3).*BF16"):
+        with pytest.raises(TensorError, match=r"lora_B\.weight: stored as (I8|U8).*BF16"):
             load(self.replaced(tmp_path / "a", "B.weight", torch.ones(5, 2).to(dtype)))
+
+    @pytest.mark.parametrize("dtype", EIGHT_BITS.values())
+    def test_8_bit_factors_count_as_bfloat16(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        stored = zoo.lora("model.layers.0.q_proj", "model.layers.1.q_proj", dtype=dtype)
+        settings = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]}
+        plain = {key: value.bfloat16() for key, value in stored.items()}
+        made, same = (load(zoo.by_hand(tmp_path / n, t, **settings)) for n, t in (("a", stored), ("b", plain)))
+        assert made.dtype == torch.bfloat16
+        assert any("stored in 8 bits" in note and "bfloat16" in note for note in made.info.notes)
+        assert all(torch.equal(made[name].dense(), same[name].dense()) for name in same)
+        recipe = Recipe(method="sum", steps=[], scale=1.0)
+        for name in "ab":
+            merge_files([tmp_path / name], tmp_path / f"out-{name}", recipe)
+        outs = [(tmp_path / f"out-{name}/adapter_model.safetensors").read_bytes() for name in "ab"]
+        assert outs[0] == outs[1]
+        zoo.loaded(tmp_path / "out-a", zoo.Decoder())
+
+    @pytest.mark.parametrize(
+        ("other", "joint"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32,) * 2]
+    )
+    def test_8_bit_factors_beside_others(self, tmp_path: Path, other: torch.dtype, joint: torch.dtype) -> None:
+        def change(tensors: dict[str, Tensor]) -> None:
+            for key, value in tensors.items():
+                tensors[key] = value.to(torch.float8_e4m3fn if "lora_B" in key else other)
+
+        assert load(zoo.simple(tmp_path / "a", change=change)).dtype == joint
 
     def test_mixed_dtypes_are_promoted(self, tmp_path: Path) -> None:
         adapter = load(self.replaced(tmp_path / "a", "B.weight", torch.ones(5, 2).to(torch.bfloat16)))

@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 from coremerge import load
 from coremerge.errors import CoremergeError, SourceError, TensorError
 from coremerge.formats import safetensors_file
-from coremerge.formats.safetensors_file import PickledFile, SafetensorsFile, read_factor, read_whole
+from coremerge.formats.safetensors_file import (
+    EIGHT_BITS,
+    PickledFile,
+    SafetensorsFile,
+    read_factor,
+    read_pair,
+    read_whole,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
           torch.int8, torch.uint8, torch.bool]  # fmt: skip
@@ -88,9 +95,29 @@ def test_whole_tensors_are_checked_and_integers_allowed(tmp_path: Path) -> None:
 
 def test_a_dtype_that_torch_cannot_hold_plainly(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"a": torch.ones(2).to(torch.float8_e5m2)}, path)
-    with pytest.raises(TensorError, match=r"a: dtype F8_E5M2 cannot be read"):
+    save_file({"a": torch.ones(2).to(torch.complex64)}, path)
+    with pytest.raises(TensorError, match=r"a: dtype C64 cannot be read"):
         SafetensorsFile(path).read("a")
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS.values())
+def test_8_bit_floats_are_read_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    values = every[torch.isfinite(every.double())]
+    save_file({"a": values, "b": values.clone()}, tmp_path / "x.safetensors")
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    assert torch.equal(read_factor(file, "a"), values.double())
+    assert torch.equal(read_whole(file, "a").double(), values.double())
+    pair = read_pair(file, ("b", "a"), torch.float32)
+    assert torch.equal(pair[0].double(), values.double()) and torch.equal(pair[0], pair[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_that_are_not_finite(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"a": torch.tensor([1.0, torch.nan]).to(dtype)}, tmp_path / "x.safetensors")
+    for read in (read_factor, read_whole):
+        with pytest.raises(TensorError, match="1 of 2 values are NaN"):
+            read(SafetensorsFile(tmp_path / "x.safetensors"), "a")
 
 
 @pytest.fixture(scope="module")

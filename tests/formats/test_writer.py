@@ -208,7 +208,7 @@ class TestProfile:
             "peft_type": "LORA",
             "r": 2,
             "revision": "abc",
-            "target_modules": ["self_attn.q_proj", "self_attn.v_proj"],
+            "target_modules": ["q_proj", "v_proj"],
             "task_type": "CAUSAL_LM",
             "trainable_token_indices": None,
             "use_rslora": False,
@@ -276,24 +276,33 @@ def replace_info(made, info):
 
 
 class TestTargets:
-    def test_full_names_where_a_suffix_would_match_more(self):
-        stack = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
-        for names in (
-            stack[1:],
-            [*stack, "model.layers.0.self_attn.v_proj"],
-            [*stack, "lm_head"],
-            ["model.layers.0.self_attn.q_proj"],
-            [*stack, *(name.replace("model", "vision.tower") for name in stack)],
-            [name.replace("q_proj", "self_q_proj") for name in stack],
-            [name.replace("q_proj", "dense") for name in stack],
-        ):
-            assert target_modules(names, ["q_proj", "v_proj", "lm_head"]) == sorted(names)
-            assert target_modules(names) == sorted(names)
+    def test_full_names_where_nothing_is_known_of_the_base(self):
+        names = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(3) for x in "qv"]
+        assert target_modules(names) == sorted(names)
+        assert target_modules(names, ["o_proj", "proj", "attn.q_proj"]) == sorted(names)
 
-    @pytest.mark.parametrize("targets", [["query", "value"], ["value", "attention.self.query", "dense"]])
-    def test_suffixes_where_they_are_exact(self, targets):
-        names = [f"encoder.layer.{i}.attention.self.{x}" for i in range(12) for x in ("query", "value")]
-        assert target_modules(names, targets) == ["attention.self.query", "attention.self.value"]
+    @pytest.mark.parametrize("layers", [range(12), [3, 7, 11], [5]])
+    def test_bare_names_wherever_they_are_known_to_suffice(self, layers):
+        names = [f"encoder.layer.{i}.attention.self.{x}" for i in layers for x in ("query", "value")]
+        assert target_modules(names, ["query", "value"]) == ["query", "value"]
+        assert target_modules([*names, *(name.replace("encoder", "vision") for name in names)], ["query", "value"]) == [
+            "query", "value"
+        ]  # fmt: skip
+        assert target_modules(names, ["attention.self.query", "query", "value"]) == ["query", "value"]
+        assert target_modules([*names, "head"], ["query", "value"]) == ["head", "query", "value"]
+
+    def test_a_module_in_a_dropped_head_is_not_adapted(self):
+        info = Info(targets=("dense",), modules_to_save=("classifier",))
+        made = [
+            Adapter.from_updates(
+                {"encoder.dense": LowRank(torch.ones(2, 1), torch.ones(1, 2))}, info=info, name=name,
+                extras={"classifier.dense.weight": torch.full((2, 2), value)},
+            ) for name, value in (("a", 1.0), ("b", 2.0))
+        ]  # fmt: skip
+        known = [
+            coremerge.merge(made, coremerge.Recipe(extras=policy)).adapter.info.targets for policy in ("a", "drop")
+        ]
+        assert known == [("dense",), ()]
 
     @pytest.mark.parametrize(
         ("changes", "known"),
@@ -303,7 +312,16 @@ class TestTargets:
             ({"layers_to_transform": [0, 1]}, ()),
             ({"layers_to_transform": 0}, ()),
             ({"exclude_modules": ["layers.7.q_proj"]}, ()),
-            ({"target_modules": ".*q_proj"}, ()),
+            ({"target_modules": r".*\.q_proj"}, ("q_proj",)),
+            ({"target_modules": ".*q_proj"}, ("q_proj",)),
+            ({"target_modules": r".*self_attn\.(q|v)_proj"}, ("self_attn.q_proj", "self_attn.v_proj")),
+            ({"target_modules": "all-linear"}, ("q_proj", "v_proj")),
+            ({"target_modules": "all-linear", "exclude_modules": ["x"]}, ()),
+            ({"target_modules": r"model\.layers\.\d+\.self_attn\.q_proj"}, ()),
+            ({"target_modules": r".*layers\.[01]\..*q_proj"}, ()),
+            ({"target_modules": "q_proj"}, ()),
+            ({"target_modules": "(q_proj"}, ()),
+            ({"target_modules": "((.*)*)*q_proj"}, ()),
             ({"target_modules": None}, ()),
         ],
     )

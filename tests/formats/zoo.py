@@ -114,6 +114,33 @@ def simple(
     return by_hand(folder, tensors, **{"r": rank, "lora_alpha": 4, **config})
 
 
+class Decoder(nn.Module):
+    """Two layers with the paths of a causal language model, one of whose modules is called ``module``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.ModuleDict({"q_proj": nn.Linear(4, 5), "module": nn.Linear(4, 5)}) for _ in range(2)]
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.score = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Only so that PEFT takes it for a model."""
+        result: Tensor = self.score(x)
+        return result
+
+
+def loaded(folder: Path, model: nn.Module) -> Any:
+    """``model`` with the adapter in ``folder``, as PEFT loads it: every key is in its place, and no B is zero."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        made = peft.PeftModel.from_pretrained(model, folder)
+    bs = [parameter for name, parameter in made.named_parameters() if "lora_B" in name]
+    assert bs and all(parameter.any() for parameter in bs)
+    return made
+
+
 def hub_cache(root: Path, repo: str, files: Mapping[str, Path], *, ref: str = "main", commit: str = REVISION) -> Path:
     """A hub cache folder that holds ``files`` (path in the repository → file to copy) of one repository."""
     place = root / f"models--{repo.replace('/', '--')}"

@@ -188,6 +188,11 @@ def initial(pairs: Sequence[str] | None, names: Iterable[str], option: str = "--
     return dict(_pairs(pairs or (), option, "NAME=PATH", known))
 
 
+def rename(pairs: Sequence[str] | None) -> dict[str, str]:
+    """``--rename old=new`` …"""
+    return dict(_pairs(pairs or (), "--rename", "OLD=NEW"))
+
+
 def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
     """``name=number`` …"""
     return {key: _weight(value, option) for key, value in _pairs(pairs or (), option, "NAME=NUMBER")}

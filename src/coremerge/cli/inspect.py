@@ -36,6 +36,13 @@ def inspect(
         list[str] | None,
         typer.Option(help="The adapter before training, for PiSSA and its kin; may be repeated.", metavar="NAME=PATH"),
     ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How modules' names begin, and how they shall, where adapters have two for one; may be repeated.",
+            metavar="OLD=NEW",
+        ),
+    ] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read legacy .bin files, too.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules side by side. Default: all processors.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -50,16 +57,19 @@ def inspect(
     from coremerge.diagnostics import align, retain
     from coremerge.formats import load
     from coremerge.inputs import read_adapters
+    from coremerge.naming import agreed
 
     with progress_bar(quiet) as progress:
-        held = read_adapters(
+        given = read_adapters(
             adapters,
             base=base,
             vera_width=vera_width,
             initial=_options.initial(initial, adapters),
+            rename=_options.rename(rename),
             allow_pickle=allow_pickle,
             progress=progress,
         )
+        held = agreed(given)
         plan, refusal = _plan(held)
         alike = None
         if len(held) > 1:

@@ -113,6 +113,13 @@ def merge(
             metavar="NAME=PATH",
         ),
     ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How modules' names begin, and how they shall, where adapters have two for one; may be repeated.",
+            metavar="OLD=NEW",
+        ),
+    ] = None,
     into: Annotated[
         str | None, typer.Option(help="Write this base model with the merged update added to it.", metavar="BASE")
     ] = None,
@@ -204,6 +211,7 @@ def merge(
                 base=base or file.base_model,
                 vera_width=vera_width,
                 initial=_options.initial(initial, sources),
+                rename=_options.rename(rename),
                 allow_pickle=allow_pickle,
                 overwrite=overwrite,
                 progress=progress,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from coremerge.adapter import Adapter, Module
 from coremerge.errors import ConfigError, TensorError
 from coremerge.formats.checkpoint import Checkpoint, extras, info, no_modules, sort_keys
 from coremerge.formats.config import Config, refuse_variants
-from coremerge.formats.safetensors_file import dtype_of, read_factor
+from coremerge.formats.safetensors_file import dtype_of, joint_dtype, read_factor
 from coremerge.lowrank import LowRank
 
 TYPES = ("ADALORA",)
@@ -98,7 +96,7 @@ def _triple(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], kept: M
         )
     alpha = config.number("lora_alpha", 8.0)
     scale = (alpha if alpha > 0 else float(a[0])) / (initial + 1e-5)  # PEFT: the rank, once pruned
-    dtype = torch.promote_types(dtype_of(tensors, parts["lora_A"]), dtype_of(tensors, parts["lora_B"]))
+    dtype = joint_dtype(tensors, parts["lora_A"], parts["lora_B"])
     dtype_of(tensors, parts["lora_E"])
     return _Triple(
         parts["lora_A"], parts["lora_B"], parts["lora_E"], Module((b[0], a[1]), a[0], scale=scale, dtype=dtype)

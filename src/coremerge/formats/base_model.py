@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from coremerge.errors import ConfigError, SourceError
-from coremerge.formats.checkpoint import PREFIX, Options, shorten
+from coremerge.formats.checkpoint import Options, shorten
 from coremerge.formats.config import Config, read_json
+from coremerge.formats.names import PREFIX
 from coremerge.formats.safetensors_file import SafetensorsFile
 from coremerge.formats.source import download, local_path, parse_hub_id
 from coremerge.formats.urls import is_url

@@ -13,11 +13,13 @@ from coremerge.adapter import Info, Lazy
 from coremerge.errors import TensorError, UnsupportedError
 from coremerge.extras import end_of
 from coremerge.formats.config import Config
-from coremerge.formats.safetensors_file import Tensors, read_whole
+from coremerge.formats.names import PREFIX, Names
+from coremerge.formats.nested import settle
+from coremerge.formats.patterns import ends_of
+from coremerge.formats.safetensors_file import EIGHT_BITS, Tensors, read_whole
 from coremerge.formats.source import Location
 from coremerge.hashing import Stamp
 
-PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT saves whole when the vocabulary was resized
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -36,13 +38,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What every dialect reads from."""
+    """What every dialect reads from; names in the config are those of the base model: see :class:`Names`."""
 
     location: Location
     config: Config
     tensors: Tensors
     stamps: Mapping[Path, Stamp]
     options: Options = Options()
+    names: Names = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", Names(self.tensors.entries, self.config.raw))
+        object.__setattr__(self, "config", replace(self.config, raw=self.names.settings()))
 
 
 @dataclass
@@ -76,9 +83,14 @@ def sort_keys(checkpoint: Checkpoint, parts: Iterable[str], shared: Iterable[str
 
     Raises:
         TensorError: a stray key, two keys for one tensor, or several adapters in one file.
-        UnsupportedError: trained biases of the base model.
+        UnsupportedError: trained biases of the base model; LoRA on expert parameters.
     """
-    return _Sorter(checkpoint, parts, shared).run()
+    keys = _Sorter(checkpoint, parts, shared).run()
+    settle(checkpoint, keys)
+    stored = {checkpoint.tensors.entries[key].dtype for parts in keys.parts.values() for key in parts.values()}
+    if short := sorted(stored & EIGHT_BITS.keys()):
+        keys.notes.append(f"stored in 8 bits ({', '.join(short)}): read exactly; what is made of it is bfloat16")
+    return keys
 
 
 class _Sorter:
@@ -86,8 +98,10 @@ class _Sorter:
         self.parts = frozenset(parts)
         alternatives = "|".join(re.escape(part) for part in self.parts if "." not in part)
         self.part = re.compile(rf"(.+)\.({alternatives})(?:\.([^.]+?))??(\.weight|\.bias)?")
-        self.shared = re.compile(rf"(?:base_model\.)?({'|'.join(map(re.escape, shared)) or '(?!)'})(?:\.[^.]+)?")
-        self.config, self.file = checkpoint.config, checkpoint.tensors
+        self.shared = re.compile(
+            rf"(?:(?:.+\.)?base_model\.)?({'|'.join(map(re.escape, shared)) or '(?!)'})(?:\.[^.]+)?"
+        )
+        self.config, self.file, self.names = checkpoint.config, checkpoint.tensors, checkpoint.names
         self.keys = Keys()
         self.adapters: dict[str, str] = {}
         self.stray: list[str] = []
@@ -98,10 +112,10 @@ class _Sorter:
     def run(self) -> Keys:
         bare = 0
         for key in self.file.entries:
-            name = key.removeprefix(PREFIX)
+            name = self.names(key)
             found_part = self.part.fullmatch(name)
-            found_shared = self.shared.fullmatch(key)
-            bare += name == key and not found_shared
+            found_shared = self.shared.fullmatch(name)
+            bare += PREFIX not in key and not found_shared
             if found_shared:
                 self._put(self.keys.shared, found_shared[1], key)
             elif found_part:
@@ -109,12 +123,16 @@ class _Sorter:
             else:
                 self._add_rest(key, name)
         self._check()
+        self.keys.notes += self.names.notes
         if bare:
             self.keys.notes.append(f"{bare} keys without the prefix {PREFIX}")
         if self.adapters:
             self.keys.notes.append(f"keys with the adapter name {next(iter(self.adapters))!r} left in")
         if self.bases:
             self.keys.notes.append(f"whole base weights left unread: {shorten(self.bases)}")
+        odd = [name for name in self.keys.parts if "._" in f".{name}"]
+        if odd:
+            self.keys.notes.append(f"{shorten(odd)}: a step with an underscore in front, as wrappers have; it is kept")
         if self.originals:
             self.keys.notes.append(f"copies of the base's own modules left unread: {shorten(self.originals)}")
         return self.keys
@@ -213,11 +231,14 @@ class _Sorter:
                 remedy='Train with bias="none", or merge this adapter into its base first',
             )
         if self.stray:
+            flat = any(key.endswith("flat_param") for key in self.stray)
             raise TensorError(
                 f"nothing reads {shorten(self.stray)}: {len(self.stray)} of {len(self.file.entries)} tensors",
                 file=self.file.path,
                 key=self.stray[0],
-                remedy="If it is a module trained whole, list it in the config's modules_to_save",
+                remedy="These are FSDP's flattened shards: gather the full state, then save again"
+                if flat
+                else "If it is a module trained whole, list it in the config's modules_to_save",
             )
 
 
@@ -252,7 +273,7 @@ def info(checkpoint: Checkpoint, keys: Keys, notes: Iterable[str] = (), warnings
         auto_mapping=config.table("auto_mapping") or None,
         modules_to_save=tuple(keys.saved),
         token_indices=dict(keys.token_indices),
-        targets=_targets(config),
+        targets=() if checkpoint.names.moved else _targets(config, keys.parts),
         files=location.files,
         stamps=checkpoint.stamps,
         beside=location.beside,
@@ -273,13 +294,14 @@ def _lacking(config: Config, keys: Keys) -> list[str]:
     return [f"modules_to_save lists {shorten(lost)}, and the file has no such {what}: what was trained there is lost"]
 
 
-def _targets(config: Config) -> tuple[str, ...]:
-    """The listed ``target_modules``, if PEFT adapted all modules of such names: nothing narrowed them down."""
-    listed = config.raw.get("target_modules")
-    narrowed = config.given("exclude_modules") or config.raw.get("layers_to_transform") not in (None, [])
-    if narrowed or not isinstance(listed, list):
+def _targets(config: Config, modules: Iterable[str]) -> tuple[str, ...]:
+    """Ends of names such that PEFT adapted all of the base's modules of such names: nothing narrowed them down."""
+    said = config.raw.get("target_modules")
+    if config.given("exclude_modules") or config.raw.get("layers_to_transform") not in (None, []):
         return ()
-    return tuple(name for name in listed if isinstance(name, str) and name)
+    if isinstance(said, str):
+        return ends_of(said, modules)
+    return tuple(name for name in said if isinstance(name, str) and name) if isinstance(said, list) else ()
 
 
 def extras(checkpoint: Checkpoint, keys: Keys) -> Mapping[str, Tensor]:

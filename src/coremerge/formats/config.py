@@ -260,10 +260,6 @@ _UNSUPPORTED: dict[str, tuple[str, str]] = {
     ),
     "arrow_config": ("Arrow routes between adapters by input", "Merge the adapters it routes between instead"),
     "monteclora_config": ("MonteCLoRA samples its factors", "Train or save it as plain LoRA"),
-    "target_parameters": (
-        "LoRA on expert parameters (MoE) is not read yet",
-        "Merge adapters of target_modules only",
-    ),
     "enable_lora": ("fused layers of the first LoRA library are not read", "Save the adapter again with today's PEFT"),
 }
 

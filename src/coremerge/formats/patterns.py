@@ -1,11 +1,11 @@
-"""PEFT's ``rank_pattern`` and ``alpha_pattern``: regular expressions from a file, matched with care."""
+"""PEFT's patterns of module names: regular expressions from a file, matched with care."""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from coremerge.errors import ConfigError
@@ -14,6 +14,9 @@ from coremerge.formats.config import Config
 T = TypeVar("T")
 
 _LONGEST = 1000
+_ANYWHERE = ("a.", "zq.7.x_y.", "0.b9.", "no.such.model.12345.", "block.3.cross.")
+"""Places in models that an expression which takes a name anywhere must take, whatever is in front of it."""
+
 _MOST_STEPS = 8.5  # powers of ten, for names of a hundred characters: four open repeats
 
 
@@ -81,6 +84,39 @@ def _compile(config: Config, field: str, key: str) -> re.Pattern[str]:
         value=config.table(field)[key],
         remedy="Write the module names out, one key each",
     )
+
+
+def ends_of(target: str, modules: Iterable[str]) -> tuple[str, ...]:
+    """The shortest ends of the adapted ``modules`` that ``target`` takes wherever they are.
+
+    ``target`` is PEFT's ``target_modules`` as one string: ``all-linear``, or a regular expression for whole names.
+
+    Example:
+        >>> ends_of(r".*\\.(q|v)_proj", ["layers.0.attn.q_proj", "layers.0.mlp.up_proj"])
+        ('q_proj',)
+        >>> ends_of(r"model\\.layers\\..*attn\\.q_proj", ["model.layers.0.attn.q_proj"])
+        ()
+    """
+    takes = _anywhere(target)
+    found: dict[str, None] = {}
+    for module in modules if takes else ():
+        steps = module.partition(".base_layer.")[0].split(".")
+        ends = (".".join(steps[-n:]) for n in range(1, 3) if not any(step.isdecimal() for step in steps[-n:]))
+        found |= dict.fromkeys(next(([end] for end in ends if takes and takes(end)), []))
+    return tuple(found)
+
+
+def _anywhere(target: str) -> Callable[[str], bool] | None:
+    """Whether an end of a name is taken in every place; None where the expression cannot be used."""
+    if target.lower() == "all-linear":
+        return lambda end: True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            expression = None if _too_costly(target) else re.compile(target)
+    except (re.error, RecursionError, OverflowError):
+        return None
+    return expression and (lambda end: all(expression.fullmatch(place + end) for place in _ANYWHERE))
 
 
 def _too_costly(key: str) -> str | None:

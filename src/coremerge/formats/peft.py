@@ -15,7 +15,7 @@ from coremerge.formats.base_model import sliced
 from coremerge.formats.checkpoint import Checkpoint, Keys, extras, info, no_modules, sort_keys, with_note
 from coremerge.formats.config import Config, as_integer, as_number, refuse_variants
 from coremerge.formats.patterns import Patterns
-from coremerge.formats.safetensors_file import Tensors, dtype_of, read_factor, read_pair
+from coremerge.formats.safetensors_file import Tensors, dtype_of, joint_dtype, read_factor, read_pair
 from coremerge.lowrank import LowRank
 from coremerge.rounding import stored_rounding
 
@@ -121,7 +121,7 @@ def _layer(module: str) -> str:
 
 def _factors(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], scales: Scales) -> Factors:
     tensors = checkpoint.tensors
-    _refuse_other_parts(tensors, name, parts)
+    _refuse_other_parts(tensors, parts)
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     stem = "lora_embedding_" if embedding else "lora_"
     right, left = (_part(tensors, name, parts, stem + letter) for letter in "AB")
@@ -139,13 +139,13 @@ def _factors(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], scales
         )  # fmt: skip
     if a[0] != b[1] or any(side != 1 for side in b[2:]):
         raise _misshapen(tensors, left, a, b, scales.said(name))
-    dtypes = dtype_of(tensors, left), dtype_of(tensors, right)
+    dtype = joint_dtype(tensors, left, right)
     shape = b[0], math.prod(a[1:])
     scale = scales.of(name, a[0])
-    return Factors(left, right, Module(shape, a[0], kind, tuple(a[2:]), scale, torch.promote_types(*dtypes)))
+    return Factors(left, right, Module(shape, a[0], kind, tuple(a[2:]), scale, dtype))
 
 
-def _refuse_other_parts(tensors: Tensors, name: str, parts: Mapping[str, str]) -> None:
+def _refuse_other_parts(tensors: Tensors, parts: Mapping[str, str]) -> None:
     if "lora_magnitude_vector" in parts:
         raise UnsupportedError(
             "DoRA rescales the base weights: the update is not low-rank",
@@ -156,11 +156,6 @@ def _refuse_other_parts(tensors: Tensors, name: str, parts: Mapping[str, str]) -
         raise UnsupportedError(
             "KaSA changes the base model's weights", file=tensors.path, key=parts["lora_diag"],
             remedy="Train without KaSA, or merge it into its base model",
-        )  # fmt: skip
-    if name.endswith(".base_layer"):
-        raise UnsupportedError(
-            "LoRA on expert parameters (MoE) is not read yet", file=tensors.path, key=next(iter(parts.values())),
-            remedy="Merge adapters of target_modules only",
         )  # fmt: skip
 
 

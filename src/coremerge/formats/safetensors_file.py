@@ -6,7 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,9 +34,16 @@ LARGEST_SHAPE = 2**48
 """Entries of a tensor, empty dimensions counted as one: more than any disk holds, and safe to compute with."""
 
 FACTOR_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EIGHT_BITS = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+"""Floats that bfloat16 holds exactly; torch does not compute with them."""
+
+_FACTORS = FACTOR_DTYPES | EIGHT_BITS
 _OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
                  "BOOL": torch.bool}  # fmt: skip
-_DTYPES = FACTOR_DTYPES | _OTHER_DTYPES
+_DTYPES = _FACTORS | _OTHER_DTYPES
 
 
 class Entry(NamedTuple):
@@ -67,17 +74,29 @@ def dtype_of(tensors: Tensors, key: str) -> torch.dtype:
     """The dtype of a factor.
 
     Raises:
-        TensorError: it is not one of F64, F32, F16, BF16.
+        TensorError: it is not one of F64, F32, F16, BF16, or of the 8-bit floats.
     """
     name = tensors.entries[key].dtype
-    if name not in FACTOR_DTYPES:
+    if name not in _FACTORS:
         raise TensorError(
             f"stored as {name}, which is not a plain floating dtype",
             file=tensors.path,
             key=key,
             remedy=f"Save the adapter in one of {', '.join(FACTOR_DTYPES)}",
         )
-    return FACTOR_DTYPES[name]
+    return _FACTORS[name]
+
+
+def joint_dtype(tensors: Tensors, *keys: str) -> torch.dtype:
+    """The narrowest dtype that holds what is stored under ``keys``.
+
+    Raises:
+        TensorError: as :func:`dtype_of`.
+    """
+    dtypes = {dtype_of(tensors, key) for key in keys}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return reduce(torch.promote_types, (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in dtypes))
 
 
 def read_factor(tensors: Tensors, key: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -105,8 +124,9 @@ def read_pair(tensors: Tensors, keys: tuple[str, str], dtype: torch.dtype) -> tu
 
 
 def read_whole(tensors: Tensors, key: str) -> Tensor:
-    """A tensor that is carried as it is, checked to be finite."""
-    return checked(tensors, key, tensors.read(key))
+    """A tensor that is carried as it is (8-bit floats as bfloat16), checked to be finite."""
+    tensor = tensors.read(key)
+    return checked(tensors, key, tensor.bfloat16() if tensor.dtype in EIGHT_BITS.values() else tensor)
 
 
 def checked(tensors: Tensors, key: str, tensor: Tensor) -> Tensor:
@@ -194,10 +214,10 @@ class SafetensorsFile:
         """The values of both tensors as they lie in the file; None unless side by side and of one floating dtype."""
         first, second = sorted((self.entries[key] for key in keys), key=lambda entry: entry.start)
         apart = first.end != second.start or first.dtype != second.dtype
-        if apart or first.start == second.end or first.dtype not in FACTOR_DTYPES:
+        if apart or first.start == second.end or first.dtype not in _FACTORS:
             return None
         data = self._bytes(keys[0], self._data_start + first.start, second.end - first.start)
-        return torch.frombuffer(data, dtype=FACTOR_DTYPES[first.dtype])
+        return torch.frombuffer(data, dtype=_FACTORS[first.dtype])
 
     def _bytes(self, key: str | None, start: int, length: int) -> bytearray:
         buffer = bytearray(length)

@@ -17,7 +17,7 @@ from coremerge.adapter import Adapter, Module
 from coremerge.errors import ConfigError, TensorError
 from coremerge.formats.base_model import InputWidths
 from coremerge.formats.checkpoint import Checkpoint, Keys, extras, info, no_modules, sort_keys
-from coremerge.formats.safetensors_file import dtype_of, read_factor
+from coremerge.formats.safetensors_file import dtype_of, joint_dtype, read_factor
 from coremerge.lowrank import LowRank
 
 TYPES = ("VERA", "PVERA")
@@ -93,7 +93,7 @@ def _lambdas(checkpoint: Checkpoint, stem: str, name: str, parts: Mapping[str, s
         shape = tensors.entries[key].shape
         if len(shape) != 1 or not shape[0]:
             raise TensorError(f"shape {list(shape)} is not that of a vector", file=tensors.path, key=key)
-    dtype = torch.promote_types(dtype_of(tensors, b), dtype_of(tensors, d))
+    dtype = joint_dtype(tensors, b, d)
     return _Lambdas(b, d, tensors.entries[b].shape[0], tensors.entries[d].shape[0], dtype)
 
 

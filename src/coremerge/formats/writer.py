@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -323,26 +322,21 @@ def _ends(name: str, known: Container[str]) -> bool:
 def target_modules(modules: Iterable[str], targets: Iterable[str] = ()) -> list[str]:
     """What PEFT's config must list so that exactly ``modules`` are adapted.
 
-    Full names are exact. Where the modules fill a stack of layers, 0 to the last one without a gap, the part of their
-    names that every layer shares is shorter, and exact if the base has no further layers: ``targets`` says so, the ends
-    of names that no other module of the base has (:attr:`coremerge.adapter.Info.targets`). PEFT matches either by
-    ``endswith``.
+    A full name is exact. The end of one is too, where the inputs show that the base has no other modules of that name:
+    ``targets`` are such ends (:attr:`coremerge.adapter.Info.targets`), and some servers know modules by them alone.
+    PEFT matches either by ``endswith``.
 
     Example:
         >>> names = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(2) for x in "qv"]
         >>> target_modules(names, ["q_proj", "v_proj"])
-        ['self_attn.q_proj', 'self_attn.v_proj']
-        >>> target_modules(names[:2])
-        ['model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj']
+        ['q_proj', 'v_proj']
+        >>> target_modules(names[:2], ["v_proj"])
+        ['model.layers.0.self_attn.q_proj', 'v_proj']
     """
-    names = sorted({_adapted(name) for name in modules})
-    split = [re.fullmatch(r"([\w.]+?)\.(\d+)\.([^\d].*)", name) for name in names]
-    if not all(split):
-        return names
-    found = [match.groups() for match in split if match]
-    tails = {tail for _, _, tail in found}
-    layers = {int(layer) for _, layer, _ in found}
-    full = len(layers) > 1 and layers == set(range(len(layers))) and len(names) == len(layers) * len(tails)
-    one = len({stack for stack, _, _ in found}) == 1
-    ends = tuple(f".{target}" for target in targets)
-    return sorted(tails) if full and one and all(f".{tail}".endswith(ends) for tail in tails) else names
+    ends = frozenset(targets)
+    return sorted({_shortest_end(name, ends) or name for name in map(_adapted, modules)})
+
+
+def _shortest_end(name: str, known: Container[str]) -> str | None:
+    steps = name.split(".")
+    return next((end for n in range(1, len(steps) + 1) if (end := ".".join(steps[-n:])) in known), None)

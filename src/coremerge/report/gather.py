@@ -17,6 +17,7 @@ from coremerge.formats import load
 from coremerge.formats.source import locate
 from coremerge.hashing import file_sha256
 from coremerge.lowrank import LowRank
+from coremerge.naming import agreed, renamed
 
 Progress = Callable[[str, int, int], None]
 
@@ -88,6 +89,9 @@ def gather(
     unknown = sorted(set(merged or ()) - set(names))
     if unknown:
         raise SourceError("the record beside it does not know this module", file=folder, key=unknown[0])
+    names_there = [name for adapter in adapters.values() for name in (*adapter, *adapter.extras)]
+    rename = {old: new for old, new in record.get("rename", {}).items() if any(old in name for name in names_there)}
+    adapters = agreed(renamed(adapters, rename))
     held = {**adapters, **({} if merged is None else {MERGED: merged})}
     spectra = _spectra(held, places, threads, lambda done, count: tell("spectra", done, count))
     if not adapters:

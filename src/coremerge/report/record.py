@@ -33,6 +33,7 @@ def make_record(
     into: str | None = None,
     base: str | None = None,
     vera_width: int | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> str:
     """The file's text: nothing in it changes from one run to the next of the same merge, and no secret is in it.
 
@@ -65,6 +66,7 @@ def make_record(
         "inputs": inputs,
         "dtype": dtype,
         "into": into,
+        "rename": dict(rename or {}),
         "base_model": plan.info.base_model,
         "extras": {name: extra.decision for name, extra in plan.extras.items()},
         "notes": list(notes),
@@ -148,6 +150,7 @@ class _Record(BaseModel):
     modules: dict[str, _Module]
     dtype: str
     into: str | None
+    rename: dict[str, str] = Field(default_factory=dict)
     base_model: str | None
     rank: int | None
     scale: float
@@ -167,6 +170,7 @@ def changes(
     *,
     dtype: str,
     into: str | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> list[str]:
     """In what the merge of a record differs from the one that is planned now, in plain words; empty: in nothing.
 
@@ -178,6 +182,7 @@ def changes(
         "shapes": {name: planned.module.shape for name, planned in plan.modules.items()},
         "dtype": dtype,
         "into": into,
+        "rename": dict(rename or {}),
         "made": None,
     }
     try:
@@ -185,6 +190,7 @@ def changes(
             "recipe": dict(record["recipe"]),
             "inputs": {held["name"]: dict(held["sha256"]) for held in record["inputs"]},
             "shapes": {name: module["shape"] for name, module in record["modules"].items()},
+            "rename": record.get("rename", {}),
             **{key: record[key] for key in ("dtype", "into", "made")},
         }
         return [*_versions(record["version"]), *_differences(then, json.loads(json.dumps(now)))]
@@ -211,7 +217,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     for key, value in now["recipe"].items():
         if then["recipe"].get(key) != value:
             yield f"{key} was {_short(then['recipe'].get(key))}, not {_short(value)}"
-    for key in ("dtype", "into", "made"):
+    for key in ("dtype", "into", "rename", "made"):
         if then[key] != now[key]:
             yield f"{key} was {_short(then[key])}, not {_short(now[key])}"
     if then["shapes"] != now["shapes"]:
