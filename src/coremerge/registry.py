@@ -206,9 +206,8 @@ class Registry(Generic[P]):
         def add(factory: Callable[..., P]) -> Callable[..., P]:
             if name in self.entries:
                 raise ConfigError(f"there is a {self.kind} {name!r} already", remedy="Give this one another name")
-            traits = {"dense": dense, "spreads": spreads, "keeps": keeps, "cuts": cuts, "shape": shape}
-            traits |= {"neutral": dict(neutral or {})}
-            self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, **traits)  # type: ignore[arg-type]
+            declared = dense, spreads, keeps, cuts, shape, dict(neutral or {})
+            self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory
 
         return add
