@@ -168,6 +168,7 @@ def test_output_bytes_are_those_of_factors_of_uniform_rank() -> None:
 
 def test_the_peak_grows_with_threads_and_with_dense_work() -> None:
     big = {"m": (2000, 3000, 8)}
+    big |= {f"m{i}": big["m"] for i in range(40)}
     core, full = (plan(adapter(big), adapter(big), method="ties", space=s) for s in ("core", "full"))
     assert IMPORT_BYTES < core.peak_bytes(1) < core.peak_bytes(4)
     assert full.peak_bytes(1) > core.peak_bytes(1) + 2 * 8 * 2000 * 3000
@@ -176,12 +177,19 @@ def test_the_peak_grows_with_threads_and_with_dense_work() -> None:
 
 
 def test_threads_within_an_amount_of_memory() -> None:
-    big = plan(adapter({"m": (2000, 3000, 8)}), adapter({"m": (2000, 3000, 8)}))
+    shapes = {f"m{i}": (2000, 3000, 8) for i in range(40)}
+    big = plan(adapter(shapes), adapter(shapes))
     assert big.threads_within(big.peak_bytes(3), 8) == 3
     assert big.threads_within(10**15, 8) == 8
     assert big.peak_bytes(2, batch=1) <= big.peak_bytes(2) <= big.peak_bytes(2, batch=4)
     with pytest.raises(ConfigError, match=r"max_memory = .*too little: with one thread it needs up to"):
         big.threads_within(big.peak_bytes(1) - 1)
+
+
+def test_threads_without_work_take_no_memory() -> None:
+    two = plan(adapter({"m": (2000, 3000, 8), "n": (20, 30, 8)}), adapter({"m": (2000, 3000, 8)}))
+    assert two.peak_bytes(2) == two.peak_bytes(64)
+    assert two.peak_bytes(2) < 2 * two.peak_bytes(1) - IMPORT_BYTES
 
 
 def test_the_dtype_is_the_inputs_own_or_as_asked() -> None:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ def execute(
     parts = plan.recipe.parts()
     held = Held() if held is None else held
     check_scales(plan)
-    groups = [g for g in _groups(plan, batch or (None if device == "cpu" else 32)) if not held.keys() >= set(g)]
+    groups = [g for g in plan.groups(batch or (None if device == "cpu" else 32)) if not held.keys() >= set(g)]
 
     def here(names: Group) -> dict[str, Solved]:
         return solve(names, plan, parts, device)
@@ -141,16 +141,6 @@ def execute(
     scale = scale_of(plan, reports) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
     report = report_of(plan, reports, scale, time.perf_counter() - start)
     return MergeResult(lifted(plan, parts, held, reports, scale=scale, device=device), report, plan)
-
-
-def _groups(plan: Plan, batch: int | None) -> Iterator[Group]:
-    """Module names, ``batch`` at a time where shapes and ranks coincide; None: as many as suit a CPU."""
-    alike: dict[Any, list[str]] = {}
-    for name, planned in plan.modules.items():
-        alike.setdefault((planned.module.shape, tuple(planned.ranks.items())), []).append(name)
-    for names in alike.values():
-        size = batch or plan.cpu_batch(plan.modules[names[0]])
-        yield from (tuple(names[i : i + size]) for i in range(0, len(names), size))
 
 
 def read_updates(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from functools import cached_property
@@ -42,6 +42,9 @@ CORE_BYTES = 16 << 20
 
 PIECES = 64 << 20
 """Freed memory that the C library keeps in pieces too small for what comes next."""
+
+MAPPED = 32 << 20
+"""What is as large as this goes back to the system when it is freed; what is smaller stays with the thread."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM's ``max_lora_rank`` takes."""
@@ -102,10 +105,18 @@ class Plan:
         """Size of the factors at :attr:`rank`."""
         return sum(self.rank * sum(p.module.shape) for p in self.modules.values()) * self.dtype.itemsize
 
+    def groups(self, batch: int | None = None) -> Iterator[tuple[str, ...]]:
+        """Module names, ``batch`` at a time where shapes and ranks coincide; None: as many as suit a CPU."""
+        alike: dict[Any, list[str]] = {}
+        for name, planned in self.modules.items():
+            alike.setdefault((planned.module.shape, tuple(planned.ranks.items())), []).append(name)
+        for names in alike.values():
+            size = batch or self.cpu_batch(self.modules[names[0]])
+            yield from (tuple(names[i : i + size]) for i in range(0, len(names), size))
+
     def peak_bytes(self, threads: int | None = None, batch: int | None = None, *, written: int = 0) -> int:
         """An upper estimate of the memory the merge needs; each thread needs ``written`` more to write."""
-        fixed, each = self._peak(batch)
-        return fixed + (threads or default_threads()) * (each + written)
+        return self._peak(self._works(batch), threads or default_threads(), written)
 
     def threads_within(
         self, most: int, threads: int | None = None, batch: int | None = None, *, written: int = 0
@@ -115,21 +126,33 @@ class Plan:
         Raises:
             ConfigError: it does not fit with one.
         """
-        fixed, each = self._peak(batch)
-        fitting = (most - fixed) // max(1, each + written)
-        if fitting < 1:
+        works = self._works(batch)
+        count = threads or default_threads()
+        while count > 1 and self._peak(works, count, written) > most:
+            count -= 1
+        if (least := self._peak(works, count, written)) > most:
             raise ConfigError(
-                f"too little: with one thread it needs up to {size(fixed + each + written)}",
+                f"too little: with one thread it needs up to {size(least)}",
                 key="max_memory", value=size(most), remedy="Give more, or a lower --batch or --rank",
             )  # fmt: skip
-        return min(fitting, threads or default_threads())
+        return count
 
-    def _peak(self, batch: int | None) -> tuple[int, int]:
-        """Bytes of the process, and of each thread."""
-        work = max((self._work(p) * (batch or self.cpu_batch(p)) for p in self.modules.values()), default=0)
+    def _works(self, batch: int | None) -> list[int]:
+        """Bytes that each group of modules needs while it is merged, the largest first."""
+        return sorted((len(names) * self._work(self.modules[names[0]]) for names in self.groups(batch)), reverse=True)
+
+    def _peak(self, works: Sequence[int], threads: int, written: int) -> int:
+        """Bytes of the process with the largest of ``works`` in as many threads."""
         kept = sum(self._kept(p) for p in self.modules.values())
         entries = ENTRY_BYTES * sum(len(adapter.modules) for adapter in self.adapters.values())
-        return IMPORT_BYTES + entries + min(kept, CORE_BYTES) + self._extra_bytes(), work
+        fixed = IMPORT_BYTES + entries + min(kept, CORE_BYTES) + self._extra_bytes()
+        lifts = max((self._lift(p) for p in self.modules.values()), default=0) if threads > 1 else 0
+        return fixed + sum(works[:threads]) + threads * written + min(threads, len(self.modules)) * lifts
+
+    def _lift(self, planned: PlannedModule) -> int:
+        """Bytes of factors that are lifted, scaled and converted by threads of their own, beside what others freed."""
+        sides = [8 * planned.module.rank * side for side in planned.module.shape]
+        return 3 * sum(sides) if max(sides) < MAPPED else 0
 
     def _extra_bytes(self) -> int:
         """Of whole tensors: what the adapters' files hold beside their factors, as several copies in float64."""
@@ -146,7 +169,7 @@ class Plan:
 
     def _work(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape
-        factors = 4 * total * (m + n) + 32 * total * total  # of the second term, decompositions take most
+        factors = 4 * total * (m + n) + 20 * total * total  # of the second term, decompositions take most
         p, q = self.resolved.core_shape(total, (m, n))
         return 8 * (factors + self._entries(len(self.adapters), min(p, m), min(q, n)))
 
