@@ -316,3 +316,11 @@ def test_a_set_may_rename_and_a_changed_renaming_is_another_merge(folder):
     other = write(folder, {"x": {"models": models, "rename": {"model": "net"}}}, {"default": {}})
     (row,) = run(other).rows
     assert row.status == "failed" and "rename was" in row.error
+
+
+def test_another_spelling_of_a_value_is_the_same_recipe(folder):
+    flat = {"merge_method": "tsv", "parameters": {"rank": "2.0", "pad": "no"}, "steps": ["isotropize:span=off"]}
+    assert statuses(run(write(folder, {"pair": ["A", "B"]}, {"x": flat}))) == {"pair/x": "done"}
+    plain = {"merge_method": "tsv", "parameters": {"rank": 2, "pad": False}, "steps": ["isotropize:span=false"]}
+    assert statuses(run(write(folder, {"pair": ["A", "B"]}, {"x": plain}))) == {"pair/x": "skipped"}
+    assert statuses(run(write(folder, {"pair": ["A", "B"]}, {"x": flat}))) == {"pair/x": "skipped"}

@@ -107,6 +107,15 @@ def test_zeros_that_were_asked_for_are_written(adapters: dict[str, Path], tmp_pa
     assert all(not update.dense().any() for update in load(tmp_path / "OUT").values())
 
 
+def test_whole_tensors_and_biases_are_more_than_zeros(tmp_path: Path) -> None:
+    head = make_adapter(
+        tmp_path / "H", lora_alpha=0, extra={"score.weight": torch.ones(2, 24)}, modules_to_save=["score"]
+    )
+    found = merge_files([head], tmp_path / "OUT")
+    assert "score.weight" in next(iter(load(tmp_path / "OUT").extras))
+    assert any("H adds nothing" in text for text in found.report.warnings)
+
+
 def test_modules_of_which_a_method_leaves_nothing_are_counted(adapters: dict[str, Path], tmp_path: Path) -> None:
     for seed in range(20):
         recipe = {"method": "dare", "parameters": {"drop_rate": 0.98}, "seed": seed}

@@ -42,14 +42,15 @@ def found_zeros(plan: Plan, modules: Mapping[str, ModuleReport]) -> Iterator[str
 
 
 def check_not_all_zeros(plan: Plan, report: Report) -> None:
-    """Refuse a merge that is zero in all modules, though neither the scale nor all weights are 0.
+    """Refuse a merge that is zero in all modules, though neither the scale nor all weights are 0, and has nothing else.
 
     Raises:
         InputError: nothing is left.
     """
     asked = plan.recipe.scale == 0 or not any(any(weights.values()) for weights in plan.weights.values())
+    others = any(extra.load for extra in plan.extras.values()) or any(a.biases for a in plan.adapters.values())
     least = CANCELLED * heaviest(plan)
-    if asked or not all(_is_nothing(module, least) for module in report.modules.values()):
+    if asked or others or not all(_is_nothing(module, least) for module in report.modules.values()):
         return
     count = len(report.modules)
     if not any(_has_inputs(plan, name, module) for name, module in report.modules.items()):
