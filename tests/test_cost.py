@@ -34,7 +34,9 @@ def test_it_adds_up_over_modules(tmp_path, recipe):
 
 
 def test_it_grows_as_the_work_does(tmp_path):
-    one, layers, rank = (plan_of(tmp_path, **changes) for changes in ({}, {"layers": 4}, {"r": 8}))
+    one, layers, rank = (
+        plan_of(tmp_path, Recipe(method="tsv"), **changes) for changes in ({}, {"layers": 4}, {"r": 8})
+    )
     assert cost_of(layers).operations == 2 * cost_of(one).operations
     assert cost_of(rank).tall > 3 * cost_of(one).tall
     assert cost_of(plan_of(tmp_path, Recipe(rank=2))).operations < cost_of(one).operations

@@ -104,26 +104,6 @@ def test_every_option_of_merge_is_explained_in_its_help():
             assert option in shown or option == "--help"
 
 
-def test_the_method_that_contributing_shows_works(folder):
-    (text,) = (block.text for block in blocks("CONTRIBUTING.md") if block.language == "python")
-    lines = [line.removeprefix("   ") for line in text.splitlines()]
-    from coremerge.methods import METHODS
-
-    header = (
-        "from collections.abc import Sequence\nfrom typing import Annotated\nfrom pydantic import Field\n"
-        "from coremerge.lowrank import LowRank, total\nfrom coremerge.methods import METHODS, Method, Site\n"
-    )
-    try:
-        exec(compile(header + "\n".join(lines), "CONTRIBUTING.md", "exec"), {})
-        from coremerge import Recipe, load, merge
-
-        merged = merge([load("math")], Recipe(method="half_sum", parameters={"share": 0.25}, scale=1.0)).adapter
-        for name, update in merged.items():
-            torch.testing.assert_close(update.dense(), 0.25 * load("math")[name].dense())
-    finally:
-        METHODS.entries.pop("half_sum", None)
-
-
 def test_the_card_of_the_example_in_the_readme_is_valid(folder, monkeypatch):
     run("coremerge merge math code chat -o merged -q", monkeypatch)
     config = json.loads(Path("merged/adapter_config.json").read_text())
