@@ -13,6 +13,7 @@ from test_ends import FAMILIES, built, logits
 
 import coremerge
 from coremerge.errors import MismatchError
+from coremerge.formats.vocabulary import with_vocabulary
 from coremerge.formats.into import save_into
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
@@ -124,3 +125,11 @@ def test_the_other_tensors_are_the_bases(tmp_path):
     assert tensors["lm_head.weight"].shape == tensors["model.embed_tokens.weight"].shape == (43, 16)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert saved.bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_every_part_of_a_config_that_names_the_vocabulary_changes():
+    text = {"vocab_size": 40, "hidden_size": 40}
+    config = {"vocab_size": 40, "text_config": text, "vision_config": {"vocab_size": 7}, "audio_config": {"size": 40}}
+    assert with_vocabulary(config, 40, 43) == {"vocab_size": 43, "text_config": {"vocab_size": 43, "hidden_size": 40}}
+    assert with_vocabulary({"n_words": 40, "hidden_size": 40}, 40, 43) == {"n_words": 43}
+    assert with_vocabulary({"vocab_size": 41}, 40, 43) == {}

@@ -128,7 +128,14 @@ def test_a_models_own_exception_is_a_refusal_that_names_the_layer(name, change, 
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("no room"), OSError("a disk"), InputError("no")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("no room"),
+        OSError("a disk"),
+        InputError("no"),
+    ],
 )
 def test_what_is_not_the_models_fault_stays_what_it_is(error):
     model = make_model("bert")

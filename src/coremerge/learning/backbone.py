@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from coremerge.errors import CoremergeError, InputError
 from coremerge.learning.optional import first_line
+from coremerge.memory import out_of_memory
 
 Batch = Mapping[str, Any]
 """What a model takes, by name. ``token_mask`` (batch, tokens), where present, says which tokens count."""
@@ -56,10 +57,10 @@ def backbone_output(model: nn.Module, batch: Batch) -> Any:
         inputs["decoder_input_ids"] = _start_tokens(model, inputs)
     try:
         return _output(model, _backbone(model, inputs), inputs)
-    except (PassEndError, CoremergeError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (PassEndError, CoremergeError, OSError):
         raise
     except Exception as error:
-        if _is_ours(error):
+        if out_of_memory(error) or _is_ours(error):
             raise
         raise StoppedError(
             f"the base model stops here with {type(error).__name__}: {first_line(error)}", key=_layer(error, model),
