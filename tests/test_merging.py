@@ -30,7 +30,7 @@ def test_whole_adapters_merge_module_by_module(adapters: list[Adapter]) -> None:
     for recipe, oracle in (
         ({"method": "sum", "allow_disjoint": True}, oracles.sum_),
         ({"method": "mean", "space": "knots", "allow_disjoint": True}, oracles.mean),
-        ({"method": "ties", "space": "full", "allow_disjoint": True}, oracles.ties),
+        ({"method": "ties", "parameters": {"density": 0.2}, "space": "full", "allow_disjoint": True}, oracles.ties),
         ({"method": "cart", "allow_disjoint": True}, oracles.cart),
     ):
         result = run(adapters, **recipe)

@@ -52,7 +52,7 @@ VALUES: list[Any] = [
 FACTS = {
     "module": "a", "amplification": 1.0, "of": [True, True],
     "report": {"shape": [4, 4], "ranks": {"A": 2}, "merged_rank": 2, "rank": 2, "energy": 1.0, "lost": 0.0,
-               "input_norm": 1.0, "input_frobenius": 1.0, "norm": 1.0},
+               "input_norm": 1.0, "input_frobenius": 1.0, "norm": 1.0, "zero": [], "alone": False},
 }  # fmt: skip
 """Of a merged module that an earlier run kept."""
 

@@ -167,6 +167,8 @@ def zero(*adapters: int) -> Fault:
         problem.change(lambda task: nothing(task, which), *adapters)
         if first and which != "alpha":
             problem.tasks["layers.1.q_proj"] = kept
+        elif not adapters:
+            problem.may_refuse, problem.must_say = True, ("nothing to merge",)
 
     return fault
 

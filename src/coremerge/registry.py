@@ -91,13 +91,10 @@ class Entry(Generic[P]):
             )
         hint = get_type_hints(self.factory, include_extras=True)[key]
         try:
-            found = TypeAdapter(hint).validate_python(_null(value))
+            strict = isinstance(value, bool) or None  # a truth is no number, though Python takes it for one
+            return TypeAdapter(hint).validate_python(_null(value), strict=strict)
         except ValidationError as error:
             detail = error.errors()[0]["msg"]
-        else:
-            if isinstance(found, bool) or not isinstance(value, bool):
-                return found
-            detail = "true or false says nothing here"  # to pydantic, true is 1
         raise ConfigError(f"not a value that {self.kind} {self.name!r} takes: {detail}", key=key, value=value)
 
 

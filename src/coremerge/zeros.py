@@ -38,7 +38,7 @@ def found_zeros(plan: Plan, modules: Mapping[str, ModuleReport]) -> Iterator[str
     least = CANCELLED * heaviest(plan)
     empty = [name for name, module in modules.items() if _has_inputs(plan, name, module) and _is_nothing(module, least)]
     if empty:
-        yield f"{plan.resolved.method} leaves nothing of the adapters in {len(empty)} of {len(modules)} modules"
+        yield f"nothing is left of the adapters in {len(empty)} of {len(modules)} modules"
 
 
 def check_not_all_zeros(plan: Plan, report: Report) -> None:

@@ -13,8 +13,8 @@ from test_ends import FAMILIES, built, logits
 
 import coremerge
 from coremerge.errors import MismatchError
-from coremerge.formats.vocabulary import with_vocabulary
 from coremerge.formats.into import save_into
+from coremerge.formats.vocabulary import with_vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 LLAMA = "LlamaForCausalLM"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
@@ -64,6 +65,7 @@ def test_the_callers_bars_and_reports_are_his_again(
 ) -> None:
     load_model(base)
     capfd.readouterr()
+    transformers.logging.set_verbosity_warning()
     BertModel.from_pretrained(base)
     assert "Loading weights" in capfd.readouterr().err and "LOAD REPORT" in caplog.records[-1].getMessage()
 

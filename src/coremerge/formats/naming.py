@@ -22,6 +22,7 @@ from torch import Tensor
 from coremerge.adapter import Info
 from coremerge.formats.base_weights import BaseModel
 from coremerge.formats.safetensors_file import Entry
+from coremerge.formats.skeleton import is_model
 
 _DEPTHS = re.compile(r"num_(hidden_)?layers|n_layers?|depth|(num_)?(en|de)coder_layers")
 
@@ -152,7 +153,7 @@ def _classes(said: Mapping[str, Any], info: Info) -> Iterator[tuple[Any, Any]]:
     kinds.append(MODEL_MAPPING.get(type(config), None))
     towers = [config, config.get_text_config(), *(getattr(config, name, None) for name in config.sub_configs)]
     for kind in dict.fromkeys(kinds):
-        if isinstance(kind, type) and issubclass(kind, library.PreTrainedModel):
+        if is_model(kind, library):
             owned = (own for own in towers if isinstance(own, kind.config_class or ()))
             yield from ((kind, own) for own in islice(owned, 1))
 

@@ -73,11 +73,17 @@ def _built(text: str, adapted: str, task: str) -> tuple[Skeleton, ...]:
 def _classes(transformers: Any, given: Iterable[Any], task: str, config: Any) -> Iterator[Any]:
     for name in given:
         kind = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        if is_model(kind, transformers):
             yield kind
     for auto in _TASKS.get(task, ("AutoModelForCausalLM",)):
         kind = getattr(transformers, auto)._model_mapping.get(type(config), None)
         yield from kind if isinstance(kind, tuple) else [kind] if kind else []
+
+
+def is_model(kind: Any, transformers: Any) -> bool:
+    """Whether ``kind`` is a class of models; what their base class finds of itself it would keep for all of them."""
+    base = transformers.PreTrainedModel
+    return isinstance(kind, type) and issubclass(kind, base) and kind is not base
 
 
 def _outline(logging: Any, kind: Any, config: Any) -> Skeleton | None:

@@ -151,12 +151,16 @@ def load_report() -> Iterator[list[str]]:
         return _REPORT not in text
 
     logger, shown = logging.getLogger("transformers.modeling_utils"), bars.is_progress_bar_enabled()
+    level = logger.level
     logger.addFilter(catch)
+    if not logger.isEnabledFor(logging.WARNING):  # the report is needed, whatever the caller has for transformers
+        logger.setLevel(logging.WARNING)
     bars.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield lines
     finally:
         logger.removeFilter(catch)
+        logger.setLevel(level)
         if shown:
             bars.enable_progress_bar()  # type: ignore[no-untyped-call]
 
