@@ -153,7 +153,7 @@ def _classes(said: Mapping[str, Any], info: Info) -> Iterator[tuple[Any, Any]]:
     kinds.append(MODEL_MAPPING.get(type(config), None))
     towers = [config, config.get_text_config(), *(getattr(config, name, None) for name in config.sub_configs)]
     for kind in dict.fromkeys(kinds):
-        if is_model(kind, library):
+        if kind is not None and is_model(kind, library):
             owned = (own for own in towers if isinstance(own, kind.config_class or ()))
             yield from ((kind, own) for own in islice(owned, 1))
 
