@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from coremerge.naming import agreed, renamed, unsettled
 from coremerge.pipeline import merge_files
 from coremerge.plan import make_plan
 from coremerge.recipe import Recipe
+from coremerge.report.gather import gather
 from coremerge.report.page import report_page
 from coremerge.report.record import read_record
 from tiny import PREFIX, make_adapter
@@ -221,3 +223,44 @@ def test_a_tower_beside_a_common_head_is_warned_of() -> None:
     assert warning.endswith("--rename layers=bert.layers")
     two = [adapter("encoder.layers.0.q", "head"), adapter("decoder.layers.0.q", "head", name="b")]
     assert not [text for text in make_plan(two, SUM).warnings if "--rename" in text]
+
+
+@pytest.mark.parametrize("front", ["", "encoder."])
+def test_what_has_its_new_name_already_stays(front: str) -> None:
+    short, long = (adapter(*(f"{front}{tower}{part}" for part in PARTS)) for tower in ("", "bert."))
+    for given in ({"a": short, "b": long}, {"b": long}):
+        found = renamed(given, {"layers": "bert.layers"})
+        assert all(each.keys() == long.keys() for each in found.values())
+    back = renamed({"b": long}, {"bert.layers": "layers"})
+    assert back["b"].keys() == short.keys()
+
+
+@pytest.mark.parametrize(
+    ("tower", "rename"),
+    [(("", "bert."), {"layers": "bert.layers"}), (("language_model.model.", "model.language_model."), {})],
+    ids=["renamed", "today's names"],
+)
+@pytest.mark.parametrize("gone", ["a", "b"])
+def test_a_report_knows_the_names_of_the_merge_when_others_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: tuple[str, str], rename: dict[str, str], gone: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, (name, front) in enumerate(zip("abc", (*tower, tower[1]), strict=True)):
+        adapter(*(front + part for part in PARTS), seed=seed).save(name)
+    merge_files(["a", "b", "c"], "OUT", SUM, rename=rename)
+    whole = gather(Path("OUT"), read_record("OUT"))
+    shutil.rmtree(gone)
+    kept = {name: sums for name, sums in whole.kept.items() if name != gone}
+    assert all(len(sums) == len(PARTS) for sums in kept.values())
+    assert gather(Path("OUT"), read_record("OUT")).kept == kept
+
+
+def test_a_report_knows_a_fused_layer_when_who_had_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter("self_attn.qkv_proj", out=15).save("fused")
+    adapter("self_attn.q_proj", "self_attn.v_proj", seed=3).save("split")
+    merge_files(["fused", "split"], "OUT", SUM)
+    whole = gather(Path("OUT"), read_record("OUT"))
+    shutil.rmtree("fused")
+    assert gather(Path("OUT"), read_record("OUT")).kept == {"split": whole.kept["split"]}
+    assert whole.kept["split"]

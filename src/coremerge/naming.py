@@ -42,7 +42,7 @@ def agreed(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 def renamed(adapters: Mapping[str, Adapter], rename: Mapping[str, str]) -> dict[str, Adapter]:
     """``adapters`` with the names that begin with one of the keys of ``rename`` beginning with its value.
 
-    Names are those of the base model, cut at their dots; a name that begins with the new name already stays. A key that
+    Names are those of the base model, cut at their dots; a name that has the new name there already stays. A key that
     no name begins with stands for such steps inside of names. Of several keys the longest counts.
 
     Raises:
@@ -74,9 +74,11 @@ def _mover(moves: Mapping[str, str], names: Iterable[str]) -> Callable[[str], st
         old = next((old for old, pattern in chosen.items() if pattern.search(name)), None)
         if old is None:
             return name
-        new = moves[old]
-        has_it = f"{new}.".startswith(f"{old}.") and f"{name}.".startswith(f"{new}.")
-        return name if has_it else chosen[old].sub(lambda _: new, name, count=1)
+        found, new = chosen[old].search(name), moves[old]
+        assert found is not None
+        whole = re.finditer(rf"(?<![^.]){re.escape(new)}(?=\.|$)", name)
+        has_it = any(there.start() <= found.start() and found.end() <= there.end() for there in whole)
+        return name if has_it else name[: found.start()] + new + name[found.end() :]
 
     return move
 

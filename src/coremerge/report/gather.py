@@ -89,9 +89,7 @@ def gather(
     unknown = sorted(set(merged or ()) - set(names))
     if unknown:
         raise SourceError("the record beside it does not know this module", file=folder, key=unknown[0])
-    names_there = [name for adapter in adapters.values() for name in (*adapter, *adapter.extras)]
-    rename = {old: new for old, new in record.get("rename", {}).items() if any(old in name for name in names_there)}
-    adapters = agreed(renamed(adapters, rename))
+    adapters = _as_merged(adapters, record.get("rename", {}), names, merged)
     held = {**adapters, **({} if merged is None else {MERGED: merged})}
     spectra = _spectra(held, places, threads, lambda done, count: tell("spectra", done, count))
     if not adapters:
@@ -102,6 +100,17 @@ def gather(
 
 
 MERGED = "merged"
+
+
+def _as_merged(
+    adapters: Mapping[str, Adapter], rename: Mapping[str, str], names: Collection[str], merged: Adapter | None
+) -> dict[str, Adapter]:
+    """``adapters`` under the ``names`` of the merge, whose result tells them where those that had them are gone."""
+    there = [name for adapter in adapters.values() for name in (*adapter, *adapter.extras)]
+    moved = renamed(adapters, {old: new for old, new in rename.items() if any(old in name for name in there)})
+    best = {key: max(moved[key], own, key=lambda a: len(a.keys() & set(names))) for key, own in adapters.items()}
+    found = agreed({**best, **({} if merged is None else {MERGED: merged})})
+    return {key: found[key] for key in adapters}
 
 
 def read_inputs(
