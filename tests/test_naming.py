@@ -245,9 +245,9 @@ def test_a_report_knows_the_names_of_the_merge_when_others_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: tuple[str, str], rename: dict[str, str], gone: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for seed, (name, front) in enumerate(zip("abc", (*tower, tower[1]), strict=True)):
+    for seed, (name, front) in enumerate(zip("ab", tower, strict=True)):
         adapter(*(front + part for part in PARTS), seed=seed).save(name)
-    merge_files(["a", "b", "c"], "OUT", SUM, rename=rename)
+    merge_files(["a", "b"], "OUT", SUM, rename=rename)
     whole = gather(Path("OUT"), read_record("OUT"))
     shutil.rmtree(gone)
     kept = {name: sums for name, sums in whole.kept.items() if name != gone}
