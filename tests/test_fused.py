@@ -95,6 +95,12 @@ UNKNOWN = {
     "Qwen3-Next's other": ("linear_attn.in_proj_ba", "linear_attn.in_proj_b"),
     "keys and values": ("attn.to_kv", "attn.to_k"),
     "without a parent": ("qkv", "q"),
+    "Megatron's": ("self_attention.linear_qkv", "self_attention.linear_q"),
+    "DiT's": ("attn.attn_qkv", "attn.attn_v"),
+    "vision towers'": ("attn.qkv_linear", "attn.q_proj"),
+    "vision towers' keys and values": ("attn.kv", "attn.k"),
+    "diffusers' second stream": ("attn.to_added_qkv", "attn.add_q_proj"),
+    "gate and up": ("mlp.gate_and_up_proj", "mlp.up_proj"),
 }
 
 

@@ -35,7 +35,7 @@ def test_normalised_weights_sum_to_one_over_the_holders_of_each_module() -> None
         ([1], "1 weights for 2 adapters"),
         ([1, 2, 3], "3 weights for 2 adapters"),
         ({"c": 1}, "no adapter of that name. Adapters: a, b"),
-        ({"b": {"n": 1}}, "'b' has no such module"),
+        ({"b": {"n": 1}}, "'b' has no such module. Its modules, as they are called in the merge: m$"),
         ({"b": {"o": 1}}, "'b' has no such module"),
         ([1, float("nan")], "finite"),
         ({"a": {"m": float("inf")}}, "finite"),

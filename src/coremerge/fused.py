@@ -24,18 +24,24 @@ CONCATENATED = {
 }
 """Fused layer → its parts in their order, and the two of one size (Phi-3 and 4, GLM-4, Qwen3.5 in transformers)."""
 
-_FORMS = ("{}_proj", "{}", "to_{}", "w{}", "{}_lin", "in_proj_{}", "linear_{}")
+_FORMS = ("{}_proj", "{}", "to_{}", "w{}", "W{}", "{}_lin", "{}_linear", "in_proj_{}", "linear_{}", "attn_{}")
 _KEYS_AND_VALUES = frozenset(
     (*(form.format(letter) for form in _FORMS for letter in "kv"), "key", "value", "key_proj", "value_proj")
 )
 _ATTENTION = _KEYS_AND_VALUES | {*(form.format("q") for form in _FORMS), "query", "query_proj"}
-_QKV = ("qkv_proj", "qkv", "Wqkv", "wqkv", "W_pack", "c_attn", "query_key_value", "to_qkv", "qkv_lin", "in_proj_qkv")
+_QKV = (
+    "qkv_proj", "qkv", "Wqkv", "wqkv", "W_pack", "c_attn", "query_key_value", "to_qkv", "qkv_lin", "qkv_linear",
+    "in_proj_qkv", "linear_qkv", "attn_qkv", "fused_qkv", "att_proj",
+)  # fmt: skip
+_ADDED = frozenset(f"add_{letter}_proj" for letter in "qkv")
+_GATED = frozenset(("gate_proj", "up_proj", "w1", "w3"))
 PARTS: dict[str, frozenset[str]] = {
     **dict.fromkeys(_QKV, _ATTENTION),
-    **dict.fromkeys(("kv_proj", "to_kv", "wkv"), _KEYS_AND_VALUES),
+    **dict.fromkeys(("kv_proj", "kv", "to_kv", "wkv", "Wkv", "linear_kv"), _KEYS_AND_VALUES),
+    **dict.fromkeys(("add_qkv_proj", "to_added_qkv"), _ADDED),
     "in_proj_qkvz": frozenset(("in_proj_qkv", "in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z")),
     "in_proj_ba": frozenset(("in_proj_b", "in_proj_a")),
-    **dict.fromkeys(("gate_up_proj", "w13"), frozenset(("gate_proj", "up_proj", "w1", "w3"))),
+    **dict.fromkeys(("gate_up_proj", "gate_and_up_proj", "fused_gate_up_proj", "w13"), _GATED),
 }
 """Fused layer → what its parts may be called beside it."""
 

@@ -53,7 +53,8 @@ def _reweighted(adapter: Adapter, name: str, fine: Mapping[str, Sequence[float]]
         rank = adapter.modules[module].rank if module in adapter.modules else None
         if rank != len(values):
             what = "no such module" if rank is None else f"rank {rank} there, and {len(values)} weights are given"
-            raise ConfigError(f"adapter {name!r} has {what}", key=f"weights.{name}", value=module)
+            remedy = _called(list(adapter.modules)) if rank is None else None
+            raise ConfigError(f"adapter {name!r} has {what}", key=f"weights.{name}", value=module, remedy=remedy)
         if not all(map(math.isfinite, values)):
             raise ConfigError("a weight must be finite", key=f"weights.{name}", value=module)
 
@@ -79,6 +80,11 @@ def _reweighted(adapter: Adapter, name: str, fine: Mapping[str, Sequence[float]]
     )
 
 
+def _called(modules: Sequence[str]) -> str:
+    more = ", ..." if len(modules) > 3 else ""
+    return f"Its modules, as they are called in the merge: {', '.join(modules[:3])}{more}"
+
+
 def weight_table(
     weights: Coarse | None, holders: Mapping[str, Iterable[str]], adapters: Iterable[str], normalize: bool = False
 ) -> Table:
@@ -98,7 +104,10 @@ def weight_table(
     for name, value in given.items():
         for module in value if isinstance(value, Mapping) else ():
             if name not in holders.get(module, ()):
-                raise ConfigError(f"adapter {name!r} has no such module", key=f"weights.{name}", value=module)
+                own = [known for known, having in holders.items() if name in having]
+                raise ConfigError(
+                    f"adapter {name!r} has no such module", key=f"weights.{name}", value=module, remedy=_called(own)
+                )
     table: Table = {name: {} for name in names}
     for module, having in holders.items():
         for name in having:

@@ -21,7 +21,7 @@ _WHOLE = ("module", "_module")
 
 _HOLDERS = (
     "model", "pretrained_model", "peft_model", "lora_model", "wrapped_model", "net", "network", "policy", "actor",
-    "student", "unet",
+    "student", "policy_model", "actor_model", "lit_model", "unet",
 )  # fmt: skip
 """What Lightning modules, TRL's value heads, trainers and pipelines call the whole model that PEFT wrapped."""
 
@@ -94,8 +94,9 @@ class Names:
         if at is None:
             return [], steps
         before, path = steps[:at], steps[at + 2 :]
-        while before and before[0] in (*_WHOLE, "base_model"):
-            said.append(f"without {before.pop(0)}")
+        whole = [step for step in before if step in (*_WHOLE, "base_model")]
+        said += [f"without {step}" for step in whole]
+        before = [step for step in before if step not in whole]
         if len(before) == 1 and before[0] in _HOLDERS:
             said.append(f"without {before.pop()} before the prefix {PREFIX}")
         self.moved |= bool(before)
