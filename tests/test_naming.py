@@ -264,3 +264,16 @@ def test_a_report_knows_a_fused_layer_when_who_had_it_is_gone(tmp_path: Path, mo
     shutil.rmtree("fused")
     assert gather(Path("OUT"), read_record("OUT")).kept == {"split": whole.kept["split"]}
     assert whole.kept["split"]
+
+
+@pytest.mark.parametrize(
+    "extra", ["embed_tokens.weight", "embed_tokens.token_adapter.trainable_tokens_delta", "norm.weight"]
+)
+def test_the_remedy_names_whole_tensors_too(extra: str) -> None:
+    inner = adapter(*PARTS, extras={extra: torch.ones(2), "classifier.weight": torch.ones(1)})
+    whole = adapter(*(f"model.{part}" for part in PARTS), name="b")
+    options = unsettled({"a": inner, "b": whole})
+    assert options is not None
+    found = renamed({"a": inner, "b": whole}, dict(pair.split("=") for pair in options.split() if "=" in pair))
+    assert found["a"].keys() == whole.keys()
+    assert set(found["a"].extras) == {f"model.{extra}", "classifier.weight"}

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from coremerge.adapter import Adapter, Lazy
 from coremerge.errors import ConfigError, MismatchError
+from coremerge.extras import OUTPUTS
 from coremerge.fused import joined
 
 _TOWERS = (
@@ -28,6 +29,9 @@ _TODAY = (
     (rf"model\.(?!(?:{_TOWERS})\.)", "model.language_model."),
 )
 """What the parts of a model with several towers were called, and what transformers 5 calls them."""
+
+_HEADS = frozenset((*OUTPUTS, "classifier", "score", "qa_outputs"))
+"""What stands beside the part of a model that all of its kind share, not in it."""
 
 
 def agreed(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
@@ -234,4 +238,5 @@ def _as_options(mine: str, theirs: str, first: Adapter, other: Adapter) -> list[
     if old:
         return [(old, new)]
     tops = {name.partition(".")[0] for name in adapter if name not in first or name not in other}
-    return [(top, f"{new}.{top}") for top in sorted(tops)]
+    whole = {name.partition(".")[0] for name in adapter.extras if name not in first.extras or name not in other.extras}
+    return [(top, f"{new}.{top}") for top in sorted(tops | (whole - _HEADS))]
