@@ -54,6 +54,17 @@ def test_from_a_repository_it_is_the_repository(monkeypatch: pytest.MonkeyPatch)
     assert installing.install("s3") == "pip install 'coremerge[s3] @ git+https://host/coremerge'"
 
 
+def test_the_revision_and_the_folder_are_those_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    vcs = {"vcs": "git", "commit_id": "a", "requested_revision": "v1"}
+    installed(monkeypatch, origin("ssh://git@host/x.git", vcs_info=vcs, subdirectory="py"))
+    assert installing.install("s3") == "pip install 'coremerge[s3] @ git+ssh://git@host/x.git@v1#subdirectory=py'"
+
+
+def test_from_an_archive_it_is_the_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, origin("https://host/coremerge-0.1.tar.gz", archive_info={}))
+    assert installing.install("http") == "pip install 'coremerge[http] @ https://host/coremerge-0.1.tar.gz'"
+
+
 @pytest.mark.parametrize("said", ["not json", "[]", origin("file:///gone/clone"), PackageNotFoundError()])
 def test_where_nobody_knows_it_is_said_how_in_a_clone(monkeypatch: pytest.MonkeyPatch, said: Any) -> None:
     installed(monkeypatch, said)

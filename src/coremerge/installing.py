@@ -22,7 +22,11 @@ def install(extra: str) -> str:
     url, info = str(origin.get("url", "")), origin.get("dir_info", {})
     place = Path(unquote(urlsplit(url).path))
     if "vcs_info" in origin:
-        return f"pip install '{NAME}[{extra}] @ {origin['vcs_info'].get('vcs', 'git')}+{url}'"
+        vcs, revision = (origin["vcs_info"].get(key) for key in ("vcs", "requested_revision"))
+        url = f"{vcs or 'git'}+{url}" + (f"@{revision}" if revision else "")
+    if "vcs_info" in origin or url.startswith(("http:", "https:")):  # a repository, or an archive
+        inside = f"#subdirectory={origin['subdirectory']}" if origin.get("subdirectory") else ""
+        return f"pip install '{NAME}[{extra}] @ {url}{inside}'"
     if url.startswith("file:") and place.exists():
         return f"pip install {'-e ' if info.get('editable') else ''}'{place}[{extra}]'"
     return f"pip install '.[{extra}]' in the clone that it was installed from"
