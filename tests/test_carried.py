@@ -287,3 +287,17 @@ def test_a_head_that_the_config_lists_and_the_file_lacks_is_said(
     assert [text.partition(" lists ")[2].partition(", and the file")[0] for text in said] == ([lost] if lost else [])
     warned = prepare(["c"]).plan.warnings
     assert [f"c: {text}" for text in said] == [text for text in warned if "modules_to_save" in text]
+
+
+def test_what_folders_inside_hold_is_said(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a")
+    make_adapter(folder / "checkpoint-1")
+    for name in ("2_Dense/model.safetensors", "additional_chat_templates/rag.jinja", "runs/events", ".git/x.bin"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_bytes(b"x")
+    (folder / "global_step1").mkdir()
+    (folder / "global_step1" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert [note for note in load(folder).info.notes if "/" in note] == [
+        "2_Dense/ beside it (model.safetensors): left unread",
+        "additional_chat_templates/ beside it (rag.jinja): left unread",
+    ]

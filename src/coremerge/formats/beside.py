@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from coremerge.carried import kind_of
-from coremerge.formats.config import LFS_MARK
+from coremerge.formats.config import CONFIG_NAME, LFS_MARK
 from coremerge.formats.foreign import holds_factors
 from coremerge.formats.safetensors_layout import writing
 from coremerge.hashing import Stamp, changed, stamp_of, unreadable
@@ -48,6 +48,27 @@ def _why_left(name: str, names: Collection[str], read: Collection[str]) -> str |
     if "config.json" in names and any(fnmatch(name, pattern) for pattern in _MODEL):
         return "weights of a whole model; left unread"
     return None
+
+
+def below(folder: Path) -> list[str]:
+    """What is said of weights and templates in folders of ``folder``: they are not carried over.
+
+    Folders that hold adapters of their own (checkpoints) are not spoken of.
+    """
+    said = []
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        for path in (path for path in inner if not (path / CONFIG_NAME).exists()):
+            held = sorted(file.name for file in path.iterdir() if file.suffix == ".jinja" or _is_weights(file))
+            more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+            said += [f"{path.name}/ beside it ({', '.join(held[:3])}{more}): left unread"] if held else []
+    except OSError:  # a folder that may not be listed
+        pass
+    return said
+
+
+def _is_weights(file: Path) -> bool:
+    return kind_of(file.name) == "weights" and file.is_file()
 
 
 def usable(files: Mapping[str, Path]) -> tuple[dict[str, Path], list[str], list[str]]:

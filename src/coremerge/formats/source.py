@@ -12,7 +12,7 @@ from typing import Any
 
 from coremerge.carried import TEMPLATE, TOKENIZER, kind_of
 from coremerge.errors import SourceError
-from coremerge.formats.beside import KNOWN, LARGEST, usable, wanted
+from coremerge.formats.beside import KNOWN, LARGEST, below, usable, wanted
 from coremerge.formats.config import CONFIG_NAME
 from coremerge.formats.foreign import PICKLES, no_config, no_weights, refuse_other
 from coremerge.formats.sharded import INDEX, Folder, Here, is_part, whole
@@ -171,7 +171,7 @@ def _located(folder: Path, name: str, source: str, label: str, allow_pickle: boo
     weights = tuple(folder / one for one in names)
     location = Location(source, label, folder / CONFIG_NAME, weights, index)
     kept, notes = wanted(_names_in(folder), names)
-    return _with_others(location, {one: folder / one for one in kept}, notes)
+    return _with_others(location, {one: folder / one for one in kept}, [*notes, *below(folder)])
 
 
 def _with_others(location: Location, others: Mapping[str, Path], notes: Iterable[str] = ()) -> Location:
