@@ -183,6 +183,19 @@ def test_a_flat_spectrum_cut_short_is_warned_of() -> None:
     assert not warned(method="sum", rank=4)
 
 
+def test_a_cut_of_what_no_step_made_flat_is_not_blamed_on_a_flat_spectrum() -> None:
+    default = {"method": "tsv", "steps": None, "rank": 1}
+    alone, summed = run(named(PAIR[:1]), **default).report, run(named(PAIR), method="sum", rank=1).report
+    assert alone.alone == 1
+    for report in (alone, summed):
+        (said,) = report.warnings
+        assert said.startswith("the cut to rank 1 loses") and said.endswith("; give a higher --rank")
+    named_step = run(named(PAIR[:1]), method="sum", steps=["isotropize"], rank=1).report
+    assert named_step.warnings[-1].endswith(
+        "a flat spectrum does not truncate well; give a higher --rank, or leave out isotropize"
+    )
+
+
 @pytest.mark.parametrize("space", ["core", "core:basis=balanced", "knots"])
 @pytest.mark.parametrize("method", ["sum", "ties", "dare", "tsv", "cart"])
 def test_no_result_has_a_higher_rank_than_all_inputs_together(space: str, method: str) -> None:

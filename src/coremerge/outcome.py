@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coremerge.errors import ConfigError
 from coremerge.plan import Plan
+from coremerge.recipe import Resolved
 from coremerge.zeros import CANCELLED, found_zeros, heaviest
 
 FLAT = 0.1
@@ -120,12 +121,25 @@ def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, sec
             f"{plan.resolved.method} keeps less than {FEW:.0%} of the energy of some adapters ({shares}); --method tsv"
             " --step isotropize keeps all directions, --method tsv all of their strengths, too"
         )
-    if lost > FLAT:
-        warnings.append(
-            f"the cut to rank {rank} loses {lost:.0%} of the merged update's energy: a flat spectrum does not"
-            " truncate well; give a higher --rank, or a method without isotropize"
+    report = Report(scale, rank, lost, seconds, dict(modules), tuple(warnings))
+    return replace(report, warnings=(*warnings, *_cut_short(plan, report)))
+
+
+def _cut_short(plan: Plan, report: Report) -> Iterator[str]:
+    if report.lost > FLAT:
+        flat = [step for step in _acting(plan, report).steps if step.entry.flattens]
+        yield (
+            f"the cut to rank {report.rank} loses {report.lost:.0%} of the merged update's energy"
+            + (": a flat spectrum does not truncate well" if flat else "")
+            + "; give a higher --rank"
+            + (f", or leave out {flat[0].entry.name}" if flat else "")
         )
-    return Report(scale, rank, lost, seconds, dict(modules), tuple(warnings))
+
+
+def _acting(plan: Plan, report: Report) -> Resolved:
+    """What was applied: less than the recipe where there was one update to merge everywhere."""
+    everywhere = report.alone == len(report.modules)
+    return (everywhere and plan.resolved.alone) or plan.resolved
 
 
 def _few(kept: Mapping[str, float]) -> dict[str, float]:

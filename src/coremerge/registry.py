@@ -38,6 +38,7 @@ class Entry(Generic[P]):
             default cores are as large as the updates.
         neutral: of a method: parameters with which it gives a single adapter back as it is, where its own defaults do
             not. They are taken where there is one update to merge, unless a person names one of them.
+        flattens: of a step: its result is flat, all directions equally strong, and loses much when it is cut.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Entry(Generic[P]):
     cuts: Callable[[Values], Iterable[str]] | None = None
     shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None
     neutral: Values = field(default_factory=dict)
+    flattens: bool = False
 
     @property
     def help(self) -> str:
@@ -193,6 +195,7 @@ class Registry(Generic[P]):
         cuts: Callable[[Values], Iterable[str]] | None = None,
         shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None,
         neutral: Values | None = None,
+        flattens: bool = False,
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -203,7 +206,7 @@ class Registry(Generic[P]):
         def add(factory: Callable[..., P]) -> Callable[..., P]:
             if name in self.entries:
                 raise ConfigError(f"there is a {self.kind} {name!r} already", remedy="Give this one another name")
-            declared = dense, spreads, keeps, cuts, shape, dict(neutral or {})
+            declared = dense, spreads, keeps, cuts, shape, dict(neutral or {}), flattens
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory
 

@@ -12,6 +12,7 @@ from coremerge.steps import STEPS, After, Step
     source="Iso-C, arXiv 2502.04959",
     dense=lambda values: not values["span"],
     spreads=lambda values: not values["span"],
+    flattens=True,
 )
 def isotropize(span: bool = True) -> Step:
     """After merging: every singular value becomes their mean, X = P S Qᵀ → mean(S) · P Qᵀ.
