@@ -20,6 +20,12 @@ WIDE = 5
 """With more adapters than this, their ranks share a column."""
 
 
+def adapters_line(plan: Plan) -> str:
+    """How many, and which."""
+    count = len(plan.adapters)
+    return f"{count} adapter{'s' if count > 1 else ''}: {', '.join(plan.adapters)}"
+
+
 def adapters_table(adapters: Mapping[str, Adapter], weights: Mapping[str, Mapping[str, float]] | None = None) -> str:
     """One row an adapter."""
     shown = weights if weights and any(w != 1 for table_ in weights.values() for w in table_.values()) else None

@@ -225,10 +225,12 @@ def _show(merged: Merged, as_json: bool, quiet: bool) -> None:
 
 
 def _facts(merged: Merged) -> Iterator[tuple[str, object]]:
+    from coremerge.cli._describe import adapters_line
+
     report = cast("FitReport", merged.report)
     fits = report.fits.values()
     checked = [fit for fit in fits if fit.checked] if len(merged.plan.adapters) > 1 else []
-    yield "merged", f"{len(merged.plan.adapters)} adapters: {', '.join(merged.plan.adapters)}"
+    yield "merged", adapters_line(merged.plan)
     yield "method", report.made
     if checked:
         before, after = (sum(x) / len(checked) for x in zip(*((f.prior, f.fitted) for f in checked), strict=True))

@@ -309,13 +309,13 @@ def _lost(report: Report) -> str:
 
 
 def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
-    from coremerge.cli._describe import cut_facts, recipe_line
+    from coremerge.cli._describe import adapters_line, cut_facts, recipe_line
     from coremerge.pipeline import dtype_name
     from coremerge.report.cuts import taken_as_it_is
 
     plan, report, saved = merged.plan, merged.report, merged.saved
     everywhere = sum(len(planned.ranks) == len(plan.adapters) for planned in plan.modules.values())
-    yield "merged", f"{len(plan.adapters)} adapters: {', '.join(plan.adapters)}"
+    yield "merged", adapters_line(plan)
     yield "modules", f"{len(plan.modules)}, of which {everywhere} in every adapter"
     yield "method", recipe_line(plan.recipe)
     yield "scale", f"{number(report.scale)}{' (auto)' if plan.recipe.scale == 'auto' else ''}"
