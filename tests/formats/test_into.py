@@ -480,6 +480,17 @@ class TestRefusals:
         made = adapter({"model.b": Module((3, 7), 1, "embedding")})
         self.refused(MismatchError, r"is \[5, 2\], .* an embedding's, \[7, 3\]", base, made, tmp_path)
 
+    def test_a_part_of_the_rows_may_be_a_shard(self, tmp_path):
+        base = plain_base(tmp_path / "base", {"a.weight": torch.zeros(6, 2), "b.weight": torch.tensor(1.0)})
+        for rows, said in (
+            (3, "in shards .*gather them first"),
+            (2, "in shards"),
+            (4, "trained on$"),
+            (12, "trained on$"),
+        ):
+            self.refused(MismatchError, said, base, adapter({"a": Module((rows, 2), 1)}), tmp_path)
+        self.refused(MismatchError, "trained on$", base, adapter({"b": Module((3, 2), 1)}), tmp_path)
+
     def test_names_that_match_in_two_ways(self, tmp_path):
         tensors = {"x.a.weight": torch.zeros(3, 2), "y.a.weight": torch.zeros(3, 2)}
         base = plain_base(tmp_path / "base", tensors)

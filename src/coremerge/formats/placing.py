@@ -305,11 +305,14 @@ class Placement:
         )  # fmt: skip
 
     def _unlike(self, key: str, module: Module) -> MismatchError:
+        shape, rows = self.entries[key].shape, module.shape[0]
+        part = shape[1:] == module.shape[1:] and 0 < rows < shape[0] and shape[0] % rows == 0
         return MismatchError(
-            f"the base's weight is {list(self.entries[key].shape)}, and the update is {_described(module)}",
+            f"the base's weight is {list(shape)}, and the update is {_described(module)}",
             file=self.base.source,
             key=key,
-            remedy="Give the base model that the adapter was trained on",
+            remedy="Give the base model that the adapter was trained on"
+            + ("; or the adapter was saved in shards (ZeRO-3 or FSDP): gather them first" if part else ""),
         )
 
     def _place_bias(self, name: str) -> None:
