@@ -60,7 +60,7 @@ def renamed(adapters: Mapping[str, Adapter], rename: Mapping[str, str]) -> dict[
         if not any(pattern.search(name) for pattern in _patterns(old) for name in names):
             raise ConfigError(
                 "no module's name begins with it, or has it inside", key="rename", value=old,
-                remedy=f"Names: {', '.join(sorted(names)[:3])}, ...",
+                remedy=f"Names: {', '.join(sorted({*names})[:3])}, ...",
             )  # fmt: skip
     move = _mover(moves, names)
     try:
