@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from coremerge.adapter import Info, Lazy
 from coremerge.errors import TensorError, UnsupportedError
-from coremerge.extras import end_of
+from coremerge.extras import OUTPUTS, end_of
 from coremerge.formats.config import Config
 from coremerge.formats.names import PREFIX, Names
 from coremerge.formats.nested import settle
@@ -183,8 +184,17 @@ class _Sorter:
 
     def _add_tokens(self, key: str, name: str) -> None:
         module = name[: name.index(_TOKENS)]
+        if end_of(f"{module}.weight") in OUTPUTS and self._is_tied_copy(key):
+            return
         self._put(self.keys.extras, module + _TOKENS, key)
         self.keys.token_indices[module] = self._token_ids(module, key)
+
+    def _is_tied_copy(self, key: str) -> bool:
+        """Whether these are the rows of an input once more: PEFT lists only that one's ids, and keeps both the same."""
+        given = self.config.raw.get("trainable_token_indices")
+        listed = [f".{target}{_TOKENS}" for target in given] if isinstance(given, dict) else []
+        of = [other for other in self.file.entries for end in listed if end in f".{other}" and other != key]
+        return len(listed) == 1 and any(torch.equal(self.file.read(other), self.file.read(key)) for other in of)
 
     def _token_ids(self, module: str, key: str) -> tuple[int, ...]:
         given = self.config.raw.get("trainable_token_indices")

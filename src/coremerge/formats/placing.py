@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter, Module
 from coremerge.errors import MismatchError, UnsupportedError
-from coremerge.extras import TOKEN_ROWS, token_ids
+from coremerge.extras import TOKEN_ROWS, end_of, token_ids
 from coremerge.formats.base_weights import BaseModel
 from coremerge.formats.checkpoint import shorten
 from coremerge.formats.conv1d import Layouts
@@ -370,8 +370,9 @@ class Placement:
         ids = token_ids(self.adapter, name)
         shape = self.entries[key].shape if key else ()
         if key and self._is_end(key) and shape[1:] == tuple(tensor.shape[1:]) and max(ids, default=0) >= shape[0]:
-            what = "some of its new tokens' rows are in the adapter, but not the whole table"
-            raise other_vocabulary(self.base.source, key, shape[0], max(ids) + 1, what)
+            what = "some of its new tokens' rows are read from the adapter, but not the whole table"
+            sizes = [len(self.adapter.extras[one]) for one in self.adapter.extras if end_of(one)]
+            raise other_vocabulary(self.base.source, key, shape[0], max(max(ids) + 1, *sizes, 0), what)
         if key is None or shape[1:] != tuple(tensor.shape[1:]) or not all(0 <= i < shape[0] for i in ids):
             raise MismatchError(
                 f"rows for tokens up to {max(ids, default=0)}, each {list(tensor.shape[1:])}, and the base's table is"
