@@ -12,7 +12,8 @@ from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, MismatchError
 
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
-INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "tokens_embed")
+INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "tokens_embed",
+          "embeddings", "word_embedding")  # fmt: skip
 """What models call the table of their input embedding."""
 OUTPUTS = ("lm_head", "embed_out", "output", "proj_out", "output_projection", "vocab_projector", "lm_loss",
            "generator_lm_head", "cls.predictions.decoder", "lm_head.decoder", "lm_head.out_proj")  # fmt: skip

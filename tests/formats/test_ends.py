@@ -8,10 +8,11 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import coremerge
 from coremerge.formats.into import save_into
+from test_naming import llava, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 
@@ -57,7 +58,7 @@ def built(name, **more):
     return kind(config).eval()
 
 
-def trained(model, folder, **settings):
+def trained(model, folder, save=False, **settings):
     """A PEFT model with random values, and its folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,7 +68,7 @@ def trained(model, folder, **settings):
             for name, parameter in made.named_parameters():
                 if parameter.requires_grad or "trainable_tokens_delta" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        made.save_pretrained(folder, save_embedding_layers=False)
+        made.save_pretrained(folder, save_embedding_layers=save)
     return made.eval()
 
 
@@ -142,6 +143,52 @@ class TestFamilies:
             torch.testing.assert_close(logits(loaded, name), logits(model, name), rtol=1e-4, atol=1e-5)
 
 
+def pair():
+    """An encoder and a decoder put together."""
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.BertConfig(**SMALL), transformers.GPT2Config(**SMALL, **IDS, add_cross_attention=True)
+    )
+    return transformers.EncoderDecoderModel(config)
+
+
+def small(name, **more):
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**SMALL, pad_token_id=0, **more))
+
+
+NAMELESS = {
+    "a pair": (pair, "wte", BOTH),
+    "ALBERT": (lambda: small("AlbertForMaskedLM", embedding_size=16), "word_embeddings", {"input_ids": TOKENS}),
+    "ELECTRA": (lambda: small("ElectraForMaskedLM", embedding_size=16), "word_embeddings", {"input_ids": TOKENS}),
+    "ModernBERT": (
+        lambda: small("ModernBertForMaskedLM", cls_token_id=1, sep_token_id=2), "tok_embeddings",
+        {"input_ids": TOKENS},
+    ),
+    "Mamba": (lambda: small("MambaForCausalLM", state_size=4, time_step_rank=2), "embeddings", {"input_ids": TOKENS}),
+    "XLM": (
+        lambda: small("XLMWithLMHeadModel", emb_dim=16, n_layers=1, n_heads=2), "embeddings", {"input_ids": TOKENS},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", ["lora", "save"])
+@pytest.mark.parametrize("family", NAMELESS)
+def test_an_output_that_no_file_names_is_found_without_transformers(tmp_path, monkeypatch, family, settings):
+    """By its bias, by what is beside it, or inside of the decoder."""
+    make, at, inputs = NAMELESS[family]
+    base = seeded(make)
+    base.save_pretrained(tmp_path / "base")
+    other = next(name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear))
+    given = {"lora": {"target_modules": [at]}, "save": {"target_modules": [other], "modules_to_save": [at]}}
+    made = trained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "A", **given[settings])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        save_into(tmp_path / "base", coremerge.load(tmp_path / "A"), tmp_path / "out")
+    loaded = type(base).from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, made(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
 class TestOthers:
     def test_a_file_without_the_prefix(self, tmp_path):
         built("GPT2LMHeadModel").transformer.save_pretrained(tmp_path / "base")
@@ -165,6 +212,35 @@ class TestOthers:
         same_as_peft(tmp_path, name, ensure_weight_tying=True, **settings)
         config = json.loads((tmp_path / "out/config.json").read_text())
         assert config["tie_word_embeddings"] is (kind != "lora")
+
+    @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BartForConditionalGeneration"])
+    def test_token_rows_that_peft_saved_for_both_ends(self, tmp_path, name):
+        _, at, _, other, _ = FAMILIES[name]
+        built(name).save_pretrained(tmp_path / "base")
+        rows = {"target_modules": [other], "trainable_token_indices": {at: [5, 3]}}
+        made = trained(built(name), tmp_path / "A", save=True, **rows)
+        assert any("lm_head.token_adapter" in key for key in load_file(tmp_path / "A/adapter_model.safetensors"))
+        save_into(tmp_path / "base", coremerge.load(tmp_path / "A"), tmp_path / "out")
+        loaded = getattr(transformers, name).from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(logits(loaded, name), logits(made, name), rtol=1e-4, atol=1e-5)
+
+    def test_a_copy_of_the_output_under_an_older_name(self, tmp_path, monkeypatch):
+        model = seeded(llava)
+        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+        kind, config = type(model), model.config
+        kind(config).save_pretrained(tmp_path / "base")
+        file = tmp_path / "base/model.safetensors"
+        tensors = load_file(file)
+        tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+        made = trained(kind.from_pretrained(tmp_path / "base"), tmp_path / "A", target_modules=["lm_head"])
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "transformers", None)
+            save_into(tmp_path / "base", coremerge.load(tmp_path / "A"), tmp_path / "out")
+        loaded = kind.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(
+            logits(loaded, "LlamaForCausalLM"), logits(made, "LlamaForCausalLM"), rtol=1e-4, atol=1e-5
+        )
 
     @pytest.mark.parametrize("known", [True, False])
     @pytest.mark.parametrize("kind", ["alone", "lora", "save"])

@@ -15,6 +15,8 @@ import coremerge
 from coremerge.errors import MismatchError
 from coremerge.formats.into import save_into
 from coremerge.formats.vocabulary import with_vocabulary
+from test_naming import FAMILIES as NAMED
+from test_naming import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 LLAMA = "LlamaForCausalLM"
@@ -92,6 +94,22 @@ class TestWhatGoesWithTheTables:
         torch.testing.assert_close(logits(loaded, name), logits(made, name), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Gemma 3", "LLaVA", "Mistral 3"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_tables_of_a_language_model_inside_of_another(tmp_path, family, tie):
+    """Whose old files call its output ``language_model.lm_head``."""
+    model = seeded(NAMED[family])
+    kind, model.config.tie_word_embeddings, model.config.text_config.tie_word_embeddings = type(model), tie, tie
+    kind(model.config).save_pretrained(tmp_path / "base")
+    model = kind.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(43, mean_resizing=False)
+    made = trained(model, tmp_path / "A", target_modules=["q_proj"])
+    save_into(tmp_path / "base", coremerge.load(tmp_path / "A"), tmp_path / "out")
+    loaded = kind.from_pretrained(tmp_path / "out").eval()
+    assert loaded.config.text_config.vocab_size == 43
+    torch.testing.assert_close(logits(loaded, LLAMA), logits(made, LLAMA), rtol=1e-4, atol=1e-5)
+
+
 class TestRefusals:
     def refused(self, tmp_path, match, model, **settings):
         built(LLAMA, tie_word_embeddings=False).save_pretrained(tmp_path / "base")
@@ -115,6 +133,15 @@ class TestRefusals:
         match = "vocabulary has 40 tokens and the adapter's 43, and some of its new tokens' rows"
         rows = {"trainable_token_indices": {"embed_tokens": [40, 42]}}
         self.refused(tmp_path, match, resized(LLAMA, 43, tie_word_embeddings=False), target_modules=["q_proj"], **rows)
+
+    @pytest.mark.parametrize("tie", [True, False])
+    def test_rows_of_new_tokens_as_peft_saves_them_unasked(self, tmp_path, tie):
+        built(LLAMA, tie_word_embeddings=tie).save_pretrained(tmp_path / "base")
+        rows = {"trainable_token_indices": {"embed_tokens": [5, 40]}}  # and the table has 43
+        trained(resized(LLAMA, 43, tie_word_embeddings=tie), tmp_path / "A", target_modules=["q_proj"], **rows)
+        size = 41 if tie else 43  # tied, no table is read that tells
+        with pytest.raises(MismatchError, match=f"the adapter's {size}, and some of its new tokens' rows are read"):
+            save_into(tmp_path / "base", coremerge.load(tmp_path / "A"), tmp_path / "out")
 
 
 def test_the_other_tensors_are_the_bases(tmp_path):

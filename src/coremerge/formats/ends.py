@@ -14,9 +14,15 @@ from coremerge.extras import INPUTS, OUTPUTS, TOKEN_ROWS, end_of, in_no_layer
 from coremerge.formats.safetensors_file import Entry
 from coremerge.formats.skeleton import Skeleton, skeleton
 
-_OUTPUT_OF = {"whisper": "proj_out", "gpt_neox_japanese": "embed_out", "biogpt": "output_projection"}
+_OUTPUT_OF = {
+    **dict.fromkeys(("whisper", "moonshine", "moonshine_streaming", "canary", "cohere_asr"), "proj_out"),
+    **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
+    "gpt_neox_japanese": "embed_out",
+    "modernbert-decoder": "decoder",
+}
 _OUTPUT_BESIDE = {
     "cls.predictions.bias": "cls.predictions.decoder",
+    "predictions.bias": "predictions.decoder",
     "lm_head.layer_norm.weight": "lm_head.decoder",
     "vocab_transform.weight": "vocab_projector",
 }
@@ -108,16 +114,28 @@ def stored(name: str, entries: Mapping[str, Entry], others: Container[str]) -> s
         return name
     tail = ".".join(name.split(".")[-2:])
     found = [key for key in entries if f".{key}".endswith(f".{tail}") and key not in others]
-    return found[0] if len(found) == 1 and name != tail else None
+    if name == tail:
+        found = [key for key in found if _is_beside_input(key, tail, entries)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_beside_input(key: str, output: str, entries: Iterable[str]) -> bool:
+    """Whether ``key`` is the ``output`` of the tower that has an input: in old files, ``language_model.lm_head``."""
+    tower = key.removesuffix(output)
+    return end_of(output) in OUTPUTS and any(other.startswith(tower) and _ends(other, INPUTS) for other in entries)
 
 
 def _by_names(names: Iterable[str], entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Ends:
+    if str(config.get("model_type")).endswith("encoder-decoder") and isinstance(config.get("decoder"), dict):
+        return _of_decoder(names, entries, config["decoder"])
     tables = [key for key in entries if _ends(key, INPUTS)]
-    outputs = [key for key in dict.fromkeys((*entries, *names)) if _ends(key, OUTPUTS)]
+    outputs = [key for key in entries if _ends(key, OUTPUTS)]
+    known = {end_of(key) for key in outputs}
+    outputs += [name for name in names if _ends(name, OUTPUTS) and name not in entries and end_of(name) not in known]
     tied = _says_tied(config, entries)
     if not tied or not tables:
         return Ends((), {}, next(iter(tables), None), frozenset(outputs), tied=tied)
-    outputs = outputs or [_usual_output(entries, config)]
+    outputs = outputs or [_usual_output(entries, config, entries[tables[0]].shape[:1])]
     alike = [key for key in tables if entries[key].shape == entries[tables[0]].shape]
     groups = [(*dict.fromkeys((*alike, *_towers(alike))), *outputs), *_biases(outputs, entries)]
     copies = {key: group[0] for group in groups for key in group if key not in entries}
@@ -125,9 +143,26 @@ def _by_names(names: Iterable[str], entries: Mapping[str, Entry], config: Mappin
     return Ends(tuple(groups), copies, tables[0], frozenset(outputs), tied=tied, flagged=flagged)
 
 
-def _usual_output(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> str:
-    by_type = _OUTPUT_OF.get(str(config.get("model_type")), "lm_head")
-    return next((name for key, name in _OUTPUT_BESIDE.items() if key in entries), by_type) + ".weight"
+def _of_decoder(names: Iterable[str], entries: Mapping[str, Entry], config: Mapping[str, Any]) -> Ends:
+    """Of a pair that was put together from two models: its decoder's, for the encoder has no output."""
+    mark = "decoder."
+    inner = {key.removeprefix(mark): entry for key, entry in entries.items() if key.startswith(mark)}
+    ends = _by_names([name.removeprefix(mark) for name in names if name.startswith(mark)], inner, config)
+    return replace(
+        ends,
+        groups=tuple(tuple(mark + key for key in group) for group in ends.groups),
+        copies={mark + key: mark + source for key, source in ends.copies.items()},
+        input=ends.input and mark + ends.input,
+        outputs=frozenset(mark + key for key in ends.outputs),
+    )
+
+
+def _usual_output(entries: Mapping[str, Entry], config: Mapping[str, Any], vocabulary: tuple[int, ...]) -> str:
+    """By what is beside it, its own bias (files keep that of a tied layer), the model type; else ``lm_head``."""
+    beside = next((name for key, name in _OUTPUT_BESIDE.items() if key in entries), None)
+    layers = (key.removesuffix(".bias") for key, entry in entries.items() if entry.shape == vocabulary)
+    biased = next((name for name in layers if f"{name}.bias" in entries and f"{name}.weight" not in entries), None)
+    return (beside or biased or _OUTPUT_OF.get(str(config.get("model_type")), "lm_head")) + ".weight"
 
 
 def _towers(tables: Iterable[str]) -> Iterator[str]:
@@ -154,4 +189,4 @@ def _says_tied(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> bool:
 
 
 def _ends(key: str, names: tuple[str, ...]) -> bool:
-    return f".{key}".endswith(tuple(f".{name}.weight" for name in names))
+    return in_no_layer(key) and f".{key}".endswith(tuple(f".{name}.weight" for name in names))
