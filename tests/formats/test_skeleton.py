@@ -58,3 +58,8 @@ def test_a_class_that_raises_is_passed_over(monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", fail)
     assert skeleton(LLAMA, Info(), [TABLE]) is None
     assert transformers.logging.get_verbosity() == loud
+
+
+def test_the_class_of_all_models_is_not_made():
+    assert skeleton(dict(LLAMA, architectures=["PreTrainedModel"]), Info(), [TABLE])
+    assert "_can_set_experts_implementation_cached_value" not in vars(transformers.PreTrainedModel)
