@@ -71,6 +71,14 @@ def test_one_adapter_is_itself_whatever_it_is_stored_as(recipe: dict, space: str
             assert result.report.rank == R
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_beside_one_of_weight_zero_too(recipe: dict) -> None:
+    """An adapter that has no weight has no size that the merge is brought to."""
+    one, large = stored(trained(2), torch.float32), stored(5.0 * trained(3), torch.float32)
+    result = merged({"a": one, "b": large}, recipe | {"weights": {"a": 1.0, "b": 0.0}})
+    assert apart(result, one["layer"].dense()) < 1e-12
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_what_is_named_acts_on_one_adapter_too(method: str) -> None:
     one = {"a": stored(trained(3), torch.float32)}

@@ -310,7 +310,8 @@ def solved_of(
             return (x if len(names) == 1 else x[i]).cpu()
 
         values = pick(merged.values)
-        there = _there(pick(spectral))
+        counts = torch.tensor([weights[0] != 0 for weights in _weights((name,), plan)])
+        there = _there(pick(spectral).where(counts, 0.0))
         norms, sizes = pick(spectral)[there], pick(frobenius)[there]
         energy, rest = float(values.square().sum()), float(values[wanted:].square().sum())
         if not math.isfinite(energy):
@@ -349,7 +350,7 @@ def _by_adapter(values: Tensor, name: str, plan: Plan) -> dict[str, float]:
 
 
 def _there(norms: Tensor) -> Tensor:
-    """Which of these updates count: not those that are zero, or as good as zero next to the largest."""
+    """Which of these updates count: not those that are zero, have weight 0 or are as good as zero next to the largest."""
     return norms > RTOL * norms.max()
 
 

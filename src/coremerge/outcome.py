@@ -31,7 +31,8 @@ class ModuleReport:
         rank: of the written update.
         energy: squared Frobenius norm of the merged update, before the overall scale.
         lost: share of the energy that the cut to ``rank`` lost.
-        input_norm: mean spectral norm of the inputs' updates, of those that are not zero next to the largest.
+        input_norm: mean spectral norm of the inputs' updates, of those that are not zero next to the largest, nor have
+            weight 0.
         input_frobenius: their mean Frobenius norm.
         norm: spectral norm of the merged update, before the overall scale.
         input_energy: adapter name → squared Frobenius norm of its update, where the method keeps only some directions.
