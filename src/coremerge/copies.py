@@ -18,6 +18,9 @@ LIKELY = 0.98
 NEAR = 3.0
 """Copies are no farther apart than so many times the mean error: the largest is √6 = 2.45 times the mean."""
 
+CORNER = 8
+"""Rows and columns that are looked at before a whole factor is: hardly any is zero there alone."""
+
 
 def holders(updates: Sequence[LowRank], weights: Sequence[Sequence[float]]) -> int:
     """How many of ``updates`` (each (..., m, n)) are not zero, and have ``weights`` (module by module) that are not.
@@ -34,7 +37,13 @@ def _counted(weights: Sequence[float]) -> Tensor:
 
 
 def _nonzero(update: LowRank) -> Tensor:
-    return (update.left.flatten(-2).any(-1) & update.right.flatten(-2).any(-1)).cpu().reshape(-1)
+    return (_any(update.left) & _any(update.right)).cpu().reshape(-1)
+
+
+def _any(x: Tensor) -> Tensor:
+    """Whether (...) a factor is not zero: a corner of it is looked at before all is."""
+    corner = x[..., :CORNER, :CORNER].flatten(-2).any(-1)
+    return corner if bool(corner.all()) else x.flatten(-2).any(-1)
 
 
 def _agreed(counts: Tensor) -> int:

@@ -259,7 +259,8 @@ def _above_rounding(stack: Tensor, gram: Tensor | None, rounding: Tensor) -> Bas
     m, width = stack.shape[-2:]
     if 0 in stack.shape:
         return None
-    errors = rounding.to(stack).clamp_min(LEAST_ROUNDING) * column_norms(stack)
+    sizes = column_norms(stack) if gram is None else gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    errors = rounding.to(stack).clamp_min(LEAST_ROUNDING) * sizes
     scale = torch.where(errors > 0, 1 / errors, 0.0)
     level = MARGIN * (1 + (width / m) ** 0.5)
     if gram is not None and _is_above(gram * (scale.unsqueeze(-1) * scale.unsqueeze(-2)), level):
