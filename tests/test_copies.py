@@ -62,6 +62,28 @@ def test_copies_merge_to_the_adapter_itself(recipe: dict, space: str, dtype: tor
 
 @pytest.mark.parametrize("space", list(SPACES))
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_copies_keep_directions_that_are_smaller_than_their_rounding(recipe: dict, space: str) -> None:
+    """Most of an adapter in 8 bits: its numbers are among the smallest that these hold."""
+    update = trained(12)
+    fine, coarse = stored(update, torch.float32), stored(0.02 * update, torch.float8_e4m3fn)
+    assert (
+        apart(merged({"a": coarse, "b": coarse}, recipe | {"space": space}), coarse["layer"].to(torch.float64).dense())
+        < 1e-6
+    )
+    tail = LowRank(update.left * torch.tensor([1, 1e-1, 1e-2, 1e-3]).double(), update.right)
+    for dtype in DTYPES:
+        same = stored(tail, dtype)
+        result = merged({"a": same, "b": same}, recipe | {"space": space})
+        assert apart(result, same["layer"].to(torch.float64).dense()) < 1e-6
+    nearer = merged({"a": fine, "b": stored(update, torch.float8_e4m3fn)}, recipe | {"space": space})
+    if METHODS[recipe.get("method", "tsv")].linear:  # a sum is that of the numbers that there are
+        return
+    # the coarser counts by its precision; the size is the mean of both
+    assert apart(nearer / nearer.norm(), update.dense() / update.dense().norm()) < 1e-4
+
+
+@pytest.mark.parametrize("space", list(SPACES))
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_one_adapter_is_itself_whatever_it_is_stored_as(recipe: dict, space: str) -> None:
     for dtype in DTYPES:
         one = stored(trained(2), dtype)

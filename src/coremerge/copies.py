@@ -75,9 +75,31 @@ def join_copies(coordinates: Coordinates, weights: Sequence[Sequence[float]]) ->
         group.append(i) if group else groups.append([i])
     for group in groups:
         if len(group) > 1:
-            for i, core in zip(group, _multiples([cores[i] for i in group], inner, group), strict=True):
+            trust = [_trust(cores[i]) for i in group]
+            for i, core in zip(group, _multiples([cores[i] for i in group], inner, group, trust), strict=True):
                 cores[i] = core
     return replace(coordinates, cores=tuple(cores)), len(groups)
+
+
+def as_one(coordinates: Coordinates, updates: Sequence[LowRank], weights: Sequence[Sequence[float]]) -> Coordinates:
+    """``coordinates`` of ``updates`` taken as exact, all of which are copies: as exact multiples of their mean.
+
+    Nothing acts on copies alone that would lift errors: their smallest directions need not be left out.
+    """
+    cores = list(coordinates.cores)
+    inner = _inner_products(total(cores), [core.rank for core in cores])
+    own = inner.diagonal(dim1=-2, dim2=-1)
+    at = [i for i, w in enumerate(weights) if _all_or_none((own[..., i] > 0).cpu().reshape(-1) & _counted(w))]
+    trust = [_trust(updates[i]) for i in at]
+    for i, core in zip(at, _multiples([cores[i] for i in at], inner, at, trust), strict=True):
+        cores[i] = core
+    return replace(coordinates, cores=tuple(cores))
+
+
+def _trust(update: LowRank) -> Tensor:
+    """What its numbers weigh (...) in a mean of copies: those that were rounded less are nearer to the adapter."""
+    assert update.rounding is not None
+    return update.rounding.square().mean(-1).reciprocal()
 
 
 def _inner_products(stack: LowRank, ranks: Sequence[int]) -> Tensor:
@@ -104,12 +126,13 @@ def _copies(cores: Sequence[LowRank], inner: Tensor, i: int, j: int, share: floa
     return _all_or_none(near)
 
 
-def _multiples(group: Sequence[LowRank], inner: Tensor, at: Sequence[int]) -> list[LowRank]:
-    """Each as a multiple of the mean of the directions of all."""
+def _multiples(group: Sequence[LowRank], inner: Tensor, at: Sequence[int], trust: Sequence[Tensor]) -> list[LowRank]:
+    """Each as a multiple of the mean of the directions of all, which has no more of them than one has."""
     first = at[0]
     sizes = [inner[..., first, i] / inner[..., first, first] for i in at]
-    mean = total([core * _column(1 / (len(at) * size)) for core, size in zip(group, sizes, strict=True)])
-    common = mean.svd.significant().lowrank()
+    shares = [one / torch.stack(list(trust)).sum(0) for one in trust]
+    mean = total([core * _column(share / size) for core, share, size in zip(group, shares, sizes, strict=True)])
+    common = mean.svd.significant().truncate(max(core.rank for core in group)).lowrank()
     return [common * _column(size) for size in sizes]
 
 

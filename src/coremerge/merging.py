@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
-from coremerge.copies import holders, join_copies
+from coremerge.copies import as_one, holders, join_copies
 from coremerge.errors import TensorError
 from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
@@ -207,6 +207,8 @@ def solve(
         check_sizes(names, sizes, plan)
         coordinates, distinct = join_copies(coordinates, weights)
         alone = parts.alone if single or distinct == 1 else None
+        if distinct == 1 and not single and parts.alone and not parts.alone.after:
+            coordinates = as_one(parts.space([update.rounded(None) for update in updates]), updates, weights)
         merged = _merged(names, coordinates, plan, alone or parts)
         kept = _directions(coordinates, plan, alone=alone is not None)
         found = solved_of(names, coordinates, merged, plan, directions=kept, alone=alone is not None)
@@ -350,7 +352,7 @@ def _by_adapter(values: Tensor, name: str, plan: Plan) -> dict[str, float]:
 
 
 def _there(norms: Tensor) -> Tensor:
-    """Which of these updates count: not those that are zero, have weight 0 or are as good as zero next to the largest."""
+    """Which of these updates count: not those that are zero, or as good as zero next to the largest."""
     return norms > RTOL * norms.max()
 
 
