@@ -197,7 +197,8 @@ def solve(
     try:
         updates = read_updates(names, plan, parts, device, dtype)
         weights = _weights(names, plan)
-        single = holders(updates, weights) == 1
+        count = holders(updates, weights)
+        single = count == 1
         if single and parts.alone and not parts.alone.after:
             updates = [update.rounded(None) for update in updates]
         coordinates = parts.space(updates)
@@ -207,7 +208,7 @@ def solve(
         check_sizes(names, sizes, plan)
         coordinates, distinct = join_copies(coordinates, weights)
         alone = parts.alone if single or distinct == 1 else None
-        if distinct == 1 and not single and parts.alone and not parts.alone.after:
+        if count > 1 and distinct == 1 and parts.alone and not parts.alone.after:
             coordinates = as_one(parts.space([update.rounded(None) for update in updates]), updates, weights)
         merged = _merged(names, coordinates, plan, alone or parts)
         kept = _directions(coordinates, plan, alone=alone is not None)
