@@ -69,9 +69,10 @@ def join_copies(coordinates: Coordinates, weights: Sequence[Sequence[float]]) ->
     inner = _inner_products(stack, [core.rank for core in cores])
     own = inner.diagonal(dim1=-2, dim2=-1)
     there = [i for i, w in enumerate(weights) if _all_or_none((own[..., i] > 0).cpu().reshape(-1) & _counted(w))]
-    groups: list[list[int]] = []
+    likely, groups = _likely(inner), list[list[int]]()
     for i in there:
-        group = next((g for g in groups if _copies(cores, inner, g[0], i, coordinates.share)), None)
+        near = (g for g in groups if likely[g[0]][i])
+        group = next((g for g in near if _copies(cores, inner, g[0], i, coordinates.share)), None)
         group.append(i) if group else groups.append([i])
     for group in groups:
         if len(group) > 1:
@@ -114,10 +115,15 @@ def _all_or_none(flags: Tensor) -> bool:
     return bool(_agreed(flags.int().reshape(-1)))
 
 
+def _likely(inner: Tensor) -> list[list[bool]]:
+    """Which two of T updates have a cosine worth a closer look, in any element of the batch."""
+    sizes = inner.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    near = inner > LIKELY * sizes.unsqueeze(-1) * sizes.unsqueeze(-2)
+    found: list[list[bool]] = near.reshape(-1, *near.shape[-2:]).any(0).tolist()
+    return found
+
+
 def _copies(cores: Sequence[LowRank], inner: Tensor, i: int, j: int, share: float) -> bool:
-    cosine = inner[..., i, j] / (inner[..., i, i] * inner[..., j, j]).sqrt()
-    if not bool((cosine > LIKELY).any()):
-        return False
     one, other = cores[i] * _column(inner[..., i, j] / inner[..., i, i]), cores[j]
     difference = other - one
     assert difference.error is not None

@@ -243,13 +243,32 @@ def thin_svd(matrix: Matrix) -> ThinSVD:
 
 def svds(matrices: Sequence[LowRank]) -> list[ThinSVD]:
     """The ``.svd`` of each; those of one shape and rank are worked out in one go."""
-    first = matrices[0]
-    alike = all(m.left.shape == first.left.shape and m.right.shape == first.right.shape for m in matrices)
-    if len(matrices) > 1 and alike and not any("svd" in vars(m) for m in matrices):
-        left, right = torch.stack([m.left for m in matrices]), torch.stack([m.right for m in matrices])
-        for matrix, u, values, vh in zip(matrices, *linalg.product_svd(left, right), strict=True):
+    together = _together(matrices, "svd")
+    if together is not None:
+        noises(matrices)
+        for matrix, u, values, vh in zip(matrices, *linalg.product_svd(together.left, together.right), strict=True):
             vars(matrix)["svd"] = ThinSVD(u, values, vh, matrix.noise)
     return [matrix.svd for matrix in matrices]
+
+
+def noises(matrices: Sequence[LowRank]) -> list[Tensor | None]:
+    """The :attr:`LowRank.noise` of each; those of one shape and rank are worked out in one go."""
+    together = _together(matrices, "noise")
+    if together is not None and together.noise is not None:
+        for matrix, noise in zip(matrices, together.noise, strict=True):
+            vars(matrix)["noise"] = noise
+    return [matrix.noise for matrix in matrices]
+
+
+def _together(matrices: Sequence[LowRank], cached: str) -> LowRank | None:
+    """All in one batch, if that is possible, and what is asked for is not known of some already."""
+    first = matrices[0]
+    alike = all(m.left.shape == first.left.shape and m.right.shape == first.right.shape for m in matrices)
+    if len(matrices) < 2 or not alike or any(cached in vars(m) for m in matrices):
+        return None
+    roundings = [m.rounding for m in matrices if m.rounding is not None]
+    left, right = torch.stack([m.left for m in matrices]), torch.stack([m.right for m in matrices])
+    return LowRank(left, right, torch.stack(roundings) if len(roundings) == len(matrices) else None)
 
 
 def total(matrices: Sequence[LowRank], dtype: torch.dtype | None = None) -> LowRank:
@@ -263,8 +282,8 @@ def total(matrices: Sequence[LowRank], dtype: torch.dtype | None = None) -> LowR
 
 def noise_of_sum(matrices: Sequence[LowRank]) -> Tensor | None:
     """The :attr:`LowRank.noise` (...) of the sum of ``matrices``, whose errors are independent; None: all are exact."""
-    noises = [matrix.noise for matrix in matrices if matrix.noise is not None]
-    return torch.stack(noises).square().sum(0).sqrt() if noises else None
+    known = [noise for noise in noises(matrices) if noise is not None]
+    return torch.stack(known).square().sum(0).sqrt() if known else None
 
 
 def _roundings(matrices: Sequence[LowRank]) -> Tensor | None:
