@@ -136,14 +136,15 @@ def _wanted(module: str, tasks: Sequence[Task], how: How, names: Sequence[str], 
     inputs = [a @ b for a, b in pairs]
     merged = _merged(pairs, weights, how, Site(0, (module,), tuple(names)))
     largest = max(abs(w) * float(x.norm()) for w, x in zip(weights, inputs, strict=True))
-    spectral, frobenius = (_ratio(merged, inputs, order) for order in (2, "fro"))
+    counted = [x for task, x in zip(tasks, inputs, strict=True) if task.weight]
+    spectral, frobenius = (_ratio(merged, counted, order) for order in (2, "fro"))
     size = Scaled(torch.full((1, 1), largest).double(), up + along)
     return Wanted(Scaled(merged, up + along), size, (spectral, frobenius))
 
 
 def _ratio(merged: Tensor, inputs: Sequence[Tensor], order: int | str) -> float:
     sizes = [_norm(x, 2) for x in inputs]
-    norms = [_norm(x, order) for x, size in zip(inputs, sizes, strict=True) if size > RTOL * max(sizes)]
+    norms = [_norm(x, order) for x, size in zip(inputs, sizes, strict=True) if size > RTOL * max(sizes, default=0.0)]
     return _norm(merged, order) / (sum(norms) / len(norms)) if norms else math.nan
 
 
