@@ -196,3 +196,25 @@ def test_rounding_changes_a_merge_by_its_own_order(space: str, method: str, step
     # the norm of the jump of its root
     most = 20 * error(dtype) if smooth else 3 * error(dtype) ** 0.5
     assert apart(merged(rounded, recipe), merged(exact, recipe)) < most
+
+
+@pytest.mark.parametrize("space", list(SPACES))
+@pytest.mark.parametrize("steps", [[], ["isotropize"]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_errors_of_a_large_adapter_hide_no_direction_of_a_small_one(
+    steps: list, space: str, dtype: torch.dtype
+) -> None:
+    """A small one's directions are known as well as it is: the large one does not write there."""
+    size = 0.1 / error(dtype)
+    given = {"large": stored(size * trained(1), dtype), "small": stored(trained(2), dtype)}
+    for method in ("tsv", "sum"):
+        result = merge(given, Recipe(method=method, steps=steps, space=space), threads=1)
+        assert result.report.rank == 2 * R
+
+
+def test_a_sum_that_is_cut_keeps_what_is_below_rounding() -> None:
+    """Linear but for the cut: nothing is lifted, so that nothing need be left out."""
+    update = trained(3)
+    given = {"a": stored(update, torch.float32), "b": stored(update, torch.bfloat16)}
+    cut = [{"truncate": {"rank": 2 * R}}]
+    assert merge(given, Recipe(method="sum", steps=cut), threads=1).report.rank == 2 * R

@@ -81,12 +81,8 @@ def _empty_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_zeros(*batch, m, 0), x.new_zeros(*batch, 0), x.new_zeros(*batch, 0, n)
 
 
-def numerical_rank(
-    values: Tensor, rtol: float = RTOL, largest: Tensor | None = None, noise: Tensor | None = None
-) -> int:
+def numerical_rank(values: Tensor, rtol: float = RTOL, largest: Tensor | None = None) -> int:
     """How many of the descending ``values`` (..., k) exceed ``rtol`` times the ``largest`` (...): the first, if None.
-
-    With ``noise`` (...), they have to exceed :data:`LEVEL` times that, too.
 
     Raises:
         RaggedRankError: the batch elements disagree.
@@ -97,8 +93,7 @@ def numerical_rank(
     largest = values[..., 0] if largest is None else largest
     if not bool(largest.isfinite().all()):
         raise LinAlgError("singular values that are not finite")
-    least = rtol * largest if noise is None else (rtol * largest).maximum(LEVEL * noise.to(values))
-    return _one_rank((values > least.unsqueeze(-1)).sum(-1))
+    return _one_rank((values > rtol * largest.unsqueeze(-1)).sum(-1))
 
 
 def _one_rank(counts: Tensor) -> int:
@@ -138,14 +133,6 @@ def solve(x: Tensor, y: Tensor) -> Tensor:
     """``x``⁻¹ ``y`` of a square, regular ``x``."""
     found: Tensor = torch.linalg.solve(x, y)
     return found
-
-
-def spectral_norm(x: Tensor) -> Tensor:
-    """Of ``x`` (..., r, n), by the Gram matrix of its few rows → (...); not finite where ``x`` is not."""
-    size = x.abs().amax((-2, -1)) if x.numel() else x.new_zeros(x.shape[:-2])
-    unit = (x / size[..., None, None]).nan_to_num(0, 0, 0)
-    squares: Tensor = torch.linalg.eigvalsh(unit @ unit.mT)[..., -1] if x.shape[-2] else size
-    return size * squares.clamp_min(0).sqrt()
 
 
 def qr(x: Tensor) -> tuple[Tensor, Tensor]:

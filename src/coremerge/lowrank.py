@@ -101,20 +101,23 @@ class LowRank:
         """The same matrix, its numbers known to that relative error."""
         return LowRank(self.left, self.right, rounding)
 
-    @cached_property
-    def noise(self) -> Tensor | None:
-        """How far (...) the errors of the stored numbers move a direction of the product; None: it is exact.
+    def noise_along(self, left: Tensor, right: Tensor) -> Tensor | None:
+        """How far (..., k) the errors of the stored numbers move directions of the product; None: they are exact.
 
-        Column j of ``left`` is off by a random vector of norm ρ_j‖left_j‖, ρ the :attr:`rounding`; so the product is by
-        one that takes a unit vector v to Σ_j ρ_j‖left_j‖ (right_j · v), at most ‖diag(ρ_j‖left_j‖) right‖₂, and
-        likewise on the other side.
+        Column j of ``left`` is off by a random vector of norm ρ_j‖left_j‖, ρ the :attr:`rounding`; so the product is
+        off by ‖diag(ρ_j‖left_j‖) right v‖ at a unit vector v, and likewise on the other side. Where an adapter does
+        not write, its errors move nothing, however large they are.
+
+        Args:
+            left: (..., m, k), unit columns u_i.
+            right: (..., k, n), unit rows v_i.
         """
         if self.rounding is None:
             return None
-        left, right = self.left.double(), self.right.double()
-        sizes = self.rounding * linalg.column_norms(left), self.rounding * linalg.column_norms(right.mT)
-        sides = sizes[0].unsqueeze(-1) * right, (sizes[1].unsqueeze(-2) * left).mT
-        return torch.hypot(*(linalg.spectral_norm(side) for side in sides))
+        own = self.left.to(left.dtype), self.right.to(left.dtype)
+        sizes = self.rounding * linalg.column_norms(own[0]), self.rounding * linalg.column_norms(own[1].mT)
+        errors = sizes[0].unsqueeze(-1) * (own[1] @ right.mT), sizes[1].unsqueeze(-1) * (own[0].mT @ left)
+        return torch.hypot(*(linalg.column_norms(side) for side in errors))
 
     @property
     def error(self) -> Tensor | None:
@@ -127,7 +130,8 @@ class LowRank:
     @cached_property
     def svd(self) -> ThinSVD:
         """Thin SVD, from QR of the factors and an r × r SVD; of width min(m, r, n)."""
-        return ThinSVD(*linalg.product_svd(self.left, self.right), self.noise)
+        left, values, right = linalg.product_svd(self.left, self.right)
+        return ThinSVD(left, values, right, self.noise_along(left, right))
 
     def norm(self) -> Tensor:
         """Frobenius norm (...)."""
@@ -145,8 +149,7 @@ class LowRank:
         svd = self.svd
         if svd.noise is None:
             return svd.lowrank()
-        least = linalg.LEVEL * svd.noise.unsqueeze(-1)
-        return replace(svd, values=torch.where(svd.values > least, svd.values, 0.0)).lowrank()
+        return replace(svd, values=torch.where(svd.values > linalg.LEVEL * svd.noise, svd.values, 0.0)).lowrank()
 
     def truncate(self, rank: int) -> LowRank:
         """The best approximation of rank at most ``rank`` (Eckart–Young), balanced."""
@@ -157,7 +160,7 @@ class LowRank:
 class ThinSVD:
     """left · diag(values) · right, ``left`` (..., m, k) and ``right`` (..., k, n) orthonormal, values in any order.
 
-    ``noise`` (...): how far the errors of the stored numbers move a direction: see :attr:`LowRank.noise`.
+    ``noise`` (..., k): how far the errors of the stored numbers move each direction: see :meth:`LowRank.noise_along`.
     """
 
     left: Tensor
@@ -177,19 +180,22 @@ class ThinSVD:
 
     def rank(self, rtol: float = linalg.RTOL) -> int:
         """Numerical rank: how many values are above the errors of what was stored, and ``rtol`` times the largest."""
-        return linalg.numerical_rank(self.descending.values, rtol, noise=self.noise)
+        return self.significant(rtol).values.shape[-1]
 
     @property
     def descending(self) -> ThinSVD:
         """The same with its values in descending order."""
         if bool((self.values[..., 1:] <= self.values[..., :-1]).all()):
             return self
-        values, order = self.values.sort(dim=-1, descending=True, stable=True)
+        return self._at(self.values.argsort(dim=-1, descending=True, stable=True))
+
+    def _at(self, order: Tensor) -> ThinSVD:
+        """The components of those numbers (..., k)."""
         return ThinSVD(
-            self.left.gather(-1, order.unsqueeze(-2).expand_as(self.left)),
-            values,
-            self.right.gather(-2, order.unsqueeze(-1).expand_as(self.right)),
-            self.noise,
+            self.left.gather(-1, order.unsqueeze(-2).expand(*self.left.shape[:-1], order.shape[-1])),
+            self.values.gather(-1, order),
+            self.right.gather(-2, order.unsqueeze(-1).expand(*order.shape, self.right.shape[-1])),
+            None if self.noise is None else self.noise.gather(-1, order),
         )
 
     def truncate(self, rank: int) -> ThinSVD:
@@ -201,14 +207,24 @@ class ThinSVD:
         best = self.descending
         return best._first(linalg.numerical_rank(best.values, rtol))
 
-    def significant(self, rtol: float = linalg.RTOL) -> ThinSVD:
-        """Only the components that are directions: truncated at the :meth:`rank`."""
-        return self.descending._first(self.rank(rtol))
+    def significant(self, rtol: float = linalg.RTOL, largest: Tensor | None = None) -> ThinSVD:
+        """Only the components that are directions: above their noise, and ``rtol`` times the ``largest`` (...)."""
+        best = self.descending
+        if best.noise is None or not best.values.numel():
+            return best._first(linalg.numerical_rank(best.values, rtol, largest))
+        above = best.values > linalg.LEVEL * best.noise.to(best.values)
+        values = torch.where(above, best.values, 0.0)
+        order = values.argsort(dim=-1, descending=True, stable=True)
+        count = linalg.numerical_rank(
+            values.gather(-1, order), rtol, best.values[..., 0] if largest is None else largest
+        )
+        return best._first(count) if bool(above[..., :count].all()) else best._at(order[..., :count])
 
     def _first(self, count: int) -> ThinSVD:
         if count >= self.values.shape[-1]:
             return self
-        return ThinSVD(self.left[..., :count], self.values[..., :count], self.right[..., :count, :], self.noise)
+        noise = None if self.noise is None else self.noise[..., :count]
+        return ThinSVD(self.left[..., :count], self.values[..., :count], self.right[..., :count, :], noise)
 
     def lowrank(self) -> LowRank:
         """As balanced factors U√S and √S Vᵀ; the noise moves u_i and v_i by its share of σ_i."""
@@ -219,8 +235,7 @@ class ThinSVD:
     def _rounding(self) -> Tensor | None:
         if self.noise is None:
             return None
-        each = self.noise.unsqueeze(-1) / 2**0.5
-        return torch.where(self.values > 0, each / self.values, 0.0)
+        return torch.where(self.values > 0, self.noise / self.values / 2**0.5, 0.0)
 
     def dense(self) -> Tensor:
         """The matrix itself (..., m, n)."""
@@ -243,28 +258,20 @@ def thin_svd(matrix: Matrix) -> ThinSVD:
 
 def svds(matrices: Sequence[LowRank]) -> list[ThinSVD]:
     """The ``.svd`` of each; those of one shape and rank are worked out in one go."""
-    together = _together(matrices, "svd")
+    together = _together(matrices)
     if together is not None:
-        noises(matrices)
-        for matrix, u, values, vh in zip(matrices, *linalg.product_svd(together.left, together.right), strict=True):
-            vars(matrix)["svd"] = ThinSVD(u, values, vh, matrix.noise)
+        u, values, vh = linalg.product_svd(together.left, together.right)
+        noise = together.noise_along(u, vh)
+        for i, matrix in enumerate(matrices):
+            vars(matrix)["svd"] = ThinSVD(u[i], values[i], vh[i], None if noise is None else noise[i])
     return [matrix.svd for matrix in matrices]
 
 
-def noises(matrices: Sequence[LowRank]) -> list[Tensor | None]:
-    """The :attr:`LowRank.noise` of each; those of one shape and rank are worked out in one go."""
-    together = _together(matrices, "noise")
-    if together is not None and together.noise is not None:
-        for matrix, noise in zip(matrices, together.noise, strict=True):
-            vars(matrix)["noise"] = noise
-    return [matrix.noise for matrix in matrices]
-
-
-def _together(matrices: Sequence[LowRank], cached: str) -> LowRank | None:
-    """All in one batch, if that is possible, and what is asked for is not known of some already."""
+def _together(matrices: Sequence[LowRank]) -> LowRank | None:
+    """All in one batch, if that is possible, and none is decomposed already."""
     first = matrices[0]
     alike = all(m.left.shape == first.left.shape and m.right.shape == first.right.shape for m in matrices)
-    if len(matrices) < 2 or not alike or any(cached in vars(m) for m in matrices):
+    if len(matrices) < 2 or not alike or any("svd" in vars(m) for m in matrices):
         return None
     roundings = [m.rounding for m in matrices if m.rounding is not None]
     left, right = torch.stack([m.left for m in matrices]), torch.stack([m.right for m in matrices])
@@ -278,12 +285,6 @@ def total(matrices: Sequence[LowRank], dtype: torch.dtype | None = None) -> LowR
         _side_by_side([m.right for m in matrices], -2, dtype),
         _roundings(matrices),
     )
-
-
-def noise_of_sum(matrices: Sequence[LowRank]) -> Tensor | None:
-    """The :attr:`LowRank.noise` (...) of the sum of ``matrices``, whose errors are independent; None: all are exact."""
-    known = [noise for noise in noises(matrices) if noise is not None]
-    return torch.stack(known).square().sum(0).sqrt() if known else None
 
 
 def _roundings(matrices: Sequence[LowRank]) -> Tensor | None:

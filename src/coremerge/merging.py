@@ -21,7 +21,7 @@ from coremerge.copies import as_one, holders, join_copies
 from coremerge.errors import TensorError
 from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
-from coremerge.lowrank import LowRank, Matrix, ThinSVD, dense, noise_of_sum, thin_svd, total
+from coremerge.lowrank import LowRank, Matrix, ThinSVD, dense, thin_svd, total
 from coremerge.methods import Site
 from coremerge.outcome import ModuleReport, Report, report_of, scale_of
 from coremerge.plan import Plan, make_plan
@@ -242,13 +242,14 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     """Weights, method and the steps after it; in isometric coordinates, cut at the numerical rank."""
     rows = coordinates.rows
     cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
-    noise = noise_of_sum(cores)
+    whole = total(cores)
     if rows is not None:
         cores = [_over_rows(core, rows) for core in cores]
     merged = parts.method(cores, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters)))
     if rows is not None:
         merged = _scale_rows(merged, rows)
-    merged = replace(thin_svd(merged), noise=noise)
+    merged = thin_svd(merged)
+    merged = replace(merged, noise=whole.noise_along(merged.left, merged.right))
     for step in parts.after:
         merged = thin_svd(step(merged))
     return merged.cut(NOISE)

@@ -304,7 +304,7 @@ class Resolved:
             self.method.make(),
             tuple(s.apply for s in steps if isinstance(s, Before)),
             tuple(s.apply for s in steps if isinstance(s, After)),
-            linear=self.method.entry.linear and not self.after,
+            linear=self.method.entry.linear and not any(step.entry.flattens for step in self.after),
             alone=None if self.alone is None else self.alone.parts(),
         )
 

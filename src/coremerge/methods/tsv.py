@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from coremerge.linalg import numerical_rank, polar
+from coremerge.linalg import polar
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, svds, thin_svd
 from coremerge.methods import METHODS, Method, Site
 
@@ -35,10 +35,10 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
     """
 
     def components(core: LowRank, largest: Tensor | None) -> ThinSVD:
-        own = numerical_rank(core.svd.values, largest=largest, noise=core.svd.noise)
-        if rank is not None and pad and rank > own:
+        own = core.svd.significant(largest=largest)
+        if rank is not None and pad and rank > own.values.shape[-1]:
             return (core.svd if rank <= core.svd.values.shape[-1] else thin_svd(core.dense())).truncate(rank)
-        return core.svd.truncate(own if rank is None else min(own, rank))
+        return own if rank is None else own.truncate(rank)
 
     def merge(cores: Sequence[LowRank], site: Site) -> Matrix:
         spectra = torch.cat([svd.values for svd in svds(cores)], -1)
@@ -56,8 +56,8 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
 
 
 def _rounding(parts: Sequence[ThinSVD]) -> Tensor | None:
-    """The errors of the singular vectors: of u_i and v_i at most ‖E‖ / σ_i, where E are those of X_t."""
+    """The errors of the singular vectors: u_i and v_i are off by what X_t is off by there, over σ_i."""
     known = [(part.noise, part.values) for part in parts if part.noise is not None]
     if len(known) < len(parts):
         return None
-    return torch.cat([torch.where(s > 0, e.unsqueeze(-1) / s, 1.0).clamp_max(1.0) for e, s in known], -1)
+    return torch.cat([torch.where(s > 0, e / s, 1.0).clamp_max(1.0) for e, s in known], -1)

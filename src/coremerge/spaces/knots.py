@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from coremerge import linalg
-from coremerge.lowrank import LowRank, noise_of_sum, total
+from coremerge.lowrank import LowRank, total
 from coremerge.spaces import SPACES, Coordinates, Lift, Space, inside, share_of
 
 
@@ -39,8 +39,7 @@ def knots(scaled: bool = True) -> Space:
         vectors, sigma, _ = linalg.svd(small)
         share = share_of(basis.rank, stack.shape[1], stack.shape)
         inner = [inside(u.rounding, share) for u in updates]
-        noise = noise_of_sum([LowRank(a, b.mT, c) for a, b, c in zip(lefts, rights, inner, strict=True)])
-        rank = linalg.numerical_rank(sigma, linalg.NOISE, noise=noise)
+        rank = linalg.numerical_rank(sigma, linalg.NOISE)
         vectors, sigma = vectors[..., :rank], sigma[..., :rank]
         cores = tuple(LowRank(vectors.mT @ a, b.mT, c) for a, b, c in zip(lefts, rights, inner, strict=True))
         return Coordinates(cores, Lift(left=basis.transform @ vectors), None if scaled else sigma, share)
