@@ -198,8 +198,8 @@ def solve(
         updates = read_updates(names, plan, parts, device, dtype)
         weights = _weights(names, plan)
         count = holders(updates, weights)
-        single = count == 1
-        if single and parts.alone and not parts.alone.after:
+        plain = parts.alone is not None and not parts.alone.after  # nothing acts on one update: all of it is kept
+        if plain and count == 1:
             updates = [update.rounded(None) for update in updates]
         coordinates = parts.space(updates)
         sizes = sizes_of(coordinates.cores)
@@ -207,8 +207,8 @@ def solve(
             return solve(names, plan, parts, device, torch.float64)
         check_sizes(names, sizes, plan)
         coordinates, distinct = join_copies(coordinates, weights)
-        alone = parts.alone if single or distinct == 1 else None
-        if count > 1 and distinct == 1 and parts.alone and not parts.alone.after:
+        alone = parts.alone if count == 1 or distinct == 1 else None
+        if plain and count > 1 and distinct == 1:
             coordinates = as_one(parts.space([update.rounded(None) for update in updates]), updates, weights)
         merged = _merged(names, coordinates, plan, alone or parts)
         kept = _directions(coordinates, plan, alone=alone is not None)

@@ -18,10 +18,10 @@ from coremerge.cli._output import (
     progress_bar,
     remark,
     say,
-    size,
     table,
     unmarked,
 )
+from coremerge.text import size
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coremerge.cli._output import duration, facts, number, size, table
+from coremerge.cli._output import duration, facts, number, table
 from coremerge.patterns import group, spans
+from coremerge.text import size
 
 if TYPE_CHECKING:
     from coremerge.adapter import Adapter, Module

@@ -19,7 +19,6 @@ import typer
 
 from coremerge.cli import INTERRUPTED
 from coremerge.text import redacted, visible, visible_json, visible_lines
-from coremerge.text import size as size  # noqa: PLC0414
 
 P = ParamSpec("P")
 Progress = Callable[[str, int, int], None]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from coremerge.cli._cluster import Address, ExecutorName
-from coremerge.cli._output import duration, facts, fail, print_json, progress_bar, remark, size, table
+from coremerge.cli._output import duration, facts, fail, print_json, progress_bar, remark, table
+from coremerge.text import size
 
 if TYPE_CHECKING:
     from coremerge.batch import BatchReport

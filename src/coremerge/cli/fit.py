@@ -12,7 +12,7 @@ import typer
 
 from coremerge.cli._cluster import Address, ExecutorName, Gpus
 from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say
-from coremerge.cli._output import size as size_of
+from coremerge.text import size as size_of
 
 if TYPE_CHECKING:
     from coremerge.learning.fit import FitReport

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coremerge.cli._cluster import Address, ExecutorName
-from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say, size
+from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say
 from coremerge.hashing import Hashes
+from coremerge.text import size
 
 if TYPE_CHECKING:
     from coremerge.outcome import Report
