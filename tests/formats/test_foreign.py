@@ -176,6 +176,12 @@ def test_what_is_no_pickle_is_not_called_one(tmp_path: Path, name: str, what: st
     assert what in error.what and "this is a pickle" not in str(error)
 
 
+def test_a_file_of_no_tensors_is_told_before_its_neighbours_are_missed(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("rank 16")
+    with pytest.raises(SourceError, match="no file of tensors"):
+        load(tmp_path / "notes.txt")
+
+
 Cut = Callable[[torch.Tensor], torch.Tensor]
 A_ROWS: dict[str, tuple[Cut, Cut]] = {
     "half of both, by rows": (lambda a: a[: len(a) // 2], lambda b: b[: len(b) // 2]),

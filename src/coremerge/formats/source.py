@@ -183,6 +183,8 @@ def _beside(path: Path, source: str, *, allow_pickle: bool) -> Location:
     folder = path.parent
     if path.name == CONFIG_NAME:
         return in_folder(folder, source, allow_pickle=allow_pickle)
+    if not is_part(path.name):
+        refuse_other(path)
     if not (folder / CONFIG_NAME).is_file():
         raise SourceError(
             f"no {CONFIG_NAME} beside this file, so its scale is not known",
@@ -190,8 +192,6 @@ def _beside(path: Path, source: str, *, allow_pickle: bool) -> Location:
             key=CONFIG_NAME,
             remedy="Put PEFT's adapter_config.json into the same folder",
         )
-    if not is_part(path.name):
-        refuse_other(path)
     return _located(folder, path.name, source, _label_of(_label(folder), path.name), allow_pickle)
 
 
