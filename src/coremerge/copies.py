@@ -62,24 +62,20 @@ def join_copies(coordinates: Coordinates, weights: Sequence[Sequence[float]]) ->
     Raises:
         RaggedRankError: the batch elements disagree.
     """
-    cores = list(coordinates.cores)
+    cores = coordinates.cores
     stack = total(cores)
     if stack.rounding is None:
         return coordinates, len(cores)
     inner = _inner_products(stack, [core.rank for core in cores])
-    own = inner.diagonal(dim1=-2, dim2=-1)
-    there = [i for i, w in enumerate(weights) if _all_or_none((own[..., i] > 0).cpu().reshape(-1) & _counted(w))]
     likely, groups = _likely(inner), list[list[int]]()
-    for i in there:
+    for i in _there(inner, weights):
         near = (g for g in groups if likely[g[0]][i])
         group = next((g for g in near if _copies(cores, inner, g[0], i, coordinates.share)), None)
         group.append(i) if group else groups.append([i])
-    for group in groups:
-        if len(group) > 1:
-            trust = [_trust(cores[i]) for i in group]
-            for i, core in zip(group, _multiples([cores[i] for i in group], inner, group, trust), strict=True):
-                cores[i] = core
-    return replace(coordinates, cores=tuple(cores)), len(groups)
+    joined = dict(enumerate(cores))
+    for group in (group for group in groups if len(group) > 1):
+        joined |= _multiples(cores, inner, group, [_trust(cores[i]) for i in group])
+    return replace(coordinates, cores=tuple(joined.values())), len(groups)
 
 
 def as_one(coordinates: Coordinates, updates: Sequence[LowRank], weights: Sequence[Sequence[float]]) -> Coordinates:
@@ -87,14 +83,17 @@ def as_one(coordinates: Coordinates, updates: Sequence[LowRank], weights: Sequen
 
     Nothing acts on copies alone that would lift errors: their smallest directions need not be left out.
     """
-    cores = list(coordinates.cores)
+    cores = coordinates.cores
     inner = _inner_products(total(cores), [core.rank for core in cores])
+    group = _there(inner, weights)
+    joined = dict(enumerate(cores)) | _multiples(cores, inner, group, [_trust(updates[i]) for i in group])
+    return replace(coordinates, cores=tuple(joined.values()))
+
+
+def _there(inner: Tensor, weights: Sequence[Sequence[float]]) -> list[int]:
+    """The numbers of the updates that are not zero, and count."""
     own = inner.diagonal(dim1=-2, dim2=-1)
-    at = [i for i, w in enumerate(weights) if _all_or_none((own[..., i] > 0).cpu().reshape(-1) & _counted(w))]
-    trust = [_trust(updates[i]) for i in at]
-    for i, core in zip(at, _multiples([cores[i] for i in at], inner, at, trust), strict=True):
-        cores[i] = core
-    return replace(coordinates, cores=tuple(cores))
+    return [i for i, w in enumerate(weights) if _all_or_none((own[..., i] > 0).cpu().reshape(-1) & _counted(w))]
 
 
 def _trust(update: LowRank) -> Tensor:
@@ -132,14 +131,16 @@ def _copies(cores: Sequence[LowRank], inner: Tensor, i: int, j: int, share: floa
     return _all_or_none(near)
 
 
-def _multiples(group: Sequence[LowRank], inner: Tensor, at: Sequence[int], trust: Sequence[Tensor]) -> list[LowRank]:
-    """Each as a multiple of the mean of the directions of all, which has no more of them than one has."""
-    first = at[0]
-    sizes = [inner[..., first, i] / inner[..., first, first] for i in at]
+def _multiples(
+    cores: Sequence[LowRank], inner: Tensor, group: Sequence[int], trust: Sequence[Tensor]
+) -> dict[int, LowRank]:
+    """Each of a group as a multiple of the mean of the directions of all, which has no more of them than one has."""
+    first = group[0]
+    sizes = [inner[..., first, i] / inner[..., first, first] for i in group]
     shares = [one / torch.stack(list(trust)).sum(0) for one in trust]
-    mean = total([core * _column(share / size) for core, share, size in zip(group, shares, sizes, strict=True)])
-    common = mean.svd.significant().truncate(max(core.rank for core in group)).lowrank()
-    return [common * _column(size) for size in sizes]
+    mean = total([cores[i] * _column(share / size) for i, share, size in zip(group, shares, sizes, strict=True)])
+    common = mean.svd.significant().truncate(max(cores[i].rank for i in group)).lowrank()
+    return {i: common * _column(size) for i, size in zip(group, sizes, strict=True)}
 
 
 def _column(factors: Tensor) -> Tensor:
