@@ -242,14 +242,13 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     """Weights, method and the steps after it; in isometric coordinates, cut at the numerical rank."""
     rows = coordinates.rows
     cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
-    whole = total(cores)
-    if rows is not None:
-        cores = [_over_rows(core, rows) for core in cores]
-    merged = parts.method(cores, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters)))
+    seen = cores if rows is None else [_over_rows(core, rows) for core in cores]
+    merged = parts.method(seen, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters)))
     if rows is not None:
         merged = _scale_rows(merged, rows)
     merged = thin_svd(merged)
-    merged = replace(merged, noise=whole.noise_along(merged.left, merged.right))
+    if parts.after:  # they alone ask which of its directions are more than the inputs' errors
+        merged = replace(merged, noise=total(cores).noise_along(merged.left, merged.right))
     for step in parts.after:
         merged = thin_svd(step(merged))
     return merged.cut(NOISE)
