@@ -1,0 +1,374 @@
+"""Everything that coremerge offers, on any task set: ``python -m benchmarks.accuracy.worlds --tasks examples/vision``.
+
+Each way to merge, at 2, 4, 8 and all adapters and several draws: as it comes, at a scale that is tuned on validation
+rows, with weights or cores learned from unlabelled inputs. Test rows are scored once for each. Nothing here knows a
+world's name: what differs stands in its ``tasks.yaml``.
+
+A row is kept (``work/bench/worlds/NAME.jsonl``) as soon as it is scored, and a run that was stopped goes on where it
+was; ``--fresh`` begins anew. ``--only`` takes some of the ways; ``--quick``: a few rows and steps, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.accuracy.tables import GRID
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench
+from coremerge import Recipe
+from coremerge.evaluation import Evaluator, Scores
+from coremerge.evaluation.plan import Merge, make_plan, recipe_of
+from coremerge.evaluation.scales import Scales, walk
+from coremerge.evaluation.taskset import Split, Task, TaskSet
+from coremerge.learning import fit, learn_weights
+from coremerge.learning.backbone import Batch
+
+ROWS: dict[Split, int] = {"validation": 100, "test": 300}
+COUNTS = (2, 4, 8)
+"""Numbers of adapters beside all of them."""
+DRAWS, INPUTS, BATCH = 3, 64, 4
+WORK = Path("work/bench/worlds")
+PROBE = "probe.safetensors"
+"""Beside a head: one that was learned on the base without an adapter."""
+
+AHEAD = {
+    "isotropize": Recipe(method="sum", steps=["isotropize"]),
+    "tsv": Recipe(method="tsv"),
+    "ties": Recipe(method="ties"),
+}
+"""Core methods that learned weights are put before."""
+
+
+def kind_of(task: Task) -> str:
+    """``classification``, ``regression``, ``dense`` (a label a patch or a pixel), ``generation`` or ``choice``."""
+    return task.kind if task.per == "input" else "dense"
+
+
+def share(scores: Scores, task: str) -> float:
+    """A task's normalised score, not below 0: an R² far below it would drown every other task in a mean."""
+    return max(0.0, scores.normalised[task])
+
+
+def mean(scores: Scores) -> float:
+    """Over tasks; what scales are tuned for."""
+    return statistics.fmean(share(scores, task) for task in scores.normalised)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Some of a world's adapters, one draw of them and of the inputs.
+
+    Attributes:
+        bench: of these tasks alone.
+        seed: of the draw.
+        quick: few steps.
+    """
+
+    bench: Bench
+    seed: int
+    quick: bool = False
+
+    @property
+    def count(self) -> int:
+        """Of adapters."""
+        return len(self.bench.adapters)
+
+    @cached_property
+    def data(self) -> dict[str, list[Batch]]:
+        """Task → batches of inputs of rows that are not test rows, drawn by the seed; labels stay behind."""
+        encoder, draw = self.bench.evaluator.encoder, random.Random(self.seed)
+        found = {}
+        for name in self.bench.adapters:
+            rows = self.bench.taskset.rows(name, "validation")
+            chosen = draw.sample(rows, min(INPUTS if not self.quick else BATCH, len(rows)))
+            found[name] = [batch for _, batch in encoder.batches(chosen, BATCH)]
+        return found
+
+    def learned(self, **settings: Any) -> dict[str, Any]:
+        """Weights as a recipe takes them."""
+        if self.quick:
+            settings["steps"] = 2
+        model = self.bench.evaluator.encoder.model
+        with torch.enable_grad():
+            return dict(learn_weights(model, self.bench.adapters, self.data, seed=self.seed, **settings))
+
+    def fitted(self, **settings: Any) -> Mapping[str, Any]:
+        """Updates of a fit."""
+        return dict(fit(self.bench.evaluator.encoder.model, self.bench.adapters, self.data, **settings).adapter)
+
+
+Updates = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to merge.
+
+    Attributes:
+        label: of its row.
+        make: the updates, and the scale that they have.
+        tuned: also at the best scale by validation rows.
+        everywhere: for fewer adapters, too; otherwise for all alone.
+        draws: makes something else of each draw, also where all adapters are merged.
+    """
+
+    label: str
+    make: Callable[[Cell], tuple[Updates, float]]
+    tuned: bool = False
+    everywhere: bool = False
+    draws: bool = False
+
+
+def of_recipe(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
+    """A merge without data."""
+
+    def make(cell: Cell) -> tuple[Updates, float]:
+        merged = cell.bench.merged(recipe)
+        return merged.updates, merged.result.report.scale
+
+    return make
+
+
+def constant(value: float | None) -> Callable[[Cell], tuple[Updates, float]]:
+    """A plain sum at one weight for all; None: where learned weights start."""
+
+    def make(cell: Cell) -> tuple[Updates, float]:
+        scale = min(1.0, 2.4 / cell.count) if value is None else value
+        return cell.bench.merged(Recipe(method="sum", scale=scale)).updates, scale
+
+    return make
+
+
+def of_weights(recipe: Recipe, **settings: Any) -> Callable[[Cell], tuple[Updates, float]]:
+    """Weights that are learned, then a merge."""
+
+    def make(cell: Cell) -> tuple[Updates, float]:
+        merged = cell.bench.merged(recipe.model_copy(update={"weights": cell.learned(**settings)}))
+        return merged.updates, merged.result.report.scale
+
+    return make
+
+
+def of_fit(**settings: Any) -> Callable[[Cell], tuple[Updates, float]]:
+    """Cores fitted to the inputs."""
+    return lambda cell: (cell.fitted(**settings), 1.0)
+
+
+def ways() -> Iterator[Way]:
+    """All of them: published merges, learned weights, fits."""
+    few = {"core task arithmetic", "core ties", "core tsv", "core sum + isotropize", "core tsv + isotropize",
+           "core cart", "core coremerge's default"}  # fmt: skip
+    for merge in make_plan(GRID).merges:
+        drawn = str(merge.recipe.get("method", "")).startswith("dare")
+        yield Way(merge.label, of_recipe(_first(merge)), tuned=True, everywhere=merge.label in few, draws=drawn)
+    summed = Recipe(method="sum", scale=1.0)
+    yield Way("task arithmetic at the start of learned weights", constant(None), everywhere=True)
+    for objective in ("nsc", "nsc-own", "match"):
+        yield Way(f"weights: {objective}", of_weights(summed, objective=objective), draws=True)
+    for label, recipe in AHEAD.items():
+        yield Way(f"weights: nsc, then {label}", of_weights(recipe, objective="nsc"), draws=True)
+    yield Way("fit", of_fit(), everywhere=True, draws=True)
+    yield Way("fit, rank 16", of_fit(rank=16), everywhere=True, draws=True)
+
+
+def _first(merge: Merge) -> Recipe:
+    """At its default parameters and the automatic scale."""
+    return recipe_of(merge, {key: values[0] for key, values in merge.tried.items()})
+
+
+@dataclass
+class Journal:
+    """Rows that are scored already, one JSON object a line."""
+
+    path: Path
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, fresh: bool) -> Journal:
+        """What an earlier run left, or nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and not fresh else []
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return cls(path, {row["key"]: row for row in map(json.loads, lines)})
+
+    def keep(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
+        """``make`` a row, unless it is there."""
+        if key in self.rows:
+            return
+        start = time.perf_counter()
+        row = {"key": key, **make(), "took": round(time.perf_counter() - start, 1)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows[key] = row
+        print(key, f"{row['mean']:.3f}", f"{row['took']} s", flush=True)
+
+
+def measured(scores: Scores, **more: Any) -> dict[str, Any]:
+    """One line's numbers."""
+    return {"mean": mean(scores), "raw": dict(scores.raw), "normalised": dict(scores.normalised), **more}
+
+
+def score(cell: Cell, way: Way) -> dict[str, Any]:
+    """The way as it comes, and at its best scale by validation rows."""
+    start = time.perf_counter()
+    updates, scale = way.make(cell)
+    seconds, evaluator = time.perf_counter() - start, cell.bench.evaluator
+    row = measured(evaluator.score(updates, "test"), scale=scale, seconds=round(seconds, 2))
+    if way.tuned:
+        factor, best = walk(lambda f: mean(evaluator.score(updates, "validation", f)), Scales(start=1))
+        chosen = row if factor == 1 else measured(evaluator.score(updates, "test", factor))
+        row["tuned"] = {"factor": factor, "validation": best} | {k: chosen[k] for k in ("mean", "raw", "normalised")}
+    return row
+
+
+def cells(bench: Bench, draws: int, quick: bool) -> Iterator[Cell]:
+    """All adapters first, then draws of fewer."""
+    names = list(bench.adapters)
+    yield from (Cell(bench, seed, quick) for seed in range(draws))
+    for count in COUNTS:
+        for seed in range(draws if count < len(names) else 0):
+            chosen = sorted(random.Random(1000 * count + seed).sample(names, count), key=names.index)
+            yield Cell(bench.only(chosen), seed, quick)
+
+
+def with_probes(bench: Bench) -> Evaluator | None:
+    """No adapter's honest control: heads that were learned on the base; None where a task with a head has none."""
+
+    def probed(task: Task) -> Task:
+        return task.model_copy(update={"head": str(Path(task.head).with_name(PROBE))}) if task.head else task
+
+    taskset: TaskSet = bench.taskset.model_copy(
+        update={"tasks": {name: probed(task) for name, task in bench.taskset.tasks.items()}}
+    )
+    heads = [taskset.path(task.head) for task in taskset.tasks.values() if task.head]
+    if not heads or not all(head.exists() for head in heads):
+        return None
+    return Evaluator(taskset, bench.adapters, bench.rows)
+
+
+def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quick: bool) -> None:
+    """Score what is not there yet."""
+    everything = list(bench.adapters)
+    journal.keep("all/0/own adapters", lambda: measured(bench.evaluator.own("test")))
+    journal.keep("all/0/no adapter", lambda: measured(bench.evaluator.score({}, "test")))
+    if (probes := with_probes(bench)) is not None:
+        own = bench.evaluator.own("test")
+        journal.keep("all/0/no adapter, probes", lambda: _against(probes.score({}, "test"), own))
+    chosen = [way for way in ways() if not only or any(part in way.label for part in only)]
+    for cell in cells(bench, draws, quick):
+        for way in chosen:
+            if cell.count < len(everything) and not way.everywhere:
+                continue
+            if cell.count == len(everything) and cell.seed > 0 and not way.draws:
+                continue
+            count = "all" if cell.count == len(everything) else cell.count
+            journal.keep(f"{count}/{cell.seed}/{way.label}", lambda cell=cell, way=way: score(cell, way))  # type: ignore[misc]
+
+
+def _against(found: Scores, own: Scores) -> dict[str, Any]:
+    """Scores under other heads, over those of the own adapters under their own."""
+    shares = {name: found.raw[name] / own.raw[name] for name in own.raw if own.raw[name]}
+    return measured(Scores(found.raw, shares))
+
+
+def page(bench: Bench, journal: Journal) -> str:
+    """The tables of all adapters, and of fewer."""
+    kinds = {name: kind_of(task) for name, task in bench.taskset.tasks.items()}
+    present = list(dict.fromkeys(kinds.values()))
+    labels = list(dict.fromkeys(key.split("/", 2)[2] for key in journal.rows))
+    lines = []
+    for label in labels:
+        rows = _rows(journal, "all", label)
+        if rows:
+            lines.append([label, *_summary(rows, kinds, present), *_tuned(rows, kinds)])
+    header = ["way", "mean", *present, "worst task", "tuned: mean", "worst task", "times auto"]
+    parts = [results.table(header, lines)]
+    sizes = [*COUNTS, "all"]
+    fewer = [
+        [label, *(cell for size in sizes for cell in _pair(_rows(journal, size, label)))]
+        for label in labels
+        if _rows(journal, COUNTS[0], label)
+    ]
+    if fewer:
+        parts.append(results.table(["way", *(f"{size}{part}" for size in sizes for part in ("", ", tuned"))], fewer))
+    return "\n\n".join(parts)
+
+
+def _rows(journal: Journal, count: int | str, label: str) -> list[dict[str, Any]]:
+    return [row for key, row in journal.rows.items() if _named(key) == (str(count), label)]
+
+
+def _named(key: str) -> tuple[str, str]:
+    count, _, label = key.split("/", 2)
+    return count, label
+
+
+def _over(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Mean over these tasks, then draws; its spread over draws where there are several."""
+    values = [statistics.fmean(max(0.0, row["normalised"][name]) for name in names) for row in rows]
+    text = f"{statistics.fmean(values):.3f}"
+    return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str], present: Sequence[str]) -> list[str]:
+    groups = [[name for name in kinds if kinds[name] == kind] for kind in present]
+    return [_over(rows, list(kinds)), *(_over(rows, names) for names in groups), _worst(rows)]
+
+
+def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
+    lowest = [min(row["normalised"].items(), key=lambda item: item[1]) for row in rows]
+    return f"{statistics.fmean(max(0.0, value) for _, value in lowest):.3f} ({lowest[0][0]})"
+
+
+def _tuned(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) -> list[str]:
+    tuned = [row["tuned"] for row in rows if "tuned" in row]
+    if not tuned:
+        return ["", "", ""]
+    return [_over(tuned, list(kinds)), _worst(tuned), f"{statistics.fmean(row['factor'] for row in tuned):.2g}"]
+
+
+def _pair(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Means over draws, as it comes and tuned."""
+    plain = [row["mean"] for row in rows]
+    tuned = [row["tuned"]["mean"] for row in rows if "tuned" in row]
+    return [f"{statistics.fmean(values):.3f}" if values else "" for values in (plain, tuned)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="folder of the task set")
+    parser.add_argument("--only", action="append", default=[], help="ways whose label has this in it; may be repeated")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of tasks and inputs")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run scored")
+    parser.add_argument("--quick", action="store_true", help="a few rows and steps; results go to the work folder")
+    parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
+    given = parser.parse_args(arguments)
+    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    name = bench.taskset.name + ("-quick" if given.quick else "")
+    journal = Journal.open(WORK / f"{name}.jsonl", given.fresh or given.quick)
+    run(bench, journal, draws=1 if given.quick else given.draws, only=given.only, quick=given.quick)
+    count = len(bench.adapters)
+    body = (
+        f"{count} adapters of {bench.taskset.name}; up to {bench.rows['validation']} validation and"
+        f" {bench.rows['test']} test rows a task. Normalised by each task's own adapter; no task counts less than 0."
+        f" Untuned: default parameters, scale auto. Tuned: the scale alone, by factors of √2 on validation rows."
+        f" Learned weights and fits: {INPUTS} inputs a task, drawn without labels; mean ± standard deviation over"
+        " draws.\n\n" + page(bench, journal)
+    )
+    folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
+    results.write(f"Accuracy: {bench.taskset.name}", body, journal.rows, seed=0, folder=folder)
+
+
+if __name__ == "__main__":
+    main()
