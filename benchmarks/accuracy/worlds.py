@@ -5,7 +5,8 @@ rows, with weights or cores learned from unlabelled inputs. Test rows are scored
 world's name: what differs stands in its ``tasks.yaml``.
 
 A row is kept (``work/bench/worlds/NAME.jsonl``) as soon as it is scored, and a run that was stopped goes on where it
-was; ``--fresh`` begins anew. ``--only`` takes some of the ways; ``--quick``: a few rows and steps, to see that it runs.
+was, from that file or from the rows in results.json; each row has its day. ``--fresh`` begins anew. ``--only`` takes
+some of the ways; ``--quick``: a few rows and steps, to see that it runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -195,19 +197,20 @@ class Journal:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, fresh: bool) -> Journal:
-        """What an earlier run left, or nothing."""
+    def open(cls, path: Path, known: Mapping[str, dict[str, Any]] | None = None, *, fresh: bool = False) -> Journal:
+        """What an earlier run left there, or published (``known``), or nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and not fresh else []
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        return cls(path, {row["key"]: row for row in map(json.loads, lines)})
+        rows = {} if fresh else dict(known or {}) | {row["key"]: row for row in map(json.loads, lines)}
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows.values()), encoding="utf-8")
+        return cls(path, rows)
 
     def keep(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
         """``make`` a row, unless it is there."""
         if key in self.rows:
             return
         start = time.perf_counter()
-        row = {"key": key, **make(), "took": round(time.perf_counter() - start, 1)}
+        row = {"key": key, **make(), "took": round(time.perf_counter() - start, 1), "day": date.today().isoformat()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows[key] = row
@@ -345,6 +348,14 @@ def _pair(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{statistics.fmean(values):.3f}" if values else "" for values in (plain, tuned)]
 
 
+def published(folder: Path, title: str) -> dict[str, dict[str, Any]]:
+    """The rows of a section of results.json."""
+    path = folder / "results.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows: dict[str, dict[str, Any]] = known.get(title, {}).get("numbers", {})
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="folder of the task set")
@@ -355,19 +366,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
-    name = bench.taskset.name + ("-quick" if given.quick else "")
-    journal = Journal.open(WORK / f"{name}.jsonl", given.fresh or given.quick)
+    name, title = bench.taskset.name + ("-quick" if given.quick else ""), f"Accuracy: {bench.taskset.name}"
+    folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
+    journal = Journal.open(WORK / f"{name}.jsonl", published(folder, title), fresh=given.fresh or given.quick)
     run(bench, journal, draws=1 if given.quick else given.draws, only=given.only, quick=given.quick)
-    count = len(bench.adapters)
+    days = sorted({row["day"] for row in journal.rows.values()})
     body = (
-        f"{count} adapters of {bench.taskset.name}; up to {bench.rows['validation']} validation and"
-        f" {bench.rows['test']} test rows a task. Normalised by each task's own adapter; no task counts less than 0."
-        f" Untuned: default parameters, scale auto. Tuned: the scale alone, by factors of √2 on validation rows."
-        f" Learned weights and fits: {INPUTS} inputs a task, drawn without labels; mean ± standard deviation over"
+        f"{len(bench.adapters)} adapters; scored from {days[0]} to {days[-1]}; up to {bench.rows['validation']}"
+        f" validation and {bench.rows['test']} test rows a task. Normalised by each task's own adapter; no task counts"
+        " less than 0. Untuned: default parameters, scale auto. Tuned: the scale alone, by factors of √2 on validation"
+        f" rows. Learned weights and fits: {INPUTS} inputs a task, drawn without labels; mean ± standard deviation over"
         " draws.\n\n" + page(bench, journal)
     )
-    folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
-    results.write(f"Accuracy: {bench.taskset.name}", body, journal.rows, seed=0, folder=folder)
+    results.write(title, body, journal.rows, seed=0, folder=folder)
 
 
 if __name__ == "__main__":

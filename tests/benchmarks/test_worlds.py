@@ -58,13 +58,14 @@ def test_a_way_is_tuned_on_validation_rows_and_scored_twice_on_test_rows(cell: C
 
 def test_rows_that_are_there_are_not_made_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "x.jsonl"
-    journal = Journal.open(path, fresh=False)
+    journal = Journal.open(path)
     journal.keep("all/0/sum", lambda: {"mean": 0.5})
-    again = Journal.open(path, fresh=False)
+    again = Journal.open(path)
     again.keep("all/0/sum", lambda: pytest.fail("made again"))
     assert again.rows["all/0/sum"]["mean"] == 0.5
     assert json.loads(path.read_text())["key"] == "all/0/sum"
-    assert Journal.open(path, fresh=True).rows == {}
+    assert Journal.open(path, {"all/0/x": {"mean": 1.0}}, fresh=True).rows == {}
+    assert list(Journal.open(path, {"all/0/x": {"mean": 1.0}}).rows) == ["all/0/x"]
 
 
 def test_dense_tasks_are_a_kind_of_their_own() -> None:
