@@ -81,8 +81,8 @@ def test_own_scores_do_not_depend_on_what_was_scored_first(evaluator: Evaluator,
 def test_limits_take_the_first_rows(folder: Path) -> None:
     limited = Evaluator(read_taskset(folder), adapters_of(folder), {"test": 4})
     assert limited.own("test").raw["colour"] in {0.0, 0.25, 0.5, 0.75, 1.0}
-    assert len(limited._prepared("colour", "test")[1]) == 4
-    assert len(limited._prepared("colour", "validation")[1]) == 12
+    assert limited.count("colour", "test") == 4
+    assert limited.count("colour", "validation") == 12
 
 
 def test_mean_and_worst() -> None:

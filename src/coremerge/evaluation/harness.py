@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from coremerge.errors import ConfigError, MissingExtraError
+from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.metrics import Interval
+from coremerge.evaluation.scorer import Groups, Scored
+from coremerge.evaluation.taskset import Split, Task, TaskSet
 from coremerge.installing import install
-
-if TYPE_CHECKING:
-    from coremerge.evaluation.encoder import Encoder
-    from coremerge.evaluation.taskset import Task
 
 SEED = 0
 BOOTSTRAP = 200
 """Of metrics whose error has no formula."""
+
+
+class HarnessScorer:
+    """Tasks of the harness: see :class:`~coremerge.evaluation.scorer.Scorer`."""
+
+    language: ClassVar[bool] = True
+
+    def __init__(self, taskset: TaskSet, names: Sequence[str], limits: Mapping[Split, int]) -> None:
+        self.taskset, self._limits = taskset, limits
+
+    def score(
+        self, encoder: Encoder, names: Sequence[str], split: Split, *, groups: Groups, intervals: bool
+    ) -> dict[str, Scored]:
+        """See :class:`~coremerge.evaluation.scorer.Scorer`."""
+        tasks = {name: self.taskset.tasks[name] for name in names}
+        found = run(encoder, tasks, self.taskset.folder, self._limits.get(split))
+        return {name: Scored(*one) for name, one in found.items()}
+
+    def count(self, encoder: Encoder, name: str, split: Split) -> None:
+        """The harness counts."""
 
 
 def run(

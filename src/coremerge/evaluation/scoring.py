@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from coremerge.errors import ConfigError, TensorError
-from coremerge.evaluation import harness
-from coremerge.evaluation.encoder import Encoder, Placed
-from coremerge.evaluation.metrics import METRICS, Interval, Metric, Values, find_metric
-from coremerge.evaluation.taskset import FILE, HARNESS, Row, Split, TaskSet
-from coremerge.formats.safetensors_file import SafetensorsFile
+from coremerge.evaluation.encoder import Encoder
+from coremerge.evaluation.harness import HarnessScorer
+from coremerge.evaluation.heads import HeadScorer
+from coremerge.evaluation.metrics import Interval
+from coremerge.evaluation.scorer import Groups, Scored, Scorer
+from coremerge.evaluation.taskset import Split, TaskSet
 from coremerge.lowrank import LowRank
 
 Updates = Mapping[str, LowRank]
@@ -111,13 +109,16 @@ class _Measured:
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
 
-def _scored(found: tuple[Metric, Values, Values]) -> float:
-    metric, predictions, labels = found
-    return metric.score(predictions, labels)
+SCORERS: Mapping[str, type[Scorer]] = {
+    "classification": HeadScorer,
+    "regression": HeadScorer,
+    "lm-eval": HarnessScorer,
+}
+"""Kind of task → what scores it."""
 
 
 class Evaluator:
-    """Scores updates on one split after another; the base is loaded and each split tokenised once.
+    """Scores updates on one split after another; the base is loaded and each split prepared once.
 
     Args:
         taskset: the tasks.
@@ -138,17 +139,14 @@ class Evaluator:
     ) -> None:
         self.taskset = taskset
         self.adapters = adapters
-        self.heads = {name: _load_head(taskset, name) for name, task in taskset.tasks.items() if task.kind != HARNESS}
-        self._metrics = {name: metric for name in self.heads if (metric := find_metric(taskset.tasks[name].metric))}
-        self._left = [name for name, task in taskset.tasks.items() if task.kind == HARNESS]
+        self._scorers = _scorers(taskset, limits or {})
         self._device = device
         self.encoder = self._load(base)
-        self._limits = limits or {}
-        self._prepared = cache(self._prepare)
         self._own = cache(self._score_own)
 
     def _load(self, base: str | Path | None) -> Encoder:
-        return Encoder(self.taskset, base, device=self._device, language=bool(self._left))
+        language = any(scorer.language for scorer in self._scorers)
+        return Encoder(self.taskset, base, device=self._device, language=language)
 
     def score(self, updates: Updates, split: Split, scale: float = 1.0, *, intervals: bool = False) -> Scores:
         """Scores of one update on every task."""
@@ -169,14 +167,25 @@ class Evaluator:
     def embeddings(self, updates: Updates, split: Split, scale: float = 1.0) -> dict[str, Tensor]:
         """What the encoder makes of each task's rows, before any head: (rows, width), or a row's patches on their own.
 
-        Tasks of the harness are left out.
+        Of tasks with a head.
         """
+        found: dict[str, Tensor] = {}
         with self.encoder.carrying(updates, scale):
-            return {name: self._features(name, split) for name in self.heads}
+            for scorer in self._scorers:
+                if isinstance(scorer, HeadScorer):
+                    found |= scorer.embeddings(self.encoder, split)
+        return found
 
     def count(self, task: str, split: Split) -> int | None:
         """Rows of a task that are scored; None where the harness counts."""
-        return None if task in self._left else len(self._prepared(task, split)[1])
+        scorer = next(scorer for scorer, names in self._scorers.items() if task in names)
+        return scorer.count(self.encoder, task, split)
+
+    @property
+    def heads(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Task → weight (outputs, width) and bias (outputs,) in float32, of the tasks that have a head."""
+        scorers = [scorer for scorer in self._scorers if isinstance(scorer, HeadScorer)]
+        return {name: head for scorer in scorers for name, head in scorer.heads.items()}
 
     @contextmanager
     def _instead(self, model: str | Path) -> Iterator[None]:
@@ -188,23 +197,25 @@ class Evaluator:
 
     def _measure(self, split: Split, intervals: bool) -> _Measured:
         """Every task and group, under the weights of the moment."""
-        tasks = self.taskset.tasks
-        features = {name: self._features(name, split) for name in self.heads}
-        found = {
-            name: (self._metrics[name], self._predicted(name, features[name]), self._labels(name, split))
-            for name in self.heads
-        }
-        joined = {
-            group: (METRICS["accuracy"], *self._joined(names, features, split))
-            for group, names in self.taskset.joint.items()
-        }
-        left = self._by_harness(self._left, split)
-        raw = {name: left[name][0] if name in left else _scored(found[name]) for name in tasks}
-        joint = {group: _scored(values) for group, values in joined.items()}
-        if not intervals:
-            return _Measured(raw, joint)
-        between = {name: metric.between(*values) for name, (metric, *values) in (found | joined).items()}
-        return _Measured(raw, joint, between | {name: interval for name, (_, interval) in left.items()})
+        tasks, groups = self.taskset.tasks, self.taskset.joint
+        found = self._scores(tasks, split, groups, intervals)
+        between = {name: one.interval for name, one in found.items() if one.interval is not None}
+        return _Measured(
+            {name: found[name].value for name in tasks},
+            {group: found[group].value for group in groups},
+            between if intervals else {},
+        )
+
+    def _scores(self, names: Iterable[str], split: Split, groups: Groups, intervals: bool) -> dict[str, Scored]:
+        """Of tasks and groups, whose tasks are of one kind."""
+        wanted = set(names)
+        found: dict[str, Scored] = {}
+        for scorer, known in self._scorers.items():
+            own = {group: members for group, members in groups.items() if set(members) <= set(known)}
+            asked = [name for name in known if name in wanted]
+            if asked:
+                found |= scorer.score(self.encoder, asked, split, groups=own, intervals=intervals)
+        return found
 
     def _against_own(self, found: _Measured, split: Split) -> Scores:
         """Not under weights of the moment: the own adapters are scored, too."""
@@ -221,108 +232,14 @@ class Evaluator:
         for name in self.taskset.tasks:
             if name in self.adapters:
                 with self.encoder.carrying(self.adapters[name]):
-                    scores[name], between[name] = self._one(name, split)
+                    found = self._scores([name], split, {}, True)[name]
+                scores[name], between[name] = found.value, found.interval or (math.nan, math.nan)
         return _Measured(scores, intervals=between)
 
-    def _one(self, name: str, split: Split) -> tuple[float, Interval]:
-        """The task's metric under the weights of the moment."""
-        if name in self._left:
-            return self._by_harness([name], split)[name]
-        metric, labels = self._metrics[name], self._labels(name, split)
-        predicted = self._predicted(name, self._features(name, split))
-        return metric.score(predicted, labels), metric.between(predicted, labels)
 
-    def _features(self, name: str, split: Split) -> Tensor:
-        batches, rows = self._prepared(name, split)
-        if self.taskset.tasks[name].per == "input":
-            return self.encoder.features(batches)
-        tokens, count = self.encoder.features(batches, "patches"), len(rows[0].label)  # type: ignore[arg-type]
-        if tokens.shape[1] < count:
-            raise ConfigError(f"{count} labels a row for {tokens.shape[1]} patches", key=f"tasks.{name}")
-        return tokens[:, tokens.shape[1] - count :]  # class tokens come first
-
-    def _outputs(self, name: str, features: Tensor) -> Tensor:
-        weight, bias = self.heads[name]
-        if features.shape[-1] != weight.shape[1]:
-            raise TensorError(
-                f"the head takes {weight.shape[1]} features, the base model makes {features.shape[-1]}",
-                file=self.taskset.path(str(self.taskset.tasks[name].head)), key="weight",
-                remedy="Give the base model that the head was trained on, or its pooling",
-            )  # fmt: skip
-        return features @ weight.T + bias
-
-    def _predicted(self, name: str, features: Tensor) -> Values:
-        outputs, top = self._outputs(name, features), self._metrics[name].top
-        if top is not None:
-            return outputs.topk(top).indices.numpy()
-        classes = bool(self.taskset.tasks[name].classes)
-        return (outputs.argmax(-1) if classes else outputs[..., 0]).numpy()
-
-    def _joined(self, names: Sequence[str], features: Mapping[str, Tensor], split: Split) -> tuple[Values, Values]:
-        """Classes predicted among those of all the tasks, and the right ones; classes of one name are one."""
-        classes = list(dict.fromkeys(label for name in names for label in self.taskset.tasks[name].classes))
-        right, found = [], []
-        for name in names:
-            outputs = torch.full((len(features[name]), len(classes)), -math.inf)
-            for head in names:
-                at = torch.tensor([classes.index(label) for label in self.taskset.tasks[head].classes])
-                outputs[:, at] = outputs[:, at].maximum(self._outputs(head, features[name]))
-            own = np.array([classes.index(label) for label in self.taskset.tasks[name].classes])
-            right.append(own[self._labels(name, split).astype(int)])
-            found.append(outputs.argmax(-1).numpy())
-        return np.concatenate(found), np.concatenate(right)
-
-    def _by_harness(self, names: Sequence[str], split: Split) -> dict[str, tuple[float, Interval]]:
-        tasks = {name: self.taskset.tasks[name] for name in names}
-        return harness.run(self.encoder, tasks, self.taskset.folder, self._limits.get(split)) if names else {}
-
-    def _labels(self, name: str, split: Split) -> Values:
-        return np.array([row.label for row in self._prepared(name, split)[1]], dtype=float)
-
-    def _prepare(self, name: str, split: Split) -> tuple[list[Placed], list[Row]]:
-        rows = self.taskset.rows(name, split, self._limits.get(split))
-        if self.taskset.tasks[name].per == "patch" and len({len(row.label) for row in rows}) > 1:  # type: ignore[arg-type]
-            raise ConfigError("rows with different numbers of patches", file=self.taskset.folder, key=f"tasks.{name}")
-        return self.encoder.batches(rows), rows
-
-
-def _load_head(taskset: TaskSet, name: str) -> tuple[Tensor, Tensor]:
-    """Weight (outputs, width) and bias (outputs,) in float32; a head without bias has zeros."""
-    task = taskset.tasks[name]
-    path = taskset.path(str(task.head))
-    file = SafetensorsFile(path)
-    tensors = {key: file.read(key) for key in file.entries}
-    if "weight" not in tensors:
-        raise TensorError("a head needs weight, and bias if it has one", file=path, key=next(iter(tensors), None))
-    for key in tensors.keys() & {"weight", "bias"}:
-        _check_head(path, key, tensors[key])
-    weight = tensors["weight"].float()
-    if len(weight) != task.outputs:
-        raise TensorError(
-            f"the head has {len(weight)} outputs, the task {task.outputs}",
-            file=path,
-            remedy=f"Correct the classes of {name} in {taskset.path(FILE)}",
-        )
-    bias = tensors.get("bias", torch.zeros(len(weight))).float()
-    if len(bias) != len(weight):
-        raise TensorError(
-            f"a bias for {len(bias)} outputs beside a weight for {len(weight)}", file=path, key="bias",
-            remedy="Save the head again, weight (outputs, width) and bias (outputs)",
-        )  # fmt: skip
-    return weight, bias
-
-
-def _check_head(path: Path, key: str, tensor: Tensor) -> None:
-    shape, wanted = list(tensor.shape), {"weight": 2, "bias": 1}[key]
-    if tensor.ndim != wanted or 0 in shape:
-        raise TensorError(
-            f"of shape {shape}; a head's weight is (outputs, width), its bias (outputs)", file=path, key=key,
-            remedy="Save the head again, as the weight and bias of a linear layer",
-        )  # fmt: skip
-    if not tensor.is_floating_point():
-        raise TensorError("must hold floating point numbers", file=path, key=key, value=str(tensor.dtype))
-    if odd := int((~tensor.double().isfinite()).sum()):
-        raise TensorError(
-            f"{odd} of {tensor.numel()} values are NaN or infinite", file=path, key=key,
-            remedy="Train the head again, or use an earlier checkpoint of it",
-        )  # fmt: skip
+def _scorers(taskset: TaskSet, limits: Mapping[Split, int]) -> dict[Scorer, list[str]]:
+    """One for the kinds that it scores → their tasks."""
+    names: dict[type[Scorer], list[str]] = {}
+    for name, task in taskset.tasks.items():
+        names.setdefault(SCORERS[task.kind], []).append(name)
+    return {kind(taskset, known, limits): known for kind, known in names.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -118,18 +118,7 @@ class Task(_Part):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Task:
-        if self.kind == HARNESS:
-            if self.harness is None:
-                raise ValueError("a task of lm-eval needs harness: its name there")
-            return self
-        if (self.kind == "classification") != bool(self.classes):
-            raise ValueError("classes are listed for classification, and only there")
-        metric = find_metric(self.metric)
-        if metric and metric.top and metric.top >= len(self.classes):
-            raise ValueError(f"{self.metric} of {len(self.classes)} classes is always 1")
-        missing = [key for key in ("head", "test") if getattr(self, key) is None]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
+        _CHECKS.get(self.kind, _check_head_task)(self)
         return self
 
     @property
@@ -142,6 +131,26 @@ class Task(_Part):
         """Whether larger scores are better ones."""
         metric = find_metric(self.metric)
         return metric is None or metric.higher_is_better
+
+
+def _check_harness_task(task: Task) -> None:
+    if task.harness is None:
+        raise ValueError("a task of lm-eval needs harness: its name there")
+
+
+def _check_head_task(task: Task) -> None:
+    if (task.kind == "classification") != bool(task.classes):
+        raise ValueError("classes are listed for classification, and only there")
+    metric = find_metric(task.metric)
+    if metric and metric.top and metric.top >= len(task.classes):
+        raise ValueError(f"{task.metric} of {len(task.classes)} classes is always 1")
+    missing = [key for key in ("head", "test") if getattr(task, key) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
+
+
+_CHECKS: Mapping[str, Callable[[Task], None]] = {HARNESS: _check_harness_task}
+"""Kind → what refuses a task that does not fit; tasks with a head otherwise."""
 
 
 class TaskSet(_Part):
@@ -200,6 +209,16 @@ class TaskSet(_Part):
             SourceError: the file is missing.
             ConfigError: a line is not a row of this task.
         """
+        path, lines = self.lines(task, split, limit)
+        return [_row(line, self.tasks[task], path, number) for number, line in enumerate(lines, 1)]
+
+    def lines(self, task: str, split: Split, limit: int | None = None) -> tuple[Path, list[str]]:
+        """The file of a split, and its first ``limit`` lines.
+
+        Raises:
+            SourceError: the file is missing, or empty.
+            ConfigError: the task has no such split.
+        """
         name = getattr(self.tasks[task], split)
         if name is None:
             raise ConfigError(f"has no rows for {split}", file=self.path(FILE), key=f"tasks.{task}.{split}")
@@ -212,7 +231,7 @@ class TaskSet(_Part):
             raise SourceError(f"cannot be read: {error}", file=path) from None
         if not lines:
             raise SourceError("holds no rows", file=path)
-        return [_row(line, self.tasks[task], path, number) for number, line in enumerate(lines, 1)]
+        return path, lines
 
 
 def read_taskset(source: str | Path) -> TaskSet:
