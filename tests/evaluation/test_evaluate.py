@@ -217,7 +217,7 @@ def test_pictures_are_scored_whole_and_patch_by_patch(pictures: Path) -> None:
 def test_too_many_labels_for_the_patches_are_refused(pictures: Path) -> None:
     rows = [json.loads(line) for line in (pictures / "patches.jsonl").read_text().splitlines()]
     tasks = read_taskset(pictures)
-    for count, message in ((9, "9 labels a row for 5 patches"), (3, "different numbers of patches")):
+    for count, message in ((9, "9 labels a row for 4 patches"), (3, "different numbers of patches")):
         changed = [row | {"label": ["a"] * (count if count == 9 or i else 4)} for i, row in enumerate(rows)]
         jsonl(pictures / "wrong.jsonl", *changed)
         wrong = tasks.model_copy(

@@ -28,7 +28,7 @@ def test_reads_a_folder_or_its_file(folder: Path) -> None:
     taskset = read_taskset(folder)
     assert taskset == read_taskset(folder / "tasks.yaml")
     assert list(taskset.tasks) == ["colour", "length"]
-    assert [taskset.tasks[name].outputs for name in taskset.tasks] == [2, 1]
+    assert [taskset.tasks[name].channels for name in taskset.tasks] == [2, 1]
 
 
 def test_rows_hold_class_indices_and_values(folder: Path) -> None:

@@ -25,6 +25,9 @@ from coremerge.lowrank import LowRank
 BATCH = 16
 """Rows that go through together: few enough that they are of similar lengths."""
 
+PATCHES = "patches"
+"""Instead of a pooling: every token of its own."""
+
 Placed = tuple[Tensor, Batch]
 """The places of some rows, and the batch that they make."""
 
@@ -73,19 +76,33 @@ class Encoder:
         return [(torch.tensor(places), {key: moved(value) for key, value in batch.items()}) for places, batch in made]
 
     def features(self, batches: Sequence[Placed], pooling: str | None = None) -> Tensor:
-        """(rows, width), in the order of the rows; per patch: (rows, patches, width)."""
-        places = torch.cat([place for place, _ in batches])
-        pooled = local.run(partial(self._pooled, pooling or self.pooling), (batch for _, batch in batches))
-        return torch.cat(list(pooled))[places.argsort()]
+        """(rows, width), in the order of the rows; of :data:`PATCHES`, (rows, tokens, width)."""
+        chosen = pooling or self.pooling
+        return self.pooled(batches, [chosen])[chosen]
+
+    def pooled(self, batches: Sequence[Placed], poolings: Sequence[str]) -> dict[str, Tensor]:
+        """The :meth:`features` of several poolings, from one pass."""
+        order = torch.cat([place for place, _ in batches]).argsort()
+        made = list(local.run(partial(self._pooled, poolings), (batch for _, batch in batches)))
+        return {pooling: torch.cat([one.pop(pooling) for one in made])[order] for pooling in poolings}
 
     @torch.inference_mode()
-    def _pooled(self, pooling: str, batch: Batch) -> Tensor:
+    def _pooled(self, poolings: Sequence[str], batch: Batch) -> dict[str, Tensor]:
         output = backbone_output(self.model, batch)
         hidden: Tensor = getattr(output, "last_hidden_state", output)
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != hidden.shape[:2]:
             mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return _POOLINGS[pooling](hidden, mask, output).float().cpu()
+        return {pooling: _POOLINGS[pooling](hidden, mask, output).float().cpu() for pooling in poolings}
+
+    def patches(self, batch: Batch) -> int | None:
+        """Patches that an image is cut into, where the model's configuration says how large they are."""
+        config = self.model.config
+        size = getattr(getattr(config, "vision_config", config), "patch_size", None)
+        pixels = batch.get("pixel_values")
+        if pixels is None or not isinstance(size, int):
+            return None
+        return int(pixels.shape[-2] // size) * int(pixels.shape[-1] // size)
 
     @contextmanager
     def carrying(self, updates: Mapping[str, LowRank], scale: float = 1.0) -> Iterator[None]:
@@ -194,5 +211,5 @@ _POOLINGS: Mapping[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "first": lambda hidden, mask, output: hidden[:, 0],
     "last": _last,
     "pooler": _pooler,
-    "patches": lambda hidden, mask, output: hidden,
+    PATCHES: lambda hidden, mask, output: hidden,
 }

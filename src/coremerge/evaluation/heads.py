@@ -1,137 +1,39 @@
-"""Tasks with a head of their own: classification and regression on the features of a base model."""
+"""Linear heads, one beside each task's adapter."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from coremerge.errors import ConfigError, TensorError
-from coremerge.evaluation.encoder import Encoder, Placed
-from coremerge.evaluation.metrics import METRICS, Metric, Values, find_metric
-from coremerge.evaluation.scorer import Groups, Scored
-from coremerge.evaluation.taskset import FILE, Row, Split, TaskSet
+from coremerge.errors import TensorError
+from coremerge.evaluation.taskset import FILE, Task, TaskSet
 from coremerge.formats.safetensors_file import SafetensorsFile
 
 
-class HeadScorer:
-    """Linear heads on features: see :class:`~coremerge.evaluation.scorer.Scorer`.
+class Head(NamedTuple):
+    """A linear layer on features, in float32."""
 
-    Attributes:
-        heads: task → weight (outputs, width) and bias (outputs,), in float32.
+    weight: Tensor
+    """(outputs, width)"""
+    bias: Tensor
+    """(outputs,); zeros where the file has none."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(..., width) → (..., outputs)."""
+        return features @ self.weight.T + self.bias
+
+
+def load_head(taskset: TaskSet, name: str) -> Head:
+    """The head of a task.
 
     Raises:
-        SourceError: a head is not there.
-        TensorError: it is none, or of another size than its task.
+        SourceError: it is not there.
+        TensorError: it is no linear layer, or gives another number of outputs than the task needs.
     """
-
-    language: ClassVar[bool] = False
-
-    def __init__(self, taskset: TaskSet, names: Sequence[str], limits: Mapping[Split, int]) -> None:
-        self.taskset = taskset
-        self.heads = {name: _load_head(taskset, name) for name in names}
-        self._metrics = {name: _metric(taskset, name) for name in names}
-        self._limits = limits
-        self._known: dict[tuple[str, Split], tuple[list[Placed], list[Row]]] = {}
-
-    def score(
-        self, encoder: Encoder, names: Sequence[str], split: Split, *, groups: Groups, intervals: bool
-    ) -> dict[str, Scored]:
-        """See :class:`~coremerge.evaluation.scorer.Scorer`."""
-        features = {name: self._features(encoder, name, split) for name in names}
-        found = {
-            name: (self._metrics[name], self._predicted(name, features[name]), self._labels(encoder, name, split))
-            for name in names
-        }
-        joined = {
-            group: (METRICS["accuracy"], *self._joined(encoder, members, features, split))
-            for group, members in groups.items()
-        }
-        return {name: _scored(*values, intervals) for name, values in (found | joined).items()}
-
-    def embeddings(self, encoder: Encoder, split: Split) -> dict[str, Tensor]:
-        """Task → features: (rows, width), or a row's patches on their own: (rows, patches, width)."""
-        return {name: self._features(encoder, name, split) for name in self.heads}
-
-    def count(self, encoder: Encoder, name: str, split: Split) -> int:
-        """See :class:`~coremerge.evaluation.scorer.Scorer`."""
-        return len(self._prepared(encoder, name, split)[1])
-
-    def _features(self, encoder: Encoder, name: str, split: Split) -> Tensor:
-        batches, rows = self._prepared(encoder, name, split)
-        if self.taskset.tasks[name].per == "input":
-            return encoder.features(batches)
-        tokens, count = encoder.features(batches, "patches"), len(rows[0].label)  # type: ignore[arg-type]
-        if tokens.shape[1] < count:
-            raise ConfigError(f"{count} labels a row for {tokens.shape[1]} patches", key=f"tasks.{name}")
-        return tokens[:, tokens.shape[1] - count :]  # class tokens come first
-
-    def _outputs(self, name: str, features: Tensor) -> Tensor:
-        weight, bias = self.heads[name]
-        if features.shape[-1] != weight.shape[1]:
-            raise TensorError(
-                f"the head takes {weight.shape[1]} features, the base model makes {features.shape[-1]}",
-                file=self.taskset.path(str(self.taskset.tasks[name].head)), key="weight",
-                remedy="Give the base model that the head was trained on, or its pooling",
-            )  # fmt: skip
-        return features @ weight.T + bias
-
-    def _predicted(self, name: str, features: Tensor) -> Values:
-        outputs, top = self._outputs(name, features), self._metrics[name].top
-        if top is not None:
-            return outputs.topk(top).indices.numpy()
-        classes = bool(self.taskset.tasks[name].classes)
-        return (outputs.argmax(-1) if classes else outputs[..., 0]).numpy()
-
-    def _joined(
-        self, encoder: Encoder, names: Sequence[str], features: Mapping[str, Tensor], split: Split
-    ) -> tuple[Values, Values]:
-        """Classes predicted among those of all the tasks, and the right ones; classes of one name are one."""
-        classes = list(dict.fromkeys(label for name in names for label in self.taskset.tasks[name].classes))
-        right, found = [], []
-        for name in names:
-            outputs = torch.full((len(features[name]), len(classes)), -math.inf)
-            for head in names:
-                at = torch.tensor([classes.index(label) for label in self.taskset.tasks[head].classes])
-                outputs[:, at] = outputs[:, at].maximum(self._outputs(head, features[name]))
-            own = np.array([classes.index(label) for label in self.taskset.tasks[name].classes])
-            right.append(own[self._labels(encoder, name, split).astype(int)])
-            found.append(outputs.argmax(-1).numpy())
-        return np.concatenate(found), np.concatenate(right)
-
-    def _labels(self, encoder: Encoder, name: str, split: Split) -> Values:
-        return np.array([row.label for row in self._prepared(encoder, name, split)[1]], dtype=float)
-
-    def _prepared(self, encoder: Encoder, name: str, split: Split) -> tuple[list[Placed], list[Row]]:
-        if (name, split) not in self._known:
-            rows = self.taskset.rows(name, split, self._limits.get(split))
-            self._check_patches(name, rows)
-            self._known[name, split] = encoder.batches(rows), rows
-        return self._known[name, split]
-
-    def _check_patches(self, name: str, rows: Sequence[Row]) -> None:
-        if self.taskset.tasks[name].per == "patch" and len({len(row.label) for row in rows}) > 1:  # type: ignore[arg-type]
-            raise ConfigError("rows with different numbers of patches", file=self.taskset.folder, key=f"tasks.{name}")
-
-
-def _metric(taskset: TaskSet, name: str) -> Metric:
-    metric = find_metric(taskset.tasks[name].metric)
-    assert metric is not None, "the task set has checked it"
-    return metric
-
-
-def _scored(metric: Metric, predictions: Values, labels: Values, intervals: bool) -> Scored:
-    between = metric.between(predictions, labels) if intervals else None
-    return Scored(metric.score(predictions, labels), between)
-
-
-def _load_head(taskset: TaskSet, name: str) -> tuple[Tensor, Tensor]:
-    """Weight (outputs, width) and bias (outputs,) in float32; a head without bias has zeros."""
     task = taskset.tasks[name]
     path = taskset.path(str(task.head))
     file = SafetensorsFile(path)
@@ -141,11 +43,12 @@ def _load_head(taskset: TaskSet, name: str) -> tuple[Tensor, Tensor]:
     for key in tensors.keys() & {"weight", "bias"}:
         _check_head(path, key, tensors[key])
     weight = tensors["weight"].float()
-    if len(weight) != task.outputs:
+    if not fits(task, len(weight)):
+        needed = f"{task.channels} times a square number" if task.per == "pixel" else str(task.channels)
         raise TensorError(
-            f"the head has {len(weight)} outputs, the task {task.outputs}",
+            f"the head has {len(weight)} outputs, the task {needed}",
             file=path,
-            remedy=f"Correct the classes of {name} in {taskset.path(FILE)}",
+            remedy=f"Correct the {'classes' if task.classes else 'outputs'} of {name} in {taskset.path(FILE)}",
         )
     bias = tensors.get("bias", torch.zeros(len(weight))).float()
     if len(bias) != len(weight):
@@ -153,7 +56,19 @@ def _load_head(taskset: TaskSet, name: str) -> tuple[Tensor, Tensor]:
             f"a bias for {len(bias)} outputs beside a weight for {len(weight)}", file=path, key="bias",
             remedy="Save the head again, weight (outputs, width) and bias (outputs)",
         )  # fmt: skip
-    return weight, bias
+    return Head(weight, bias)
+
+
+def fits(task: Task, outputs: int) -> bool:
+    """Whether a head with so many outputs is one of the task; per pixel it gives a square of them for each patch."""
+    if task.per == "pixel":
+        return outputs % task.channels == 0 and side_of(task, outputs) ** 2 * task.channels == outputs
+    return outputs == task.channels
+
+
+def side_of(task: Task, outputs: int) -> int:
+    """Pixels a side of a patch for which a head with so many outputs gives numbers."""
+    return math.isqrt(outputs // task.channels)
 
 
 def _check_head(path: Path, key: str, tensor: Tensor) -> None:

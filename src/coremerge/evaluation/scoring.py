@@ -14,7 +14,8 @@ from torch import Tensor
 
 from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.harness import HarnessScorer
-from coremerge.evaluation.heads import HeadScorer
+from coremerge.evaluation.head_scorer import HeadScorer
+from coremerge.evaluation.heads import Head
 from coremerge.evaluation.metrics import Interval
 from coremerge.evaluation.scorer import Groups, Scored, Scorer
 from coremerge.evaluation.taskset import Split, TaskSet
@@ -182,8 +183,8 @@ class Evaluator:
         return scorer.count(self.encoder, task, split)
 
     @property
-    def heads(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Task → weight (outputs, width) and bias (outputs,) in float32, of the tasks that have a head."""
+    def heads(self) -> dict[str, Head]:
+        """Task → its head, of the tasks that have one."""
         scorers = [scorer for scorer in self._scorers if isinstance(scorer, HeadScorer)]
         return {name: head for scorer in scorers for name, head in scorer.heads.items()}
 

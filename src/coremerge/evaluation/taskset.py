@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -19,7 +20,7 @@ from pydantic import (
 )
 
 from coremerge.errors import ConfigError, SourceError
-from coremerge.evaluation.metrics import find_metric, names_of
+from coremerge.evaluation.metrics import Metric, find_metric, names_of
 from coremerge.learning.rows import Example, parse_row
 from coremerge.yamlfile import Whole, read_yaml, refusal
 
@@ -28,12 +29,16 @@ HARNESS = "lm-eval"
 Split = Literal["validation", "test"]
 
 
+Label = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | Path
+
+
 class Row(NamedTuple):
     """One labelled example."""
 
     example: Example
-    label: float | tuple[float, ...]
-    """A class's index, or the value to predict; one for each patch of an image where a task is per patch."""
+    label: Label
+    """A class's index, or the value or values to predict; of each patch where a task is per patch; per pixel a map's
+    file."""
 
 
 class _Part(BaseModel):
@@ -83,12 +88,16 @@ class Task(_Part):
 
     Attributes:
         description: what is predicted, in a line.
-        kind: ``classification`` (the head gives one number per class), ``regression`` (one number), or ``lm-eval``:
-            left to EleutherAI's harness.
+        kind: ``classification`` (the head gives one number per class), ``regression`` (``outputs`` numbers), or
+            ``lm-eval``: left to EleutherAI's harness.
         metric: one of :data:`~coremerge.evaluation.metrics.METRICS` of that kind, or ``top_K``; of the harness: its
             own, as ``acc`` or ``exact_match,strict-match``.
-        per: a label for each ``input``, or for each ``patch`` of an image.
+        per: a label for each ``input``, for each ``patch`` of an image, or for each ``pixel``: a map, as an image of
+            grey (8 or 16 bits) or RGB that shows what the model sees, of any size that is k times as many pixels as
+            there are patches. Its pixels are indices of classes, or values over the largest possible, so 0 to 1;
+            directions as (n + 1) / 2. The head gives k · k · outputs numbers a patch, in the order (y, x, output).
         classes: the labels, in the order of the head's rows.
+        outputs: numbers to predict for each label, which then is a list of so many; of regression.
         adapter: folder of the adapter trained on this task alone, against which scores are normalised.
         head: safetensors file with ``weight`` (outputs, width) and, if it has one, ``bias``.
         validation: rows, a JSON object a line: ``text``, ``text`` and ``pair``, or ``image``; and ``label``.
@@ -99,8 +108,9 @@ class Task(_Part):
     description: str = ""
     kind: Literal["classification", "regression", "lm-eval"]
     metric: str
-    per: Literal["input", "patch"] = "input"
+    per: Literal["input", "patch", "pixel"] = "input"
     classes: tuple[str, ...] = ()
+    outputs: Whole = Field(default=1, ge=1)
     adapter: str | None = None
     head: str | None = None
     validation: str | None = None
@@ -122,9 +132,9 @@ class Task(_Part):
         return self
 
     @property
-    def outputs(self) -> int:
-        """The number of rows of the head."""
-        return len(self.classes) or 1
+    def channels(self) -> int:
+        """Numbers that the head gives for a label."""
+        return len(self.classes) or self.outputs
 
     @property
     def higher_is_better(self) -> bool:
@@ -141,12 +151,22 @@ def _check_harness_task(task: Task) -> None:
 def _check_head_task(task: Task) -> None:
     if (task.kind == "classification") != bool(task.classes):
         raise ValueError("classes are listed for classification, and only there")
-    metric = find_metric(task.metric)
-    if metric and metric.top and metric.top >= len(task.classes):
-        raise ValueError(f"{task.metric} of {len(task.classes)} classes is always 1")
+    if task.classes and task.outputs > 1:
+        raise ValueError("outputs are of regression: a label of classification is one class")
+    if metric := find_metric(task.metric):
+        _check_metric(task, metric)
     missing = [key for key in ("head", "test") if getattr(task, key) is None]
     if missing:
         raise ValueError(f"{missing[0]} is missing")
+
+
+def _check_metric(task: Task, metric: Metric) -> None:
+    if metric.top and metric.top >= len(task.classes):
+        raise ValueError(f"{task.metric} of {len(task.classes)} classes is always 1")
+    if metric.classes and metric.classes != len(task.classes):
+        raise ValueError(f"{task.metric} is for {metric.classes} classes, background first; take miou")
+    if metric.directions and task.outputs < 2:
+        raise ValueError(f"{task.metric} is of directions: give outputs, the number of their coordinates")
 
 
 _CHECKS: Mapping[str, Callable[[Task], None]] = {HARNESS: _check_harness_task}
@@ -267,26 +287,49 @@ def _row(line: str, task: Task, path: Path, number: int) -> Row:
     place = f"{path}, line {number}"
     try:
         data = json.loads(line)
-        example, label = parse_row(data, place, path.parent), _label(data["label"], task)
+        example, label = parse_row(data, place, path.parent), _label(data["label"], task, path.parent)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         example = None
     if example is None:
-        expected = f"one of {', '.join(task.classes)}" if task.classes else "a number"
-        expected += " for each patch" if task.per == "patch" else ""
         raise ConfigError(
             "not a row of this task",
             file=place,
             value=line,
-            remedy=f'Give {{"text": ..., "label": ...}}, the label {expected}',
+            remedy=f'Give {{"text": ..., "label": ...}}, the label {_expected(task)}',
         )
     return Row(example, label)
 
 
-def _label(label: object, task: Task) -> float | tuple[float, ...]:
+def _expected(task: Task) -> str:
+    if task.per == "pixel":
+        return "the path of an image, relative to the rows' folder"
+    one = "a number" if task.outputs == 1 else f"a list of {task.outputs} numbers"
+    expected = f"one of {', '.join(task.classes)}" if task.classes else one
+    return expected + (" for each patch" if task.per == "patch" else "")
+
+
+def _label(label: Any, task: Task, folder: Path) -> Label:
+    if task.per == "pixel":
+        if not isinstance(label, str):
+            raise TypeError("no path")
+        return folder / label
     if task.per == "patch":
-        return tuple(_one_label(part, task) for part in label)  # type: ignore[attr-defined]
+        return tuple(_one_label(part, task) for part in label)  # type: ignore[return-value]
     return _one_label(label, task)
 
 
-def _one_label(label: object, task: Task) -> float:
-    return float(task.classes.index(str(label))) if task.classes else float(label)  # type: ignore[arg-type]
+def _one_label(label: Any, task: Task) -> float | tuple[float, ...]:
+    if task.classes:
+        return float(task.classes.index(str(label)))
+    if task.outputs == 1:
+        return _number(label)
+    if len(label) != task.outputs:
+        raise ValueError(f"{len(label)} numbers")
+    return tuple(map(_number, label))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("no number")
+    return number
