@@ -21,6 +21,7 @@ DRAW = np.random.default_rng(0)
 LABELS = DRAW.integers(0, 3, 200).astype(float)
 GUESSES = np.where(DRAW.random(200) < 0.7, LABELS, DRAW.integers(0, 3, 200))
 X, Y = DRAW.normal(size=(2, 50))
+DIRECTIONS = DRAW.normal(size=(2, 50, 4, 3))
 
 
 def test_accuracy_counts_rows() -> None:
@@ -73,7 +74,7 @@ def test_errors_are_those_of_their_definitions() -> None:
     assert rmse(X, Y) == pytest.approx(np.sqrt(((X - Y) ** 2).mean()))
     assert METRICS["mae"].score(X, Y) == pytest.approx(np.abs(X - Y).mean())
     assert METRICS["r2"].score(X, Y) == pytest.approx(1 - ((X - Y) ** 2).sum() / ((Y - Y.mean()) ** 2).sum())
-    assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {"rmse", "mae"}
+    assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {"rmse", "mae", "angular_error"}
 
 
 def test_a_correlation_with_a_constant_is_zero() -> None:
@@ -102,6 +103,10 @@ def test_fishers_interval_is_scipys() -> None:
 def test_every_interval_holds_its_score_and_is_the_same_each_time(name: str) -> None:
     metric = METRICS[name]
     given = (GUESSES, LABELS) if metric.kind == "classification" else (X, X + Y)
+    if metric.classes:
+        given = (GUESSES > 0, LABELS > 0)
+    if metric.directions:
+        given = (DIRECTIONS[0] + DIRECTIONS[1], DIRECTIONS[0])
     low, high = metric.between(*given)
     assert low < metric.score(*given) < high
     assert metric.between(*given) == (low, high)
@@ -114,3 +119,54 @@ def test_a_bootstrapped_interval_agrees_with_one_from_counts() -> None:
 
 def test_one_row_says_nothing_of_others() -> None:
     assert np.isnan(METRICS["accuracy"].between(np.ones(1), np.ones(1))).all()
+
+
+def test_the_iou_is_of_the_second_class() -> None:
+    labels, guesses = np.array([[0, 1, 1], [0, 0, 1]]), np.array([[1, 1, 0], [0, 0, 1]])
+    assert METRICS["iou"].score(guesses, labels) == 2 / 4
+    assert METRICS["iou"].score(1 - guesses, 1 - labels) == 2 / 4
+    assert METRICS["iou"].score(np.zeros((2, 3)), np.zeros((2, 3))) == 0.0
+
+
+def test_r2_is_about_each_places_mean() -> None:
+    usual = np.linspace(0, 9, 10)  # what every map looks like on average
+    labels = usual + DRAW.normal(size=(200, 10))
+    same = np.broadcast_to(labels.mean(0), labels.shape)
+    assert METRICS["r2"].score(same, labels) == pytest.approx(0, abs=DIGITS)
+    part = labels * 0.9 + same * 0.1
+    assert METRICS["r2"].score(part, labels) == pytest.approx(0.99)
+    assert METRICS["r2"].score(part[..., None], labels[..., None]) == pytest.approx(0.99)
+    assert METRICS["r2"].score(part[:, 0], labels[:, 0]) == pytest.approx(0.99)
+
+
+def test_correlations_are_averaged_over_outputs() -> None:
+    labels = DRAW.normal(size=(50, 3, 2))
+    guesses = labels * [2, -1]
+    for name in ("pearson", "spearman"):
+        assert METRICS[name].score(guesses, labels) == pytest.approx(0, abs=DIGITS)
+        assert METRICS[name].score(guesses[:, :1], labels[:, :1]) == pytest.approx(0, abs=DIGITS)
+        assert METRICS[name].score(guesses[..., :1], labels[..., :1]) == pytest.approx(1)
+
+
+def test_angles_are_in_degrees_and_lengths_do_not_count() -> None:
+    labels = np.array([[[1.0, 0, 0], [0, 2, 0]], [[0, 0, 1], [0, 0, 0.01]]])
+    guesses = np.array([[[3.0, 0, 0], [1, 1, 0]], [[-1, 0, 0], [1, 0, 0]]])
+    assert METRICS["angular_error"].score(guesses, labels) == pytest.approx((0 + 45 + 90) / 3)  # the last has none
+    turned = np.array([[[np.sin(0.3), np.cos(0.3)]], [[np.sin(6), np.cos(6)]]])
+    right = np.array([[[0.0, 1.0]], [[0.0, 1.0]]])
+    assert METRICS["angular_error"].score(turned, right) == pytest.approx(np.degrees(0.3 + 2 * np.pi - 6) / 2)
+    assert np.isnan(METRICS["angular_error"].score(guesses, np.zeros((2, 2, 3))))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "pearson", "top_2"])
+def test_patches_of_one_image_do_not_count_as_rows(name: str) -> None:
+    """Copies of a row's label add nothing to what is known."""
+    metric = find_metric(name)
+    assert metric is not None
+    given = (GUESSES, LABELS) if metric.kind == "classification" else (X, X + Y)
+    if metric.top:
+        given = (np.stack([GUESSES, (GUESSES + 1) % 3], -1), LABELS)
+    maps = [np.repeat(values[:, None], 9, 1) for values in given]
+    (low, high), (below, above) = metric.between(*given), metric.between(*maps)
+    assert above - below == pytest.approx(high - low, rel=0.25)  # two approximations of one width
+    assert metric.score(*maps) == pytest.approx(metric.score(*given))

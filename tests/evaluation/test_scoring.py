@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coremerge.errors import SourceError, TensorError
 from coremerge.evaluation import Evaluator, Scores, read_taskset
 from coremerge.evaluation.taskset import Task
 from coremerge.formats import load
@@ -89,55 +88,3 @@ def test_mean_and_worst() -> None:
     scores = Scores({"a": 0.5, "b": 0.3}, {"a": 1.0, "b": 0.5})
     assert (scores.mean, scores.mean_raw, scores.worst) == (0.75, 0.4, "b")
     assert scores.to_dict()["normalised"] == {"a": 1.0, "b": 0.5}
-
-
-def test_a_head_of_the_wrong_size_is_refused(own_folder: Path) -> None:
-    save_file({"weight": torch.ones(3, 16), "bias": torch.ones(3)}, own_folder / "colour" / "head.safetensors")
-    with pytest.raises(TensorError, match=r"head\.safetensors.*3 outputs, the task 2"):
-        Evaluator(read_taskset(own_folder), {})
-
-
-@pytest.mark.parametrize(
-    ("tensors", "why"),
-    [
-        ({"weight": torch.tensor(1.0)}, r"weight: of shape \[\]"),
-        ({"weight": torch.ones(2)}, r"weight: of shape \[2\]"),
-        ({"weight": torch.ones(2, 16, 1)}, r"weight: of shape \[2, 16, 1\]"),
-        ({"weight": torch.ones(2, 0)}, r"weight: of shape \[2, 0\]"),
-        ({"weight": torch.ones(2, 16), "bias": torch.tensor(0.0)}, r"bias: of shape \[\]"),
-        ({"weight": torch.ones(2, 16), "bias": torch.ones(1, 2)}, r"bias: of shape \[1, 2\]"),
-        ({"weight": torch.ones(2, 16), "bias": torch.ones(3)}, "bias: a bias for 3 outputs beside a weight for 2"),
-        ({"weight": torch.full((2, 16), math.nan)}, "weight: 32 of 32 values are NaN or infinite"),
-        ({"weight": torch.ones(2, 16), "bias": torch.tensor([0.0, math.inf])}, "bias: 1 of 2 values are NaN"),
-        ({"weight": torch.ones(2, 16, dtype=torch.int64)}, "weight = .*floating point"),
-        ({"weight": torch.ones(16, 2)}, "16 outputs, the task 2"),
-    ],
-)
-def test_a_head_that_is_no_linear_layer_is_refused_by_name(own_folder: Path, tensors: dict, why: str) -> None:
-    save_file(tensors, own_folder / "colour" / "head.safetensors")
-    with pytest.raises(TensorError, match=rf"head\.safetensors: .*{why}"):
-        Evaluator(read_taskset(own_folder), {})
-
-
-def test_a_head_of_another_width_is_refused_by_name(own_folder: Path) -> None:
-    save_file({"weight": torch.ones(2, 24)}, own_folder / "colour" / "head.safetensors")
-    with pytest.raises(TensorError, match=r"head\.safetensors: weight: the head takes 24 features.* makes 16"):
-        Evaluator(read_taskset(own_folder), {}).score({}, "test")
-
-
-def test_a_head_without_weight_is_refused(own_folder: Path) -> None:
-    save_file({"bias": torch.ones(2)}, own_folder / "colour" / "head.safetensors")
-    with pytest.raises(TensorError, match="weight"):
-        Evaluator(read_taskset(own_folder), {})
-
-
-def test_a_head_may_have_no_bias(own_folder: Path) -> None:
-    save_file({"weight": torch.ones(2, 16)}, own_folder / "colour" / "head.safetensors")
-    _, bias = Evaluator(read_taskset(own_folder), {}).heads["colour"]
-    assert bias.tolist() == [0, 0]
-
-
-def test_a_missing_head_is_named(own_folder: Path) -> None:
-    (own_folder / "colour" / "head.safetensors").unlink()
-    with pytest.raises(SourceError, match=r"head\.safetensors"):
-        Evaluator(read_taskset(own_folder), {})
