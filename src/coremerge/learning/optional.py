@@ -9,8 +9,8 @@ from coremerge.errors import MissingExtraError
 from coremerge.installing import install
 
 
-def optional(module: str, needing: str = "such inputs need") -> Any:
-    """A module of an optional dependency, and what is ``needing`` it.
+def optional(module: str, needing: str = "such inputs need", extra: str = "learn") -> Any:
+    """A module of an optional dependency, what is ``needing`` it, and the ``extra`` of this package that brings it.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -19,7 +19,7 @@ def optional(module: str, needing: str = "such inputs need") -> Any:
         return importlib.import_module(module)
     except ImportError:
         name = "pillow" if module.startswith("PIL") else module
-        raise MissingExtraError(f"{needing} {name}", remedy=install("learn")) from None
+        raise MissingExtraError(f"{needing} {name}", remedy=install(extra)) from None
 
 
 def first_line(error: Exception) -> str:
