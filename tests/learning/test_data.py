@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPProcessor, PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import CLIPProcessor, PreTrainedTokenizerFast, ViTImageProcessor, WhisperFeatureExtractor
+from transformers import WhisperProcessor as Heard
 
 from coremerge.errors import ConfigError, InputError, SourceError
 from coremerge.learning import learn_weights
@@ -16,9 +17,12 @@ from coremerge.learning.data import make_batches
 from coremerge.learning.examples import read_examples
 from coremerge.learning.processor import load_processor
 from coremerge.learning.rows import Example, Message
+from coremerge.learning.sounds import read_sound
 from families import IMAGE, make_adapter, make_model
 from made import OF_PARTS, TEMPLATE, VOCABULARY, clip_pictures, jsonl, make_llava, make_tokenizer
+from speakers import make_speaker, sound
 
+PROMPTING = TEMPLATE + "{% if add_generation_prompt %} <turn> assistant {% endif %}"
 CHAT = (Message("user", "w1 w2"), Message("assistant", "w3"))
 
 
@@ -85,18 +89,42 @@ class TestTexts:
 
 
 class TestChats:
-    def test_special_tokens_do_not_count(self):
+    def test_special_tokens_do_not_count_but_where_an_answer_comes_next(self):
         tokenizer = make_tokenizer(chat_template=TEMPLATE, extra_special_tokens=["<turn>"])
         examples = [Example(messages=CHAT), Example(messages=CHAT[:1])]
         (batch,) = make_batches(examples, tokenizer)
         assert words(batch)[1] == "<s> <turn> user w1 w2 </s> <turn> assistant w3 </s>"
-        assert counted(batch) == ["user w1 w2", "user w1 w2 assistant w3"]
+        assert counted(batch) == ["user w1 w2 </s>", "user w1 w2 assistant w3"]
         assert batch["token_mask"].dtype == batch["attention_mask"].dtype
 
     def test_markers_may_be_special_without_a_name(self):
         tokenizer = make_tokenizer(chat_template=TEMPLATE)
         tokenizer.add_tokens(["<turn>"], special_tokens=True)
-        assert counted(make_batches([Example(messages=CHAT[:1])], tokenizer)[0]) == ["user w1 w2"]
+        assert counted(make_batches([Example(messages=CHAT[:1])], tokenizer)[0]) == ["user w1 w2 </s>"]
+
+    @pytest.mark.parametrize("special", [["<turn>"], ["<turn>", "assistant"]])
+    def test_a_chat_without_an_answer_ends_where_it_would_begin(self, special):
+        tokenizer = make_tokenizer(chat_template=PROMPTING, extra_special_tokens=special)
+        (batch,) = make_batches([Example(messages=CHAT[:1]), Example(messages=CHAT)], tokenizer)
+        assert words(batch) == [
+            "<s> <turn> user w1 w2 </s> <turn> assistant </s> </s>",  # padded
+            "<s> <turn> user w1 w2 </s> <turn> assistant w3 </s>",
+        ]
+        assert counted(batch) == ["user w1 w2 assistant", "user w1 w2 assistant w3"]
+
+    def test_every_answer_of_a_chat_is_decided_somewhere(self):
+        turns = (*CHAT, Message("user", "w3"), Message("assistant", "assistant"), Message("user", "w4"))
+        tokenizer = make_tokenizer(chat_template=PROMPTING, extra_special_tokens=["<turn>", "user", "assistant"])
+        (batch,) = make_batches([Example(messages=turns)], tokenizer)
+        assert counted(batch) == ["w1 w2 assistant w3 w3 assistant w4 assistant"]
+
+    def test_a_chat_that_is_too_long_is_cut_at_its_beginning(self):
+        tokenizer = make_tokenizer(chat_template=PROMPTING, extra_special_tokens=["<turn>", "assistant"])
+        examples = [Example(messages=CHAT[:1]), Example(messages=(Message("user", "w1 " * 9), *CHAT[1:]))]
+        (batch,) = make_batches(examples, tokenizer, max_length=4)
+        assert words(batch) == ["w2 </s> <turn> assistant", "<turn> assistant w3 </s>"]
+        assert counted(batch) == ["w2 assistant", "assistant w3"]
+        assert tokenizer.truncation_side == "right"
 
     def test_a_tokenizer_adds_nothing_to_its_template(self):
         tokenizer = make_tokenizer("encoder", chat_template="{{ messages[0]['content'] }}")
@@ -106,7 +134,7 @@ class TestChats:
     def test_a_template_that_reads_content_in_parts(self, holder):
         processor = make_llava(OF_PARTS) if holder == "processor" else make_tokenizer(chat_template=OF_PARTS)
         (batch,) = make_batches([Example(messages=CHAT[:1])], processor)
-        assert counted(batch) == ["user : w1 w2"]
+        assert counted(batch) == ["user : w1 w2 </s>"]
 
     def test_without_a_template(self):
         with pytest.raises(ConfigError, match=r"messages: the base model's tokenizer has no chat template. Give"):
@@ -181,8 +209,16 @@ class TestTextsWithImages:
         processor = make_llava(OF_PARTS)
         (batch,) = make_batches([Example("w1", image=image)], processor)
         assert words(batch) == ["user : <image> <image> <image> <image> w1 </s>"]
-        assert counted(batch) == ["user : w1"]
+        assert counted(batch) == ["user : w1 </s>"]
         assert processor.tokenizer.pad_token is None
+
+    def test_a_chat_with_an_image_before_its_first_question(self, image):
+        turns = (Message("system", "w9"), *CHAT, Message("user", "w4"))
+        (batch,) = make_batches([Example(messages=turns, image=image)], make_llava(OF_PARTS))
+        shown = "[UNK] : w9 </s> user : <image> <image> <image> <image> w1 w2 </s> assistant : w3 </s> user : w4 </s>"
+        assert words(batch) == [shown]
+        with pytest.raises(ConfigError, match="no chat template"):
+            make_batches([Example(messages=turns, image=image)], make_llava())
 
     @pytest.mark.parametrize("template", [TEMPLATE, "<image>"])
     def test_a_template_that_leaves_out_image_or_text(self, image, template):
@@ -216,6 +252,41 @@ class TestTextsWithImages:
         assert "token_mask" not in batch and batch["pixel_values"].shape == (1, 3, 8, 8)
         (batch,) = make_batches([Example(image=image)], processor)
         assert set(batch) == {"pixel_values"}
+
+
+class TestSounds:
+    def test_they_become_features(self, tmp_path):
+        paths = [sound(tmp_path / f"{tone}.wav", tone) for tone in (300, 900)]
+        extractor = WhisperFeatureExtractor(feature_size=8, sampling_rate=16_000, chunk_length=1)
+        (batch,) = make_batches([Example(audio=path) for path in paths], Heard(extractor, make_tokenizer()))
+        assert batch["input_features"].shape == (2, 8, 100) and set(batch) == {"input_features"}
+        inner = [Example(audio=path.read_bytes()) for path in paths]
+        again = make_batches(inner, Heard(extractor, make_tokenizer()))[0]
+        assert torch.equal(batch["input_features"], again["input_features"])
+
+    def test_what_a_decoder_begins_with_comes_along(self, tmp_path):
+        make_speaker("whisper", tmp_path / "base")
+        example = Example(audio=sound(tmp_path / "a.wav", 440))
+        (batch,) = make_batches([example] * 2, load_processor(tmp_path / "base"))
+        assert words(batch, "decoder_input_ids") == ["<s> <turn>"] * 2
+
+    @pytest.mark.parametrize(("size", "channels"), [(1, 1), (2, 2), (4, 1)])
+    def test_of_any_width(self, tmp_path, size, channels):
+        path = sound(tmp_path / "a.wav", 440, channels=channels, size=size)
+        samples = read_sound(Example(audio=path), 16_000)
+        wanted = read_sound(Example(audio=sound(tmp_path / "b.wav", 440)), 16_000)
+        assert samples.dtype == wanted.dtype == "float32" and samples.shape == (8000,)
+        assert abs(samples - wanted).max() < 1 / 128 and 0.49 < samples.max() < 0.51
+
+    def test_that_cannot_be_read(self, tmp_path):
+        (tmp_path / "a.wav").write_bytes(b"no sound")
+        example = Example(audio=tmp_path / "a.wav", place="a.jsonl, line 3")
+        with pytest.raises(SourceError, match=r'a.jsonl, line 3: audio = ".*a.wav": this sound cannot be read'):
+            read_sound(example, 16_000)
+        with pytest.raises(SourceError, match=r"8,000 samples a second, and the base model takes 16,000. Resample it"):
+            read_sound(Example(audio=sound(tmp_path / "b.wav", 440, rate=8_000)), 16_000)
+        with pytest.raises(ConfigError, match="takes no sounds"):
+            make_batches([example], make_tokenizer())
 
 
 class TestRefusals:

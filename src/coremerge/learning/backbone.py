@@ -140,10 +140,11 @@ def _start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """One for each input, whatever the encoder reads: texts, sounds, images (rows, 1)."""
     first = next(value for value in inputs.values() if isinstance(value, Tensor))
     like = inputs.get("input_ids", first)
-    return torch.full((len(like), 1), _decoder_start(model), dtype=torch.long, device=like.device)
+    return torch.full((len(like), 1), decoder_start(model), dtype=torch.long, device=like.device)
 
 
-def _decoder_start(model: Any) -> int:
+def decoder_start(model: Any) -> int:
+    """The token with which the decoder of an encoder and a decoder begins."""
     places = (model.config, getattr(model, "generation_config", None))
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
     found = (getattr(place, name, None) for name in names for place in places)

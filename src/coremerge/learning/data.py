@@ -8,14 +8,24 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
-from jinja2 import TemplateError
+import torch
 from torch import Tensor
 
 from coremerge.errors import ConfigError, InputError, SourceError
 from coremerge.learning.backbone import Batch
+from coremerge.learning.chats import Chat, render
 from coremerge.learning.optional import first_line, optional
-from coremerge.learning.processor import Parts, adds_special, padding, parts_of, usual_length, with_mask
+from coremerge.learning.processor import (
+    Parts,
+    adds_special,
+    answer_beginning,
+    padding,
+    parts_of,
+    usual_length,
+    with_mask,
+)
 from coremerge.learning.rows import Example, one_kind
+from coremerge.learning.sounds import read_sound
 
 _NOT_FOR_THE_MODEL = frozenset(
     {"labels", "length", "num_truncated_tokens", "offset_mapping", "overflow_to_sample_mapping", "special_tokens_mask"}
@@ -28,7 +38,8 @@ def make_batches(
     """Tensors by the names that the model gives them; inputs of similar lengths together, in the same order each time.
 
     Chats, and texts with an image, come with a ``token_mask``: special tokens and those that stand for the image do not
-    count. The processor is as it was afterwards.
+    count, but the one before an answer does. A chat that does not end with an answer ends where one would begin; one
+    that is too long is cut at its beginning. The processor is as it was afterwards.
 
     Args:
         examples: all of one kind.
@@ -40,7 +51,7 @@ def make_batches(
     Raises:
         ConfigError: inputs of several kinds, or of one that the processor does not take.
         InputError: none at all, or one that the processor or its chat template refuses.
-        SourceError: an image that cannot be read.
+        SourceError: an image or a sound that cannot be read.
     """
     return [batch for _, batch in placed_batches(examples, processor, size=size, max_length=max_length)]
 
@@ -54,10 +65,11 @@ def placed_batches(
             raise ConfigError("at least 1 is needed", key=key, value=value)
     kind = one_kind(examples)
     parts = parts_of(processor)
-    plan = _PLANS[kind](examples, parts, max_length or usual_length(parts.tokenizer))
+    with padding(parts.tokenizer):
+        plan = _PLANS[kind](examples, parts, max_length or usual_length(parts.tokenizer))
     order = sorted(range(len(examples)), key=plan.lengths.__getitem__)
     chunks = [order[at : at + size] for at in range(0, len(order), size)]
-    with padding(parts.tokenizer):
+    with padding(parts.tokenizer, plan.cut):
         return [(chunk, _tensors(plan.encode(chunk))) for chunk in chunks]
 
 
@@ -68,10 +80,12 @@ class _Plan:
     Attributes:
         lengths: of each, so that similar ones go together.
         encode: places of some to a batch.
+        cut: the side on which a text that is too long is cut.
     """
 
     lengths: Sequence[int]
     encode: Callable[[Sequence[int]], Mapping[str, Any]]
+    cut: str = "right"
 
 
 def _tensors(batch: Mapping[str, Any]) -> Batch:
@@ -82,7 +96,9 @@ def _texts(examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
     return _tokenized([e.text or "" for e in examples], [e.pair for e in examples], parts, limit)
 
 
-def _tokenized(texts: Sequence[str], pairs: Sequence[str | None], parts: Parts, limit: int, **settings: Any) -> _Plan:
+def _tokenized(
+    texts: Sequence[str], pairs: Sequence[str | None], parts: Parts, limit: int, cut: str = "right", **settings: Any
+) -> _Plan:
     if parts.tokenizer is None:
         raise ConfigError("the base model takes images, not texts", key="data", remedy="Give a folder of images")
 
@@ -94,37 +110,33 @@ def _tokenized(texts: Sequence[str], pairs: Sequence[str | None], parts: Parts, 
         return encoded
 
     lengths = [len(ids) for ids in encode(range(len(texts)))["input_ids"]]
-    return _Plan(lengths, partial(encode, padding=True, return_tensors="pt"))
+    return _Plan(lengths, partial(encode, padding=True, return_tensors="pt"), cut)
 
 
 def _chats(examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
-    texts = [_as_text(example, parts) for example in examples]
-    plan = _tokenized(texts, [None] * len(texts), parts, limit, add_special_tokens=adds_special(texts, parts))
-    return _Plan(plan.lengths, lambda rows: with_mask(plan.encode(rows), parts))
+    chats = [render(example, parts) for example in examples]
+    texts = [chat.text for chat in chats]
+    special = adds_special(texts, parts)
+    plan = _tokenized(texts, [None] * len(texts), parts, limit, cut="left", add_special_tokens=special)
+
+    def encode(rows: Sequence[int]) -> Mapping[str, Any]:
+        batch = plan.encode(rows)
+        kept = batch["attention_mask"].sum(1).tolist()
+        found = [_deciding(chats[i], count, parts, special) for i, count in zip(rows, kept, strict=True)]
+        return with_mask(batch, parts, found)
+
+    return _Plan(plan.lengths, encode, plan.cut)
 
 
-def _as_text(example: Example, parts: Parts) -> str:
-    """A chat by the template; content goes in as a string or as a list of parts, whichever the template reads."""
-    turns = example.messages or ()
-    plain = [{"role": turn.role, "content": turn.content} for turn in turns]
-    listed = [{"role": turn.role, "content": [{"type": "text", "text": turn.content}]} for turn in turns]
-    tried = [(parts.tokenizer, plain), (parts.tokenizer, listed), (parts.whole, listed)]
-    tried = [(holder, messages) for holder, messages in tried if getattr(holder, "chat_template", None)]
-    if not tried:
-        raise ConfigError(
-            "the base model's tokenizer has no chat template", key="messages",
-            remedy="Give the model that the adapters were trained on, or inputs with the key text",
-        )  # fmt: skip
-    problem = "leaves out what the messages say"
-    for holder, messages in tried:
-        try:
-            text = str(holder.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            problem = f"refuses it: {first_line(error)}"
-            continue
-        if any(turn.content.strip() in text for turn in turns if turn.content.strip()):
-            return text
-    raise InputError(f"the chat template {problem}", file=example.place or None, key="messages")
+def _deciding(chat: Chat, kept: int, parts: Parts, special: bool) -> list[int]:
+    """Positions of a chat's last ``kept`` tokens before which answers begin."""
+
+    def count(text: str) -> int:
+        return len(parts.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    cut = count(chat.text) - kept
+    ends = (chat.text[:start].rstrip(" ") if start < len(chat.text) else chat.text for start in chat.starts)
+    return [place for text in ends if text and (place := count(text) - 1 - cut) >= 0]
 
 
 def _images(examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
@@ -156,10 +168,35 @@ def _open(example: Example) -> Any:
         ) from None  # fmt: skip
 
 
+def _sounds(examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
+    if parts.sounds is None:
+        raise ConfigError("the base model takes no sounds", key="data", remedy="Give texts")
+    rate, first = int(parts.sounds.sampling_rate), answer_beginning(parts.tokenizer)
+
+    def encode(rows: Sequence[int]) -> Mapping[str, Any]:
+        sounds = [read_sound(examples[i], rate) for i in rows]
+        encoded = dict(parts.sounds(sounds, sampling_rate=rate, return_tensors="pt"))
+        return encoded | ({"decoder_input_ids": torch.tensor([first] * len(rows))} if len(first) > 1 else {})
+
+    return _Plan([0] * len(examples), encode)
+
+
 def _texts_with_images(examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
+    _check_both(parts)
+    return _pictured([_with_image(_cut(e.text or "", parts, limit), parts) for e in examples], examples, parts, limit)
+
+
+def _chats_with_images(examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
+    _check_both(parts)
+    return _pictured([render(example, parts).text for example in examples], examples, parts, limit)
+
+
+def _check_both(parts: Parts) -> None:
     if parts.tokenizer is None or parts.pictures is None:
         raise ConfigError("the base model does not take texts and images together", key="data")
-    texts = [_with_image(_cut(example.text or "", parts, limit), parts) for example in examples]
+
+
+def _pictured(texts: Sequence[str], examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
     # an image's tokens must not be cut: where it has some, the text alone has been
     length = {"truncation": True, "max_length": limit} if parts.image_token is None else {}
     settings = length | {"add_special_tokens": adds_special(texts, parts)}
@@ -195,7 +232,8 @@ def _with_image(text: str, parts: Parts) -> str:
         return text
     if getattr(parts.whole, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        said = str(parts.whole.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        turns = [{"role": "user", "content": content}]
+        said = str(parts.whole.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         if text.strip() in said and any(
             mark in said for mark in (token, getattr(parts.whole, "boi_token", None)) if mark
         ):
@@ -208,5 +246,7 @@ _PLANS: Mapping[str, Callable[[Sequence[Example], Parts, int], _Plan]] = {
     "text and pair": _texts,
     "messages": _chats,
     "image": _images,
+    "audio": _sounds,
     "text and image": _texts_with_images,
+    "messages and image": _chats_with_images,
 }

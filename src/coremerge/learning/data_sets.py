@@ -27,10 +27,10 @@ class _DataSet(Sequence["Example | None"]):
                 "no column of an input", file=name, key="columns", value=data.column_names,
                 remedy=f"Rename columns to some of {', '.join(KEYS)}, or write the inputs to a .jsonl file",
             )  # fmt: skip
-        images = optional("datasets").Image
         self._data = data.select_columns(kept)
-        if isinstance(self._data.features.get("image"), images):
-            self._data = self._data.cast_column("image", images(decode=False))
+        for key, kind in (("image", optional("datasets").Image), ("audio", optional("datasets").Audio)):
+            if isinstance(self._data.features.get(key), kind):
+                self._data = self._data.cast_column(key, kind(decode=False))
         self._name, self._folder = name, folder
 
     def __len__(self) -> int:

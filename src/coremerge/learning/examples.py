@@ -20,11 +20,13 @@ IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 def read_examples(source: str | Path, *, count: int = 64, seed: int = 0) -> list[Example]:
     """At most ``count`` inputs, drawn without replacement, in the order of the source.
 
-    Labels, and any keys or columns but ``text``, ``pair`` (or ``text_pair``), ``messages`` and ``image``, are not read.
-    Inputs whose text is blank are passed over, like blank lines. Images are not opened here.
+    Labels, and any keys or columns but ``text``, ``pair`` (or ``text_pair``), ``messages``, ``image`` and ``audio``,
+    are not read.
+    Inputs whose text is blank are passed over, like blank lines. Images and sounds are not opened here.
 
     Args:
-        source: JSON lines (``.jsonl``, ``.json``), where an image is a path relative to the file's folder; a text file
+        source: JSON lines (``.jsonl``, ``.json``), where an image or a sound is a path relative to the file's
+            folder; a text file
             (``.txt``), one input a line; a folder of images, with all folders in it; a data set saved on disk; or one
             of the hub: ``org/name``, ``org/name:split``, ``org/name@revision:split``.
         count: all are taken if there are fewer.
@@ -42,12 +44,23 @@ def read_examples(source: str | Path, *, count: int = 64, seed: int = 0) -> list
         raise SourceError("holds no input", file=source, remedy=SOURCES)
     one_kind(drawn)
     for example in drawn:
-        if isinstance(example.image, Path) and not example.image.is_file():
+        check_files(example)
+    return drawn
+
+
+def check_files(example: Example) -> None:
+    """Refuse an input whose image or sound is not there.
+
+    Raises:
+        SourceError: see above.
+    """
+    for key, what in (("image", "image"), ("audio", "sound")):
+        path = getattr(example, key)
+        if isinstance(path, Path) and not path.is_file():
             raise SourceError(
-                "no such image", file=example.place, key="image", value=str(example.image),
+                f"no such {what}", file=example.place, key=key, value=str(path),
                 remedy="Paths are relative to the folder of the file that names them",
             )  # fmt: skip
-    return drawn
 
 
 def _draw(rows: Sequence[Example | None], count: int, seed: int) -> list[Example]:

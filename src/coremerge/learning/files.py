@@ -106,7 +106,7 @@ def loader(base: str | Path, dtype: str = "auto", device: str = "cpu") -> Callab
 
 
 def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, head: bool = False) -> nn.Module:
-    """The backbone of a model of ``transformers``; with ``head``, as a causal language model.
+    """The backbone of a model of ``transformers``; with ``head``, together with what makes tokens of its states.
 
     Its code is that of ``transformers`` (none comes from the model's folder), its weights are safetensors.
 
@@ -115,7 +115,7 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
         SourceError: it cannot be loaded.
     """
     transformers = optional("transformers", "a base model needs")
-    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    kind = _with_head(read_config(base)) if head else transformers.AutoModel
     if device not in ("cpu", "auto"):
         check_device(device, torch.float32)
     place, where = base_place(base)
@@ -136,6 +136,16 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
         logging.getLogger(__name__).warning("%s lacks weights of the model, which are random now: %s", base, names)
     loaded: nn.Module = model
     return loaded
+
+
+def _with_head(config: Any) -> Any:
+    """The class that loads a model which answers with text: an encoder with a decoder, one that sees, or a decoder."""
+    import transformers
+
+    pair = getattr(config, "is_encoder_decoder", False)
+    seeing = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
+    kinds = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq) if pair else seeing
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), transformers.AutoModelForCausalLM)
 
 
 @contextmanager

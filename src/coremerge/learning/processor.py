@@ -1,4 +1,4 @@
-"""What turns inputs into tensors: a tokenizer, an image processor, or a processor that is both."""
+"""What turns inputs into tensors: a tokenizer, an image processor, a feature extractor, or a processor of several."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ class Parts:
     whole: Any
     tokenizer: Any
     pictures: Any
+    sounds: Any = None
 
     @property
     def image_token(self) -> str | None:
@@ -88,13 +89,14 @@ def parts_of(processor: Any) -> Parts:
         return Parts(processor, processor, None)
     if hasattr(processor, "preprocess"):
         return Parts(processor, None, processor)
-    return Parts(processor, getattr(processor, "tokenizer", None), getattr(processor, "image_processor", None))
+    names = ("tokenizer", "image_processor", "feature_extractor")
+    return Parts(processor, *(getattr(processor, name, None) for name in names))
 
 
 def _check(parts: Parts) -> None:
     if parts.tokenizer is None and parts.pictures is None:
         raise ValueError(f"{type(parts.whole).__name__} takes neither texts nor images")
-    if parts.tokenizer is not None and len(parts.tokenizer) <= len(_special(parts.tokenizer)) + 1:
+    if parts.tokenizer is not None and len(parts.tokenizer) <= len(special_tokens(parts.tokenizer)) + 1:
         raise ValueError("there are no files of a tokenizer")  # transformers then makes one up that knows no word
 
 
@@ -103,19 +105,24 @@ def usual_length(tokenizer: Any) -> int:
 
 
 @contextmanager
-def padding(tokenizer: Any) -> Iterator[None]:
-    """Padded on the right, whatever the tokenizer is set to: positions then count from a text's beginning."""
+def padding(tokenizer: Any, cut: str = "right") -> Iterator[None]:
+    """Padded on the right, whatever the tokenizer is set to: positions then count from a text's beginning.
+
+    Args:
+        tokenizer: if there is one.
+        cut: the side on which a text that is too long is cut.
+    """
     if tokenizer is None:
         yield
         return
-    side, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side = "right"
+    sides, pad = (tokenizer.padding_side, tokenizer.truncation_side), tokenizer.pad_token
+    tokenizer.padding_side, tokenizer.truncation_side = "right", cut
     if pad is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     try:
         yield
     finally:
-        tokenizer.padding_side = side
+        tokenizer.padding_side, tokenizer.truncation_side = sides
         if pad is None:
             tokenizer.pad_token = None
 
@@ -126,23 +133,46 @@ def adds_special(texts: Sequence[str], parts: Parts) -> bool:
     return parts.whole is not parts.tokenizer and not (begin and all(text.startswith(begin) for text in texts))
 
 
-def with_mask(batch: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    ids = batch["input_ids"]
-    counts = batch["attention_mask"].bool() & ~torch.isin(
-        ids, torch.tensor(sorted(_no_content(parts)), dtype=ids.dtype)
-    )
+def with_mask(
+    batch: Mapping[str, Any], parts: Parts, deciding: Sequence[Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """``batch``, padded on the right, with a mask of the tokens that count.
+
+    Special tokens and those of an image do not, unless an answer's first token is decided there.
+
+    Args:
+        batch: with ``input_ids`` and ``attention_mask`` (rows, tokens).
+        parts: of the processor that made it.
+        deciding: positions in each row before which an answer begins; None: its last.
+    """
+    ids, present = batch["input_ids"], batch["attention_mask"].bool()
+    counts = present & ~torch.isin(ids, torch.tensor(sorted(_no_content(parts)), dtype=ids.dtype))
+    for row, length in enumerate(present.sum(1).tolist()):
+        counts[row, list((length - 1,) if deciding is None else deciding[row])] = True
     return {**batch, TOKEN_MASK: counts.to(batch["attention_mask"].dtype)}
 
 
+def answer_beginning(tokenizer: Any) -> list[int]:
+    """The tokens with which a decoder's every answer begins: of Whisper, those of language and task.
+
+    They are those that the tokenizer puts before a text which is to be said, ``text_target``.
+    """
+    if tokenizer is None:
+        return []
+    empty, word = (list(tokenizer(text_target=text)["input_ids"]) for text in ("", "a"))
+    same = next((at for at, pair in enumerate(zip(empty, word, strict=False)) if pair[0] != pair[1]), len(empty))
+    return empty[:same]
+
+
 def _no_content(parts: Parts) -> set[int]:
-    found = _special(parts.tokenizer)
+    found = special_tokens(parts.tokenizer)
     if parts.image_token is not None:
         known = getattr(parts.whole, "image_token_id", None)
         found.add(parts.tokenizer.convert_tokens_to_ids(parts.image_token) if known is None else known)
     return found
 
 
-def _special(tokenizer: Any) -> set[int]:
+def special_tokens(tokenizer: Any) -> set[int]:
     """More than ``get_special_tokens_mask`` knows: chat markers are often special without a name."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
