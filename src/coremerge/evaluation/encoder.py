@@ -20,6 +20,7 @@ from coremerge.learning.data import placed_batches
 from coremerge.learning.files import load_model
 from coremerge.learning.forward import find_modules
 from coremerge.learning.processor import load_processor
+from coremerge.learning.rows import Example
 from coremerge.lowrank import LowRank
 
 BATCH = 16
@@ -39,7 +40,7 @@ class Encoder:
         taskset: its base, pooling and length of inputs.
         base: instead of the task set's: a folder or a hub id.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``.
-        language: keep the head that gives tokens: what lm-eval needs.
+        language: keep the head that gives tokens.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -67,7 +68,12 @@ class Encoder:
 
     def batches(self, rows: Sequence[Row], size: int = BATCH) -> list[Placed]:
         """Batches of similar lengths, each with its rows' places."""
-        made = placed_batches([row.example for row in rows], self.processor, size=size, max_length=self.max_length)
+        return self.placed([row.example for row in rows], size)
+
+    def placed(self, examples: Sequence[Example], size: int = BATCH, max_length: int | None = None) -> list[Placed]:
+        """The same of inputs without labels; ``max_length`` tokens of each, by default as many as of all inputs."""
+        length = max_length or self.max_length
+        made = placed_batches(examples, self.processor, size=size, max_length=length)
         like = next(self.model.parameters())
 
         def moved(value: Tensor) -> Tensor:

@@ -192,10 +192,20 @@ def _angles(predictions: Values, labels: Values) -> Values:
 
 def wilson(predictions: Values, labels: Values) -> Interval:
     """Wilson's interval of a share, from the counts."""
-    return _from_counts(predictions == labels)
+    return share_interval(predictions == labels)
 
 
-def _from_counts(right: Values) -> Interval:
+def resampled(values: Values) -> Interval:
+    """Of the mean of ``values`` (rows,), by bootstrap over them."""
+    if len(values) < 2:
+        return (float("nan"), float("nan"))
+    rows = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[rows].mean(1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def share_interval(right: Values) -> Interval:
+    """Wilson's interval of the share of ``right`` that is True."""
     from scipy import stats
 
     found = stats.binomtest(int(right.sum()), right.size).proportion_ci(CONFIDENCE, method="wilson")
@@ -214,7 +224,7 @@ def fisher(predictions: Values, labels: Values) -> Interval:
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("classification", accuracy, interval=wilson, resampled=of_pairs(accuracy)),
     "exact_match": Metric(
-        "classification", exact_match, interval=lambda *found: _from_counts(_whole(*found)), whole=True
+        "classification", exact_match, interval=lambda *found: share_interval(_whole(*found)), whole=True
     ),
     "f1": Metric("classification", f1, resampled=of_pairs(f1)),
     "miou": Metric("classification", miou, resampled=of_pairs(miou)),
@@ -242,7 +252,7 @@ def find_metric(name: str) -> Metric | None:
         return METRICS.get(name)
     return Metric(
         "classification", top, top=int(found[1]), resampled=of_means(_among),
-        interval=lambda *given: _from_counts(_among(*given)),
+        interval=lambda *given: share_interval(_among(*given)),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -14,10 +15,29 @@ Groups = Mapping[str, Sequence[str]]
 
 
 class Scored(NamedTuple):
-    """A task's metric and its 95 % interval, None where that was not asked for."""
+    """One task.
+
+    Attributes:
+        value: of its metric.
+        interval: 95 % of it; None where that was not asked for.
+        log_likelihood: of the right answers, on average, where a language model answers.
+        tokens: of an answer on average, where the value is their log-likelihood: shares are of perplexities then.
+    """
 
     value: float
     interval: Interval | None = None
+    log_likelihood: float | None = None
+    tokens: float | None = None
+
+    def share(self, own: float, *, higher_is_better: bool = True) -> float:
+        """Of the own adapter's value: the better, the larger.
+
+        Of log-likelihoods, which have no share: the own adapter's perplexity (of a token) over this one.
+        """
+        if self.tokens is not None:
+            return math.exp((self.value - own) / self.tokens)
+        above, below = (self.value, own) if higher_is_better else (own, self.value)
+        return above / below if below else math.nan
 
 
 class Scorer(Protocol):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coremerge.evaluation.answering import ChoiceScorer, GenerationScorer
 from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.harness import HarnessScorer
 from coremerge.evaluation.head_scorer import HeadScorer
@@ -30,11 +31,14 @@ class Scores:
 
     Attributes:
         raw: task → the task's metric.
-        normalised: task → raw over that of the task's own adapter (the other way round for errors), of the tasks that
-            have one.
+        normalised: task → raw over that of the task's own adapter (the other way round for errors; of a log-likelihood,
+            the own adapter's perplexity over this one), of the tasks that have one.
         joint: group → accuracy where the task of a row is not known.
         intervals: task or group → 95 % interval of the raw score, where they were asked for.
         own: they are the own adapters' themselves, whose shares are 1 by definition.
+        log_likelihood: task → natural logarithm of the right answer's probability, the mean of the rows; of the tasks
+            that a language model answers. It tells merges apart where none of them finds an answer.
+        tokens: task → tokens of an answer on average, where the score itself is that logarithm.
     """
 
     raw: Mapping[str, float]
@@ -42,6 +46,8 @@ class Scores:
     joint: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     own: bool = False
+    log_likelihood: Mapping[str, float] = field(default_factory=dict)
+    tokens: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -66,8 +72,13 @@ class Scores:
         """
         if self.own:
             return math.nan
-        halves = [_half(self.intervals[task], self.raw[task]) * self.normalised[task] for task in self._measured]
+        halves = [self._half(task) * self.normalised[task] for task in self._measured]
         return math.hypot(*halves) / len(halves) if halves else math.nan
+
+    def _half(self, task: str) -> float:
+        """Half an interval's width, as a share of the score; of log-likelihoods, of the perplexity."""
+        (low, high), size = self.intervals[task], self.tokens.get(task, abs(self.raw[task]))
+        return (high - low) / 2 / size if size else 0.0
 
     @property
     def _measured(self) -> list[str]:
@@ -84,17 +95,13 @@ class Scores:
             "normalised": dict(self.normalised),
             "joint": dict(self.joint),
             "intervals": {name: list(interval) for name, interval in self.intervals.items()},
+            "log_likelihood": dict(self.log_likelihood),
         }
 
 
 def _mean(values: Any) -> float:
     listed = list(values)
     return sum(listed) / len(listed) if listed else math.nan
-
-
-def _half(interval: Interval, score: float) -> float:
-    """Half an interval's width, as a share of the score."""
-    return (interval[1] - interval[0]) / 2 / abs(score) if score else 0.0
 
 
 def _finite(value: float) -> float | None:
@@ -105,7 +112,7 @@ def _finite(value: float) -> float | None:
 class _Measured:
     """Scores that are not yet set against the own adapters'."""
 
-    raw: Mapping[str, float]
+    tasks: Mapping[str, Scored]
     joint: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
@@ -113,6 +120,8 @@ class _Measured:
 SCORERS: Mapping[str, type[Scorer]] = {
     "classification": HeadScorer,
     "regression": HeadScorer,
+    "generation": GenerationScorer,
+    "choice": ChoiceScorer,
     "lm-eval": HarnessScorer,
 }
 """Kind of task → what scores it."""
@@ -202,7 +211,7 @@ class Evaluator:
         found = self._scores(tasks, split, groups, intervals)
         between = {name: one.interval for name, one in found.items() if one.interval is not None}
         return _Measured(
-            {name: found[name].value for name in tasks},
+            {name: found[name] for name in tasks},
             {group: found[group].value for group in groups},
             between if intervals else {},
         )
@@ -220,13 +229,19 @@ class Evaluator:
 
     def _against_own(self, found: _Measured, split: Split) -> Scores:
         """Not under weights of the moment: the own adapters are scored, too."""
-        own = self._own(split).raw
+        own = self._own(split).tasks
         normalised = {}
-        for name in own:
+        for name, one in own.items():
             higher = self.taskset.tasks[name].higher_is_better
-            above, below = (found.raw[name], own[name]) if higher else (own[name], found.raw[name])
-            normalised[name] = above / below if below else math.nan
-        return Scores(found.raw, normalised, found.joint, found.intervals)
+            normalised[name] = found.tasks[name].share(one.value, higher_is_better=higher)
+        return Scores(
+            {name: one.value for name, one in found.tasks.items()},
+            normalised,
+            found.joint,
+            found.intervals,
+            log_likelihood={n: one.log_likelihood for n, one in found.tasks.items() if one.log_likelihood is not None},
+            tokens={n: one.tokens for n, one in found.tasks.items() if one.tokens is not None},
+        )
 
     def _score_own(self, split: Split) -> _Measured:
         scores, between = {}, {}
@@ -234,7 +249,7 @@ class Evaluator:
             if name in self.adapters:
                 with self.encoder.carrying(self.adapters[name]):
                     found = self._scores([name], split, {}, True)[name]
-                scores[name], between[name] = found.value, found.interval or (math.nan, math.nan)
+                scores[name], between[name] = found, found.interval or (math.nan, math.nan)
         return _Measured(scores, intervals=between)
 
 

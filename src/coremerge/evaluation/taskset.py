@@ -27,6 +27,13 @@ FILE = "tasks.yaml"
 HARNESS = "lm-eval"
 Split = Literal["validation", "test"]
 
+ANSWERED: Mapping[str, Sequence[str]] = {
+    "generation": ("exact_match", "chrf", "rouge_l", "log_likelihood"),
+    "choice": ("accuracy",),
+}
+"""Kinds of tasks that a language model answers itself → their metrics."""
+_ASKING = {"prompt", "chat", "system", "max_new_tokens", "choices"}
+
 
 Label = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | Path
 
@@ -125,7 +132,8 @@ class Task(_Part):
 
     Attributes:
         description: what is predicted, in a line.
-        kind: ``classification`` (the head gives one number per class), ``regression`` (``outputs`` numbers), or
+        kind: ``classification`` (the head gives one number per class), ``regression`` (``outputs`` numbers),
+            ``generation`` (the model answers with text), ``choice`` (it finds one of some answers the likeliest), or
             ``lm-eval``: left to EleutherAI's harness.
         metric: one of :data:`~coremerge.evaluation.metrics.METRICS` of that kind, or ``top_K``; of the harness: its
             own, as ``acc`` or ``exact_match,strict-match``.
@@ -140,10 +148,15 @@ class Task(_Part):
         validation: rows, a JSON object a line: ``text``, ``text`` and ``pair``, or ``image``; and ``label``.
         test: likewise.
         harness: the harness's name for the task; its own tasks, or a YAML file beside this one.
+        prompt: what the model is asked, with ``{fields}`` of the row; None: rows hold ``messages`` or ``audio``.
+        chat: the prompt is a turn of the user's in the base model's chat template.
+        system: what a chat begins with; None: whatever the template says by itself.
+        max_new_tokens: of a generated answer.
+        choices: the answers to choose from, as they stand after the prompt.
     """
 
     description: str = ""
-    kind: Literal["classification", "regression", "lm-eval"]
+    kind: Literal["classification", "regression", "generation", "choice", "lm-eval"]
     metric: str
     per: Literal["input", "patch", "pixel"] = "input"
     classes: tuple[str, ...] = ()
@@ -153,11 +166,20 @@ class Task(_Part):
     validation: str | None = None
     test: str | None = None
     harness: str | None = None
+    prompt: str | None = None
+    chat: bool = False
+    system: str | None = None
+    max_new_tokens: Whole = Field(default=64, ge=1)
+    choices: tuple[str, ...] = ()
 
     @field_validator("metric")
     @classmethod
     def _is_of_the_kind(cls, metric: str, info: ValidationInfo) -> str:
         kind = info.data.get("kind", HARNESS)  # without a kind, that is what is refused
+        if kind in ANSWERED:
+            if metric not in ANSWERED[kind]:
+                raise ValueError(f"does not go with {kind}: take one of {', '.join(ANSWERED[kind])}")
+            return metric
         found = find_metric(metric)
         if kind != HARNESS and (found is None or found.kind != kind):
             raise ValueError(f"does not go with {kind}: take one of {', '.join(names_of(kind))}")
@@ -165,6 +187,8 @@ class Task(_Part):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Task:
+        if self.kind not in ANSWERED and (asked := _ASKING & self.model_fields_set):
+            raise ValueError(f"{min(asked)} goes with {' and '.join(ANSWERED)} alone")
         _CHECKS.get(self.kind, _check_head_task)(self)
         return self
 
@@ -206,7 +230,24 @@ def _check_metric(task: Task, metric: Metric) -> None:
         raise ValueError(f"{task.metric} is of directions: give outputs, the number of their coordinates")
 
 
-_CHECKS: Mapping[str, Callable[[Task], None]] = {HARNESS: _check_harness_task}
+def _check_answered_task(task: Task) -> None:
+    if odd := [key for key in ("classes", "head", "harness") if getattr(task, key)]:
+        raise ValueError(f"{odd[0]} does not go with {task.kind}")
+    if task.test is None:
+        raise ValueError("test is missing")
+    if task.system is not None and task.prompt is not None and not task.chat:
+        raise ValueError("system is the beginning of a chat: add chat: true")
+    if task.kind == "generation" and task.choices:
+        raise ValueError("choices go with choice alone")
+    if task.kind == "choice" and len({choice.strip() for choice in task.choices} - {""}) < max(2, len(task.choices)):
+        raise ValueError("choices are two different texts at least")
+
+
+_CHECKS: Mapping[str, Callable[[Task], None]] = {
+    HARNESS: _check_harness_task,
+    "generation": _check_answered_task,
+    "choice": _check_answered_task,
+}
 """Kind → what refuses a task that does not fit; tasks with a head otherwise."""
 
 

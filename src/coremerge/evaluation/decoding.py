@@ -1,0 +1,63 @@
+"""What a model answers: greedy decoding, batches of prompts at a time, with a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from coremerge.evaluation.answers import Speech, before_answers
+from coremerge.evaluation.encoder import Placed
+from coremerge.executors import local
+
+
+def decode(model: Any, chunks: Sequence[Placed], speech: Speech, most: int) -> list[str]:
+    """The answer to each row, in the order of the rows: the likeliest token after each, without blanks around.
+
+    What the model's own ``generation_config`` says of sampling, penalties and suppressed tokens does not count: this is
+    the decoding of which :attr:`~coremerge.evaluation.likelihood.Likelihood.right` tells whether it finds the answer.
+
+    Args:
+        model: with its head.
+        chunks: prompts, each with its rows' places.
+        speech: of the model.
+        most: tokens of an answer.
+    """
+    with _greedy(model, speech, most):
+        found = list(local.run(partial(_of_chunk, model, speech), chunks))
+    texts = [text for part in found for text in part]
+    places = torch.cat([places for places, _ in chunks])
+    return [texts[i] for i in places.argsort().tolist()]
+
+
+@contextmanager
+def _greedy(model: Any, speech: Speech, most: int) -> Iterator[None]:
+    from transformers import GenerationConfig as Config
+
+    own = model.generation_config
+    model.generation_config = Config(  # type: ignore[no-untyped-call]
+        do_sample=False, num_beams=1, max_new_tokens=most, use_cache=True, eos_token_id=list(speech.stops),
+        pad_token_id=speech.pad, decoder_start_token_id=speech.start[0] if speech.start else None,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@torch.inference_mode()
+def _of_chunk(model: Any, speech: Speech, chunk: Placed) -> list[str]:
+    from transformers import GenerationMixin
+
+    inputs = before_answers(chunk[1], speech)
+    before = inputs["decoder_input_ids" if speech.paired else "input_ids"].shape[1]
+    said = GenerationMixin.generate(model, **inputs)[:, before:].tolist()  # not a model's own way, as Whisper's
+    return [speech.text(_until(row, speech.stops)) for row in said]
+
+
+def _until(tokens: Sequence[int], stops: Sequence[int]) -> Sequence[int]:
+    end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[:end]
