@@ -11,6 +11,8 @@ from coremerge.errors import ConfigError, MissingExtraError, SourceError
 from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.taskset import Base, read_taskset
 
+THREE = {"kind": "classification", "metric": "iou", "classes": ["a", "b", "c"], "head": "h", "test": "t"}
+
 
 def edit(folder: Path, *path: str, value: Any = None, remove: bool = False) -> None:
     file = folder / "tasks.yaml"
@@ -50,6 +52,11 @@ def test_rows_hold_class_indices_and_values(folder: Path) -> None:
         (("tasks", "colour", "kind"), "quiz", 'tasks.colour.kind = "quiz"'),
         (("tasks", "colour", "classes"), [], "tasks.colour: classes are listed for classification"),
         (("tasks", "length", "classes"), ["a"], "classes are listed for classification"),
+        (("tasks", "colour", "outputs"), 2, "tasks.colour: outputs are of regression"),
+        (("tasks", "length", "outputs"), 0, "tasks.length.outputs = 0"),
+        (("tasks", "length", "metric"), "angular_error", "tasks.length: angular_error is of directions: give outputs"),
+        (("tasks", "colour"), THREE, "tasks.colour: iou is for 2 classes, background first; take miou"),
+        (("tasks", "colour", "per"), "word", 'tasks.colour.per = "word"'),
         (("max_length",), 0, "max_length = 0"),
         (("tasks",), {}, "tasks"),
         (("pooling",), "max", 'pooling = "max"'),
@@ -95,6 +102,25 @@ def test_a_regression_needs_numbers(own_folder: Path) -> None:
     file = own_folder / "length.test.jsonl"
     file.write_text(json.dumps({"text": "red", "label": "long"}), encoding="utf-8")
     with pytest.raises(ConfigError, match="the label a number"):
+        read_taskset(own_folder).rows("length", "test")
+
+
+@pytest.mark.parametrize("label", [1.0, [1.0], [1.0, 2.0, 3.0], [1.0, "two"], [1.0, float("nan")], None])
+def test_several_outputs_need_as_many_numbers(own_folder: Path, label: Any) -> None:
+    edit(own_folder, "tasks", "length", "outputs", value=2)
+    file = own_folder / "length.test.jsonl"
+    file.write_text(json.dumps({"text": "red", "label": [1, 2]}) + "\n" + json.dumps({"text": "red", "label": label}))
+    with pytest.raises(ConfigError, match=r"line 2.*the label a list of 2 numbers"):
+        read_taskset(own_folder).rows("length", "test")
+    assert read_taskset(own_folder).rows("length", "test", limit=1)[0].label == (1.0, 2.0)
+
+
+def test_labels_per_pixel_are_files_beside_the_rows(own_folder: Path) -> None:
+    edit(own_folder, "tasks", "length", "per", value="pixel")
+    file = own_folder / "length.test.jsonl"
+    file.write_text(json.dumps({"text": "red", "label": "maps/1.png"}) + "\n" + json.dumps({"text": "red", "label": 1}))
+    assert read_taskset(own_folder).rows("length", "test", limit=1)[0].label == own_folder / "maps/1.png"
+    with pytest.raises(ConfigError, match=r"line 2.*the path of an image, relative to the rows' folder"):
         read_taskset(own_folder).rows("length", "test")
 
 

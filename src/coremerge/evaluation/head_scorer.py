@@ -68,6 +68,7 @@ class HeadScorer:
             for group, members in groups.items():
                 if name in members:
                     chosen[group, name] = self._joined(members, features)
+            del features, compared  # before those of the next inputs are made
         for group, members in groups.items():
             right = [self._right(encoder, members, name, split) for name in members]
             guesses = [chosen[group, name] for name in members]
@@ -96,6 +97,7 @@ class HeadScorer:
                     yield name, self._patches(encoder, name, split, features[PATCHES])
                 else:
                     yield name, features[encoder.pooling]
+            del features
 
     def _is_dense(self, name: str) -> bool:
         return self.taskset.tasks[name].per != "input"

@@ -40,7 +40,7 @@ def load_processor(base: str | Path) -> Any:
             return processor
     raise SourceError(
         f"neither a tokenizer nor an image processor can be loaded: {problems[0]}", file=base,
-        remedy="Save them into the model's folder, beside its config.json",
+        remedy="Save them into the model's folder, beside its config.json (for images preprocessor_config.json)",
     )  # fmt: skip
 
 
