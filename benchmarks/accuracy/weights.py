@@ -11,7 +11,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,29 +88,17 @@ class Bench:
         if key not in self.learned:
             given = dict(settings) | ({"steps": self.steps} if self.steps else {})
             start = time.perf_counter()
-            heads = self.heads() if given.get("objective") == "entropy" else None
+            heads = self.evaluator.classifiers() if given.get("objective") == "entropy" else None
             found = learn_weights(
                 self.evaluator.encoder.model, self.adapters, self.inputs(seed), seed=seed, heads=heads, **given
             )
             self.learned[key] = found, time.perf_counter() - start
         return self.learned[key]
 
-    def heads(self) -> dict[str, Callable[[Any, Mapping[str, Tensor]], Tensor]]:
-        """The classification tasks' own."""
-        return {name: _head(*self.evaluator.heads[name]) for name in self.taskset.tasks if name not in self.regression}
-
     def score(self, recipe: Recipe, weights: Any, split: str = "test") -> Scores:
         """Of the merge with ``weights``."""
         merged = merge(self.adapters, recipe.model_copy(update={"weights": weights}))
         return self.evaluator.score(dict(merged.adapter), split)  # type: ignore[arg-type]
-
-
-def _head(weight: Tensor, bias: Tensor) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
-    def logits(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        return (output.last_hidden_state * mask).sum(1) / mask.sum(1) @ weight.T + bias
-
-    return logits
 
 
 def open_bench(quick: bool) -> Bench:

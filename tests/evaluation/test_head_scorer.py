@@ -21,6 +21,7 @@ from coremerge import load
 from coremerge.errors import ConfigError, TensorError
 from coremerge.evaluation import Evaluator, evaluate, read_taskset
 from coremerge.evaluation.metrics import METRICS
+from coremerge.learning import learn_weights
 from families import make_adapter, make_model
 from made import clip_pictures, jsonl
 from tolerances import SINGLE
@@ -230,6 +231,30 @@ def test_features_are_dropped_after_their_tasks(folder: Path) -> None:
     evaluator.encoder.pooled = watched  # type: ignore[method-assign]
     evaluator.score({}, "test")
     assert alive == [0, 0, 0]
+
+
+def test_classifiers_give_the_logits_that_predictions_are_made_of(evaluator: Evaluator) -> None:
+    encoder, classifiers = evaluator.encoder, evaluator.classifiers()
+    assert list(classifiers) == ["shade", "mask"]
+    ((places, batch), *_) = encoder.batches(evaluator.taskset.rows("shade", "test"), ROWS)
+    output = encoder.model(**batch)
+    features = encoder.features([(places, batch)])
+    torch.testing.assert_close(
+        classifiers["shade"](output, batch)[places.argsort()], evaluator.heads["shade"](features)
+    )
+    logits = classifiers["mask"](output, batch)
+    assert logits.shape == (ROWS, GRID**2, SIDE**2, 2)
+
+
+@pytest.mark.parametrize("objective", ["entropy", "match", "nsc-own"])
+def test_weights_are_learned_on_images(evaluator: Evaluator, objective: str) -> None:
+    adapters = {name: evaluator.adapters[name] for name in ("shade", "mask")}
+    rows = {name: evaluator.taskset.rows(name, "test") for name in adapters}
+    data = {name: [batch for _, batch in evaluator.encoder.batches(rows[name], 8)] for name in adapters}
+    found = learn_weights(
+        evaluator.encoder.model, adapters, data, objective=objective, steps=2, heads=evaluator.classifiers()
+    )
+    assert found.flat().isfinite().all()
 
 
 def test_errors_are_turned_round_and_have_intervals(folder: Path) -> None:

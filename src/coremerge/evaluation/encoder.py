@@ -95,11 +95,7 @@ class Encoder:
     @torch.inference_mode()
     def _pooled(self, poolings: Sequence[str], batch: Batch) -> dict[str, Tensor]:
         output = backbone_output(self.model, batch)
-        hidden: Tensor = getattr(output, "last_hidden_state", output)
-        mask = batch.get("attention_mask")
-        if mask is None or mask.shape != hidden.shape[:2]:
-            mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return {pooling: _POOLINGS[pooling](hidden, mask, output).float().cpu() for pooling in poolings}
+        return {pooling: pool(output, batch, pooling).cpu() for pooling in poolings}
 
     def patches(self, batch: Batch) -> int | None:
         """Patches that an image is cut into, where the model's configuration says how large they are."""
@@ -194,6 +190,24 @@ def _base_of(taskset: TaskSet) -> str:
     if taskset.base is None:
         raise ConfigError("no base model", key="base", remedy="Name it in the task set, or give --base MODEL")
     return taskset.base.locate(taskset.folder)
+
+
+def pool(output: Any, batch: Batch, pooling: str) -> Tensor:
+    """One batch's features in float32, (rows, width), or of :data:`PATCHES` (rows, tokens, width); differentiable.
+
+    Args:
+        output: what the backbone made of the batch.
+        batch: with the mask of its tokens, if it has one.
+        pooling: see :class:`~coremerge.evaluation.TaskSet`, or :data:`PATCHES`.
+
+    Raises:
+        ConfigError: the base model has no pooler.
+    """
+    hidden: Tensor = getattr(output, "last_hidden_state", output)
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != hidden.shape[:2]:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    return _POOLINGS[pooling](hidden, mask, output).float()
 
 
 def _mean(hidden: Tensor, mask: Tensor, output: Any) -> Tensor:

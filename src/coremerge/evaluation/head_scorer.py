@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from coremerge.errors import ConfigError, TensorError
-from coremerge.evaluation.encoder import PATCHES, Encoder, Placed
+from coremerge.evaluation.encoder import PATCHES, Encoder, Placed, pool
 from coremerge.evaluation.heads import load_head, side_of
 from coremerge.evaluation.labels import labels_of
 from coremerge.evaluation.maps import assembled
@@ -19,10 +20,15 @@ from coremerge.evaluation.metrics import METRICS, Metric, find_metric
 from coremerge.evaluation.resampling import Values
 from coremerge.evaluation.scorer import Groups, Scored
 from coremerge.evaluation.taskset import Split, TaskSet
+from coremerge.learning.backbone import Batch
 from coremerge.learning.rows import Example
 
 MOST_SPECIAL = 8
 """Tokens before an image's patches, at most: one for the class, one for a teacher, four registers."""
+
+
+Classifier = Callable[[Any, Batch], Tensor]
+"""Of the backbone's output and its batch: what ``learn_weights`` takes for the objective entropy."""
 
 
 class _Rows(NamedTuple):
@@ -78,6 +84,19 @@ class HeadScorer:
     def embeddings(self, encoder: Encoder, split: Split) -> dict[str, Tensor]:
         """Task → features: (rows, width), or a row's patches on their own: (rows, patches, width)."""
         return dict(self._features(encoder, list(self.heads), split))
+
+    def classifiers(self, encoder: Encoder) -> dict[str, Classifier]:
+        """Task of classification → what it makes of a batch's output: logits (rows, ..., classes); differentiable."""
+        names = [name for name in self.heads if self.taskset.tasks[name].classes]
+        return {name: partial(self._logits, encoder, name) for name in names}
+
+    def _logits(self, encoder: Encoder, name: str, output: Any, batch: Batch) -> Tensor:
+        task = self.taskset.tasks[name]
+        features = pool(output, batch, PATCHES if self._is_dense(name) else encoder.pooling)
+        if self._is_dense(name) and (patches := encoder.patches(batch)) is not None:
+            features = features[:, max(0, features.shape[1] - patches) :]
+        weight, bias = (part.to(features.device) for part in self.heads[name])
+        return (features @ weight.T + bias).unflatten(-1, (-1, len(task.classes))).squeeze(-2)  # type: ignore[no-any-return, no-untyped-call]
 
     def count(self, encoder: Encoder, name: str, split: Split) -> int:
         """See :class:`~coremerge.evaluation.scorer.Scorer`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from coremerge.evaluation.answering import ChoiceScorer, GenerationScorer
 from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.harness import HarnessScorer
-from coremerge.evaluation.head_scorer import HeadScorer
+from coremerge.evaluation.head_scorer import Classifier, HeadScorer
 from coremerge.evaluation.heads import Head
 from coremerge.evaluation.metrics import Interval
 from coremerge.evaluation.scorer import Groups, Scored, Scorer
@@ -196,6 +196,14 @@ class Evaluator:
         """Task → its head, of the tasks that have one."""
         scorers = [scorer for scorer in self._scorers if isinstance(scorer, HeadScorer)]
         return {name: head for scorer in scorers for name, head in scorer.heads.items()}
+
+    def classifiers(self) -> dict[str, Classifier]:
+        """Task of classification → the backbone's output and its batch to logits (rows, ..., classes).
+
+        For ``learn_weights(..., objective="entropy", heads=evaluator.classifiers())``.
+        """
+        scorers = [scorer for scorer in self._scorers if isinstance(scorer, HeadScorer)]
+        return {name: one for scorer in scorers for name, one in scorer.classifiers(self.encoder).items()}
 
     @contextmanager
     def _instead(self, model: str | Path) -> Iterator[None]:
