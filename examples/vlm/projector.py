@@ -1,0 +1,155 @@
+"""The projector between both frozen models: first towards the embeddings of words, then by captions.
+
+One pass over words costs seconds: each patch is to look like the mean embedding of the words that say what is in its
+cell. Captions and questions, through the whole frozen language model, do the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from packing import Packer, answer_logits, answer_loss
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from world import Pictures
+
+LAYER, SIDE = 9, 84
+STEPS, SCENES, EMOJI, RATE = 520, 6, 4, 6e-4
+WORD_EPOCHS, WORD_BATCH, WORD_RATE = 6, 64, 1e-3
+CELLS = torch.arange(36).view(6, 6).div(12, rounding_mode="floor") * 3 + (torch.arange(6) // 2)
+"""The cell of each patch."""
+
+Family = dict[str, Pictures]
+
+
+def save_projector(projector: nn.Module, path: Path) -> None:
+    """As :func:`coremerge.bases.llava.build` takes it, in half precision."""
+    tensors = {key: value.detach().half().contiguous() for key, value in projector.state_dict().items()}
+    save_file(tensors, path, {"format": "pt", "layer": str(LAYER), "side": str(SIDE)})
+
+
+def fresh_projector(path: Path) -> None:
+    """Random weights, to build a base with."""
+    torch.manual_seed(0)
+    linear_1, linear_2 = nn.Linear(384, 576), nn.Linear(576, 576)
+    save_projector(nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2}), path)
+
+
+def train_projector(model: Any, processor: Any, families: dict[str, Family], path: Path) -> None:
+    """Trains both stages and writes the projector; what was measured on the way is printed."""
+    torch.manual_seed(0)
+    projector = model.model.multi_modal_projector.float()
+    projector.requires_grad_(True)
+    packer = Packer(processor.tokenizer, 36)
+    _towards_words(model, projector, packer, [family["train"] for family in families.values()])
+    save_projector(projector, path)
+    print("words:", json.dumps(held_out(model, projector, packer, families)), flush=True)
+    _by_captions(model, projector, packer, families, path)
+    save_projector(projector, path)
+
+
+def _towards_words(model: Any, projector: nn.Module, packer: Packer, parts: list[Pictures]) -> None:
+    embeddings = model.get_input_embeddings().weight.float()
+    words = sorted({cell for part in parts for item in part.items for cell in item.cells})
+    means = torch.stack([embeddings[list(packer.encode(f" {word}"))].mean(0) for word in words])
+    index = {word: i for i, word in enumerate(words)}
+    states = torch.cat([part.states for part in parts])
+    cells = torch.tensor([[index[cell] for cell in item.cells] for part in parts for item in part.items])
+    _standardise(projector, states)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=WORD_RATE, weight_decay=0.01)
+    steps = WORD_EPOCHS * (len(states) // WORD_BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WORD_RATE, total_steps=steps + 1)
+    scale, start = means.var(), time.perf_counter()
+    for step in range(steps):
+        if step % (len(states) // WORD_BATCH) == 0:
+            order = torch.randperm(len(states))
+        rows = order[step % (len(states) // WORD_BATCH) * WORD_BATCH :][:WORD_BATCH]
+        targets = means[cells[rows][:, CELLS.flatten()]]
+        loss = nn.functional.mse_loss(projector(states[rows].float()), targets) / scale
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(
+                f"words, step {step}: {loss.item():.3f} of the variance, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def _standardise(projector: Any, states: Tensor) -> None:
+    """The first layer's inputs have mean 0 and variance 1 then, whatever the tower's scale."""
+    mean, std = states.float().mean((0, 1)), states.float().std((0, 1))
+    projector.linear_1.weight.copy_(torch.randn_like(projector.linear_1.weight) / len(mean) ** 0.5 / std)
+    projector.linear_1.bias.copy_(-projector.linear_1.weight @ mean)
+
+
+def _batches(families: dict[str, Family]) -> Iterator[list[tuple[Pictures, list[int], list[list[tuple[str, str]]]]]]:
+    """Scenes with their captions and two questions each, then emoji with both of theirs."""
+    counts = {"scenes": SCENES, "emoji": EMOJI}
+    orders: dict[str, list[int]] = {name: [] for name in counts}
+    while True:
+        batch = []
+        for name, count in counts.items():
+            part = families[name]["train"]
+            if len(orders[name]) < count:
+                orders[name] = torch.randperm(len(part.items)).tolist()
+            rows, orders[name] = orders[name][:count], orders[name][count:]
+            batch.append((part, rows, [_some(part.items[row].turns) for row in rows]))
+        yield batch
+
+
+def _some(turns: dict[str, list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    first, *others = turns.values()
+    chosen = [others[i] for i in torch.randperm(len(others))[:2].tolist()]
+    return [first[0], *(found[int(torch.randint(len(found), ()))] for found in chosen)]
+
+
+def _by_captions(model: Any, projector: nn.Module, packer: Packer, families: dict[str, Family], path: Path) -> None:
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS + 1, pct_start=0.06)
+    start, seen = time.perf_counter(), []
+    for step, batch in zip(range(STEPS), _batches(families), strict=False):
+        optimizer.zero_grad()
+        losses = []
+        for part, rows, turns in batch:
+            packed = packer(turns)
+            loss = answer_loss(answer_logits(model, packed, projector(part.states[rows].float())), packed)
+            loss.backward()
+            losses.append(loss.item())
+        nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        seen.append(losses)
+        if step % 20 == 19:
+            mean = torch.tensor(seen[-20:]).mean(0)
+            seconds = time.perf_counter() - start
+            print(f"step {step + 1}: scenes {mean[0]:.3f}, emoji {mean[1]:.3f}, {seconds:.0f} s", flush=True)
+        if step % 100 == 99:
+            save_projector(projector, path)
+            print(f"step {step + 1}:", json.dumps(held_out(model, projector, packer, families)), flush=True)
+
+
+@torch.no_grad()
+def held_out(
+    model: Any, projector: nn.Module, packer: Packer, families: dict[str, Family], rows: int = 32
+) -> dict[str, dict[str, float]]:
+    """Task → its loss on validation items with their own pictures, and with each other's."""
+    found: dict[str, dict[str, float]] = {}
+    for family in families.values():
+        part = family["validation"]
+        own = projector(part.states[:rows].float())
+        for task in part.items[0].turns:
+            packed = packer([[item.turns[task][0]] for item in part.items[:rows]])
+            both = {"own": own, "shuffled": own.roll(1, 0)}
+            found[task] = {
+                name: round(answer_loss(answer_logits(model, packed, images), packed).item(), 3)
+                for name, images in both.items()
+            }
+    return found
