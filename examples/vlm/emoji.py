@@ -1,4 +1,4 @@
-"""Emoji renders with their names: pictures of npm's ``@lobehub/fluent-emoji-3d``, names of Unicode's ``emoji-test.txt``."""
+"""Emoji renders with names: pictures of npm's ``@lobehub/fluent-emoji-3d``, names of Unicode's ``emoji-test.txt``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
-
 from scenes import SIDE
 
 MOST_FLAGS = 60

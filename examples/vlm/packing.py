@@ -6,7 +6,7 @@ training several times faster. Positions and the mask are such that each answer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -75,6 +75,11 @@ class Packer:
         mask = seen & ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None]))
         return Packed(ids, positions, mask[:, None], *map(torch.tensor, (states, targets, turn)))
 
+    def length(self, turn: Turn) -> int:
+        """Tokens of a turn."""
+        question, answer = turn
+        return sum(map(len, map(self.encode, (question, AFTER, answer, END))))
+
     def _row(self, turns: Sequence[Turn]) -> tuple[list[int], list[tuple[int, int, int]]]:
         """All tokens, and where each turn begins, its answer begins, and it ends."""
         ids, answers = list(self.prefix), []
@@ -87,27 +92,45 @@ class Packer:
         return ids, answers
 
 
-def answer_logits(model: Any, packed: Packed, images: Tensor) -> Tensor:
-    """Logits of each token of the answers, (tokens, vocabulary).
+def additive(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The mask as attention adds it."""
+    return torch.zeros(packed.mask.shape, dtype=dtype).masked_fill(~packed.mask, torch.finfo(dtype).min)
+
+
+def embed(model: Any, packed: Packed, images: Tensor) -> Tensor:
+    """Embeddings of all tokens, (batch, length, 576).
 
     Args:
-        model: a ``LlavaModel`` or one with adapters, and ``lm_head``.
+        model: a ``LlavaForConditionalGeneration``.
         packed: the sequences.
         images: tokens of each picture as the projector gives them, (batch, 36, 576).
     """
-    llava, dtype = model.model, model.dtype
-    embedded = llava.language_model.get_input_embeddings()(packed.ids)
+    embedded = model.model.language_model.get_input_embeddings()(packed.ids)
     where = packed.ids == model.config.image_token_id
-    embedded = embedded.masked_scatter(where[..., None], images.to(dtype))
-    hidden = torch.zeros((), dtype=dtype).new_full((), torch.finfo(dtype).min)
-    out = llava.language_model(
-        inputs_embeds=embedded,
-        attention_mask=torch.where(packed.mask, torch.zeros((), dtype=dtype), hidden),
-        position_ids=packed.positions,
-        use_cache=False,
-    )
-    states = out.last_hidden_state.flatten(0, 1)[packed.states]  # two-dimensional: the backward is four times as fast
-    logits: Tensor = model.lm_head(states)
+    return embedded.masked_scatter(where[..., None], images.to(embedded.dtype))
+
+
+def through(lm: Any, layers: Iterable[nn.Module], states: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """States after some layers of a ``LlamaModel``, without its last norm."""
+    rotary = lm.rotary_emb(states, position_ids=positions)
+    for layer in layers:
+        states = layer(states, attention_mask=mask, position_ids=positions, position_embeddings=rotary, use_cache=False)
+    return states
+
+
+def answer_logits(model: Any, packed: Packed, states: Tensor, first: int = 0) -> Tensor:
+    """Logits of each token of the answers, (tokens, vocabulary).
+
+    Args:
+        model: a ``LlavaForConditionalGeneration``, with adapters or without.
+        packed: the sequences.
+        states: before layer ``first``: see :func:`embed`.
+        first: the first layer to run.
+    """
+    lm = model.model.language_model
+    states = through(lm, lm.layers[first:], states, packed.positions, additive(packed, states.dtype))
+    # gathered before the head: with all positions in it, the backward pass takes four times as long
+    logits: Tensor = model.lm_head(lm.norm(states.flatten(0, 1)[packed.states]))
     return logits
 
 

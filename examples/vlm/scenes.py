@@ -1,13 +1,12 @@
-"""Small scenes: two to six coloured shapes on a grey ground, and what there is to say about them.
+"""Small scenes: one to five equal shapes and a pink dot on a grey ground, and what there is to say about them.
 
 Everything follows from the random generator that is given: the same seed gives the same bytes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator
@@ -33,7 +32,11 @@ COLOURS = {
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 """The cells of a grid of three by three, row by row."""
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+SIZES = {"small": (6.0, 7.5), "large": (10.5, 12.0)}
+"""Radii in pixels, from and to."""
+
+PINK, DOT = (250, 120, 190), 4.5
 Points = list[tuple[float, float]]
 
 
@@ -65,74 +68,60 @@ SHAPES = tuple(OUTLINES)
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One coloured shape.
+class Scene:
+    """Equal shapes, and a dot.
 
     Attributes:
-        place: index of its cell in :data:`PLACES`.
+        cells: of the shapes, indices of :data:`PLACES`.
+        dot: the cell of the dot.
+        picture: bytes of (84, 84, 3).
     """
 
     shape: str
     colour: str
-    place: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.shape}"
-
-    @property
-    def where(self) -> str:
-        place = PLACES[self.place]
-        return f"in the {place}" if place == "middle" else f"at the {place}"
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Things in the order of their cells, and the picture (84, 84, 3) of bytes."""
-
-    things: tuple[Thing, ...]
+    size: str
+    cells: tuple[int, ...]
+    dot: int
     picture: NDArray[np.uint8]
 
-    def caption(self) -> str:
-        """All of them, cell by cell: a red circle at the top left and a blue star in the middle."""
-        parts = [f"{'an' if thing.colour[0] == 'o' else 'a'} {thing.name} {thing.where}" for thing in self.things]
-        return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    @property
+    def number(self) -> str:
+        return NUMBERS[len(self.cells)]
 
-    def alone(self, key: Callable[[Thing], str]) -> list[Thing]:
-        """The things that no other one shares ``key`` with."""
-        counts = Counter(map(key, self.things))
-        return [thing for thing in self.things if counts[key(thing)] == 1]
+    @property
+    def noun(self) -> str:
+        """The shape, in the plural where there are several."""
+        return self.shape if len(self.cells) == 1 else self.shape + ("es" if self.shape == "cross" else "s")
+
+    def caption(self) -> str:
+        """Everything: three large red stars, a dot at the top left."""
+        place = PLACES[self.dot]
+        where = f"in the {place}" if place == "middle" else f"at the {place}"
+        return f"{self.number} {self.size} {self.colour} {self.noun}, a dot {where}"
 
 
 def make_scene(rng: Generator) -> Scene:
-    """A scene with a thing whose shape and colour no other one has, and a second one that no other equals.
-
-    Half of the scenes repeat one shape, so that there is something to count.
-    """
-    while True:
-        scene = Scene(_things(rng), np.zeros((SIDE, SIDE, 3), np.uint8))
-        if len(scene.alone(lambda thing: thing.name)) > 1:
-            return Scene(scene.things, _draw(scene.things, rng))
+    """A scene; every property is drawn by itself."""
+    shape, colour, size = (names[int(rng.integers(len(names)))] for names in (SHAPES, tuple(COLOURS), tuple(SIZES)))
+    dot, *cells = rng.permutation(9)[: 1 + int(rng.integers(1, 6))].tolist()
+    scene = Scene(shape, colour, size, tuple(sorted(cells)), dot, np.zeros((SIDE, SIDE, 3), np.uint8))
+    return replace(scene, picture=_draw(scene, rng))
 
 
-def _things(rng: Generator) -> tuple[Thing, ...]:
-    shapes, colours = rng.permutation(SHAPES).tolist(), rng.permutation(list(COLOURS)).tolist()
-    if rng.random() < 0.5:
-        chosen = [shapes[1]] + [shapes[0]] * int(rng.integers(2, 6))
-    else:
-        chosen = shapes[: int(rng.integers(2, 5))]
-    others = [colours[0], *(colours[1 + int(i)] for i in rng.integers(0, 5, len(chosen) - 1))]  # the first one once
-    places = rng.permutation(9)[: len(chosen)].tolist()
-    things = (Thing(shape, colour, place) for shape, colour, place in zip(chosen, others, places, strict=True))
-    return tuple(sorted(things, key=lambda thing: thing.place))
-
-
-def _draw(things: tuple[Thing, ...], rng: Generator) -> NDArray[np.uint8]:
+def _draw(scene: Scene, rng: Generator) -> NDArray[np.uint8]:
     canvas = _ground(rng)
     light = rng.uniform(0, 2 * np.pi)
-    for thing in things:
-        _paint(canvas, thing, rng, light)
+    colour = np.array(COLOURS[scene.colour]) + rng.uniform(-12, 12, 3)
+    for cell in scene.cells:
+        radius = rng.uniform(*SIZES[scene.size])
+        _paint(canvas, _mask(scene.shape, radius, rng.uniform(-0.3, 0.3)), radius, colour, _middle(cell, rng), light)
+    _paint(canvas, _mask("circle", DOT, 0.0), DOT, np.array(PINK), _middle(scene.dot, rng), light)
     return (canvas + rng.normal(0, 3, canvas.shape)).clip(0, 255).round().astype(np.uint8)
+
+
+def _middle(cell: int, rng: Generator) -> tuple[int, int]:
+    row, column = divmod(cell, 3)
+    return 14 + 28 * row + int(rng.integers(-2, 3)), 14 + 28 * column + int(rng.integers(-2, 3))
 
 
 def _ground(rng: Generator) -> NDArray[np.float64]:
@@ -142,26 +131,30 @@ def _ground(rng: Generator) -> NDArray[np.float64]:
     return np.asarray(image).astype(np.float64)
 
 
-def _paint(canvas: NDArray[np.float64], thing: Thing, rng: Generator, light: float) -> None:
-    """Paints a thing, shaded away from the light and with a soft shadow, within its cell."""
-    radius = rng.uniform(8.5, 11.5)
-    mask = _mask(thing.shape, radius, rng.uniform(-0.3, 0.3))
+def _paint(
+    canvas: NDArray[np.float64],
+    mask: NDArray[np.float64],
+    radius: float,
+    colour: NDArray[np.float64],
+    middle: tuple[int, int],
+    light: float,
+) -> None:
+    """Paints a shape, shaded away from the light and with a soft shadow."""
     half = len(mask) // 2
-    middle = [14 + 28 * part + int(rng.integers(-3, 4)) for part in divmod(thing.place, 3)]
     for away, strength in ((2, -45.0), (0, 0.0)):
-        y, x = (int(round(m - away * f(light))) - half for m, f in zip(middle, (np.cos, np.sin), strict=True))
+        y, x = (round(m - away * f(light)) - half for m, f in zip(middle, (np.cos, np.sin), strict=True))
         rows, columns = slice(max(y, 0), y + len(mask)), slice(max(x, 0), x + len(mask))
-        inside = mask[rows.start - y :, columns.start - x :][: SIDE - rows.start, : SIDE - columns.start]
+        inside = mask[rows.start - y :, columns.start - x :][: SIDE - rows.start, : SIDE - columns.start, None]
         part = canvas[rows, columns]
         if away:
-            part += inside[..., None] * strength
+            part += inside * strength
         else:
-            v, u = np.mgrid[
-                rows.start - y : rows.start - y + len(part), columns.start - x : columns.start - x + part.shape[1]
-            ]
+            v, u = (
+                np.mgrid[: part.shape[0], : part.shape[1]]
+                + np.array([rows.start - y, columns.start - x])[:, None, None]
+            )
             shade = 1 + 0.16 * ((v - half) * np.cos(light) + (u - half) * np.sin(light)) / radius
-            colour = np.array(COLOURS[thing.colour]) + rng.uniform(-12, 12, 3)
-            part += inside[..., None] * (shade[..., None] * colour - part)
+            part += inside * (shade[..., None] * colour - part)
 
 
 def _mask(shape: str, radius: float, turn: float) -> NDArray[np.float64]:

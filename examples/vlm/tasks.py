@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +11,7 @@ from emoji import Emoji, paint, read_emoji, without_most_flags
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
-from scenes import NUMBERS, PLACES, Scene, make_scene
+from scenes import PLACES, Scene, make_scene
 
 SPLITS = {"unlabelled": 64, "validation": 100, "test": 200}
 """Rows that ship."""
@@ -21,15 +20,17 @@ QUALITY = 80
 TASKS = {
     "emoji_name": "The name of an emoji, from its 3-D render.",
     "emoji_kind": "Of which of fourteen kinds an emoji is.",
-    "scene_caption": "What is where in a scene of two to six coloured shapes.",
-    "colour": "The colour of a shape in a scene.",
-    "shape": "Which shape of a scene has a colour.",
-    "position": "Where in a scene a coloured shape is.",
-    "count": "How many shapes there are in a scene, or of one sort.",
-    "relation": "Whether one shape of a scene is left of, right of, above or below another one.",
+    "scene_caption": "All there is in a scene of one to five equal shapes and a dot.",
+    "colour": "The colour of a scene's shapes.",
+    "shape": "The shape of a scene's shapes.",
+    "size": "Whether a scene's shapes are small or large.",
+    "count": "How many shapes there are in a scene.",
+    "position": "Where in a scene the dot is.",
 }
 Turn = tuple[str, str]
 """A question, and its answer."""
+
+Words = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Item:
 
     Attributes:
         webp: the picture's file.
-        turns: task → its questions, in a random order; the first one ships.
-        cells: what is in each cell of a grid of three by three, row by row, in words.
+        turns: task → its question.
+        cells: what each of the four patches of a cell is to tell, cells and patches row by row.
     """
 
     webp: bytes
-    turns: dict[str, list[Turn]] = field(repr=False)
-    cells: tuple[str, ...]
+    turns: dict[str, Turn] = field(repr=False)
+    cells: tuple[Words, ...]
 
     @property
     def picture(self) -> NDArray[np.uint8]:
@@ -69,78 +70,36 @@ def scene_items(training: int) -> dict[str, list[Item]]:
     """Split → items."""
     counts = {**SPLITS, "train": training}
     rngs = {split: np.random.default_rng([1, i]) for i, split in enumerate(counts)}
-    return {split: [_scene_item(make_scene(rngs[split]), rngs[split]) for _ in range(n)] for split, n in counts.items()}
+    return {split: [_scene_item(make_scene(rngs[split])) for _ in range(n)] for split, n in counts.items()}
 
 
 def _emoji_item(emoji: Emoji, rng: Generator) -> Item:
+    turns = {"emoji_name": ("Name this emoji.", emoji.name), "emoji_kind": ("What kind of thing is this?", emoji.kind)}
+    return Item(_webp(paint(emoji, rng)), turns, ((emoji.name, emoji.kind) * 2,) * 9)
+
+
+def _scene_item(scene: Scene) -> Item:
+    are = "is the" if len(scene.cells) == 1 else "are the"
     turns = {
-        "emoji_name": [("Name this emoji.", emoji.name)],
-        "emoji_kind": [("What kind of thing is this?", emoji.kind)],
+        "scene_caption": ("Describe this picture.", scene.caption()),
+        "colour": (f"Which colour {are} {scene.noun}?", scene.colour),
+        "shape": ("Which shape is in this picture?", scene.shape),
+        "size": (f"How large {are} {scene.noun}?", scene.size),
+        "count": (f"How many {scene.colour} shapes are there?", scene.number),
+        "position": ("Where is the dot?", PLACES[scene.dot]),
     }
-    return Item(_webp(paint(emoji, rng)), turns, (emoji.name,) * 9)
+    return Item(_webp(scene.picture), turns, tuple(_words(scene, place) for place in range(9)))
 
 
-def _scene_item(scene: Scene, rng: Generator) -> Item:
-    found = {task: list(ask(scene, rng)) for task, ask in ASK.items()}
-    turns = {task: [all_turns[i] for i in rng.permutation(len(all_turns))] for task, all_turns in found.items()}
-    things = {thing.place: f"{thing.name} {PLACES[thing.place]}" for thing in scene.things}
-    return Item(_webp(scene.picture), turns, tuple(things.get(place, "grey") for place in range(9)))
+def _words(scene: Scene, place: int) -> Words:
+    if place in scene.cells:
+        return scene.colour, scene.shape, scene.size, scene.number
+    row, column = divmod(place, 3)
+    where = ("top", "middle", "bottom")[row], ("left", "middle", "right")[column]
+    return where * 2 if place == scene.dot else ("grey",) * 4
 
 
 def _webp(picture: NDArray[np.uint8]) -> bytes:
     buffer = BytesIO()
     Image.fromarray(picture).save(buffer, "WEBP", quality=QUALITY, method=6)
     return buffer.getvalue()
-
-
-def _caption(scene: Scene, rng: Generator) -> Iterator[Turn]:
-    yield "Describe this picture.", scene.caption()
-
-
-def _colour(scene: Scene, rng: Generator) -> Iterator[Turn]:
-    for thing in scene.alone(lambda thing: thing.shape):
-        yield f"Which colour is the {thing.shape}?", thing.colour
-
-
-def _shape(scene: Scene, rng: Generator) -> Iterator[Turn]:
-    for thing in scene.alone(lambda thing: thing.colour):
-        yield f"Which shape is {thing.colour}?", thing.shape
-
-
-def _position(scene: Scene, rng: Generator) -> Iterator[Turn]:
-    for thing in scene.alone(lambda thing: thing.name):
-        yield f"Where is the {thing.name}?", PLACES[thing.place]
-
-
-def _count(scene: Scene, rng: Generator) -> Iterator[Turn]:
-    """All, or those of the commonest shape where it is there more than once."""
-    shapes = [thing.shape for thing in scene.things]
-    commonest = max(sorted(set(shapes)), key=shapes.count)
-    if shapes.count(commonest) > 1:
-        yield (
-            f"How many {commonest}{'es' if commonest == 'cross' else 's'} are there?",
-            NUMBERS[shapes.count(commonest)],
-        )
-    else:
-        yield "How many shapes are there?", NUMBERS[len(shapes)]
-
-
-def _relation(scene: Scene, rng: Generator) -> Iterator[Turn]:
-    """Two things that differ along one axis at least; as many are asked of with yes as with no for an answer."""
-    things = scene.alone(lambda thing: thing.name)
-    first, second = (things[i] for i in rng.permutation(len(things))[:2])
-    (y, x), (v, u) = divmod(first.place, 3), divmod(second.place, 3)
-    said = [words for words, differ in ((("left of", "right of"), x - u), (("above", "below"), y - v)) if differ]
-    signs = {"left of": x < u, "right of": x > u, "above": y < v, "below": y > v}
-    words = said[int(rng.integers(len(said)))][int(rng.integers(2))]
-    yield f"Is the {first.name} {words} the {second.name}?", "yes" if signs[words] else "no"
-
-
-ASK: dict[str, Callable[[Scene, Generator], Iterator[Turn]]] = {
-    "scene_caption": _caption,
-    "colour": _colour,
-    "shape": _shape,
-    "position": _position,
-    "count": _count,
-    "relation": _relation,
-}

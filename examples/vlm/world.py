@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vision import all_states
 
-TRAINING_SCENES, PAINTINGS = 4000, 3
+TRAINING_SCENES, PAINTINGS = 1500, 3
 """Scenes to train on, and pictures of each emoji."""
 
 ALL = ("unlabelled", "validation", "test", "train")
@@ -43,14 +43,11 @@ def with_states(
     items: dict[str, dict[str, list[Item]]], model: Any, processor: Any, work: Path
 ) -> dict[str, dict[str, Pictures]]:
     """Family → split → pictures; the states are kept in the work folder."""
-    file = work / "states.safetensors"
-    if not file.exists():
-        made = {
-            f"{family}.{split}": all_states(model, items[family][split], processor) for family in items for split in ALL
-        }
-        save_file(made, file)
-    states = load_file(file)
-    return {
-        family: {split: Pictures(splits[split], states[f"{family}.{split}"]) for split in ALL}
-        for family, splits in items.items()
-    }
+    found: dict[str, dict[str, Pictures]] = {}
+    for family, splits in items.items():
+        file = work / f"{family}.safetensors"
+        if not file.exists():
+            save_file({split: all_states(model, splits[split], processor) for split in ALL}, file)
+        states = load_file(file)
+        found[family] = {split: Pictures(splits[split], states[split]) for split in ALL}
+    return found
