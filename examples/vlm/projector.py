@@ -20,7 +20,7 @@ from tasks import Turn
 from torch import Tensor, nn
 from world import Pictures
 
-LAYER, SIDE = 9, 84
+LAYER, SIDE, PATCHES = 9, 84, 36
 STEPS, SCENES, EMOJI, RATE = 60, 5, 3, 3e-4
 WORD_EPOCHS, WORD_BATCH, WORD_RATE, COMMON = 7, 64, 2e-3, 100
 """Words that are there oftener than the last number are told from each other."""
@@ -45,7 +45,7 @@ def train_projector(model: Any, processor: Any, families: dict[str, Family], pat
     torch.manual_seed(0)
     projector = model.model.multi_modal_projector.float()
     projector.requires_grad_(True)
-    packer = Packer(processor.tokenizer, 36)
+    packer = Packer(processor.tokenizer, PATCHES)
     _towards_words(model, projector, packer, [family["train"] for family in families.values()])
     save_projector(projector, path)
     print("words:", json.dumps(held_out(model, projector, packer, families)), flush=True)

@@ -114,8 +114,15 @@ def _draw(scene: Scene, rng: Generator) -> NDArray[np.uint8]:
     colour = np.array(COLOURS[scene.colour]) + rng.uniform(-12, 12, 3)
     for cell in scene.cells:
         radius = rng.uniform(*SIZES[scene.size])
-        _paint(canvas, _mask(scene.shape, radius, rng.uniform(-0.3, 0.3)), radius, colour, _middle(cell, rng), light)
-    _paint(canvas, _mask("circle", DOT, 0.0), DOT, np.array(PINK), _middle(scene.dot, rng), light)
+        _paint(
+            canvas,
+            _mask(scene.shape, radius, rng.uniform(-0.3, 0.3)),
+            radius,
+            colour,
+            middle=_middle(cell, rng),
+            light=light,
+        )
+    _paint(canvas, _mask("circle", DOT, 0.0), DOT, np.array(PINK), middle=_middle(scene.dot, rng), light=light)
     return (canvas + rng.normal(0, 3, canvas.shape)).clip(0, 255).round().astype(np.uint8)
 
 
@@ -136,6 +143,7 @@ def _paint(
     mask: NDArray[np.float64],
     radius: float,
     colour: NDArray[np.float64],
+    *,
     middle: tuple[int, int],
     light: float,
 ) -> None:

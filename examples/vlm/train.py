@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import SETTINGS, measure, train_adapter
+from adapters import SETTINGS, TRAINING, train_adapter
 from card import write_card
-from projector import fresh_projector, train_projector
-from rows import family_of, write_data
-from tasks import TASKS
-from world import Pictures, load_base, make_items, with_states
+from lower import LowerStates
+from packing import Packer
+from projector import PATCHES, Family, fresh_projector, train_projector
+from rows import METRICS, family_of, write_data
+from tasks import SPLITS, TASKS
+from world import load_base, make_items, with_states
 
 from coremerge.bases import make
+from coremerge.evaluation import evaluate
 
 HERE = Path(__file__).parent
 PROJECTOR = HERE / "projector.safetensors"
@@ -37,15 +40,33 @@ def prepare_projector(items: dict[str, Any], work: Path) -> None:
     train_projector(model, processor, with_states(items, model, processor, work), PROJECTOR)
 
 
-def make_adapter(task: str, family: dict[str, Pictures]) -> None:
+def lower_states(family: Family, split: str, count: int | None = None) -> LowerStates:
+    """Of the first items of a split."""
+    model, processor = base(PROJECTOR)
+    part = family[split]
+    with torch.no_grad():
+        images = model.model.multi_modal_projector(part.states[:count].to(model.dtype))
+    return LowerStates(model, Packer(processor.tokenizer, PATCHES), part.items[:count], images)
+
+
+def make_adapter(task: str, lower: LowerStates) -> None:
     """Trains, writes and scores one adapter."""
     folder = HERE / "adapters" / task
-    model, processor = base(PROJECTOR)
-    seconds = train_adapter(task, model, processor, family, folder)
-    scores = measure(task, base(PROJECTOR)[0], processor, family, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = train_adapter(task, base(PROJECTOR)[0], lower, folder)
+    scores = measure(task)
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     write_card(folder, TASKS[task], SETTINGS[task], scores)
     print(f"{task}: {seconds:.0f} s, {json.dumps(scores)}", flush=True)
+
+
+def measure(task: str) -> dict[str, Any]:
+    """The stored adapter's scores and the base model's, as ``coremerge evaluate`` has them."""
+    scores: dict[str, Any] = {"metric": METRICS.get(task, "exact_match")}
+    for split in ("validation", "test"):
+        own, without = (row.scores.raw[task] for row in evaluate([], HERE, split=split, only=[task]).rows)
+        scores[split] = {"rows": SPLITS[split], "own": round(own, 4), "no_adapter": round(without, 4)}
+    return scores
 
 
 def main() -> None:
@@ -65,8 +86,9 @@ def main() -> None:
     prepare_projector(items, arguments.work)
     model, processor = base(PROJECTOR)
     families = with_states(items, model, processor, arguments.work)
+    lower = {name: lower_states(family, "train", TRAINING[name]) for name, family in families.items()}
     for task in arguments.only or TASKS:
-        make_adapter(task, families[family_of(task)])
+        make_adapter(task, lower[family_of(task)])
 
 
 if __name__ == "__main__":

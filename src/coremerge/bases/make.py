@@ -8,13 +8,14 @@ from pathlib import Path
 from coremerge.bases.cache import fill, place_of
 from coremerge.bases.converter import Converter
 from coremerge.bases.dinov2 import DINOV2
+from coremerge.bases.llava import LLAVA
 from coremerge.bases.packages import check_bytes, package_files, reinstall
 from coremerge.bases.smollm2 import SMOLLM2
 from coremerge.bases.whisper import WHISPER
 from coremerge.errors import ConfigError
 from coremerge.hashing import file_sha256, unreadable
 
-CONVERTERS: Mapping[str, Converter] = {converter.name: converter for converter in (DINOV2, SMOLLM2, WHISPER)}
+CONVERTERS: Mapping[str, Converter] = {converter.name: converter for converter in (DINOV2, LLAVA, SMOLLM2, WHISPER)}
 """Name → converter."""
 
 
@@ -41,7 +42,7 @@ def make(
     Example:
         >>> make("dino")
         Traceback (most recent call last):
-        coremerge.errors.ConfigError: converter = "dino": no such converter. Converters: dinov2, smollm2, whisper
+        coremerge.errors.ConfigError: converter = "dino": no such converter. Converters: dinov2, llava, smollm2, whisper
     """
     converter = CONVERTERS.get(name)
     if converter is None:
