@@ -96,7 +96,8 @@ class HeadScorer:
         if self._is_dense(name) and (patches := encoder.patches(batch)) is not None:
             features = features[:, max(0, features.shape[1] - patches) :]
         weight, bias = (part.to(features.device) for part in self.heads[name])
-        return (features @ weight.T + bias).unflatten(-1, (-1, len(task.classes))).squeeze(-2)  # type: ignore[no-any-return, no-untyped-call]
+        logits = features @ weight.T + bias
+        return logits.reshape(*logits.shape[:-1], -1, len(task.classes)).squeeze(-2)
 
     def count(self, encoder: Encoder, name: str, split: Split) -> int:
         """See :class:`~coremerge.evaluation.scorer.Scorer`."""
