@@ -101,6 +101,8 @@ class Cell:
         """Weights as a recipe takes them."""
         if self.quick:
             settings["steps"] = 2
+        if settings.get("objective") == "entropy":
+            settings["heads"] = self.bench.evaluator.classifiers()
         model = self.bench.evaluator.encoder.model
         with torch.enable_grad():
             return dict(learn_weights(model, self.bench.adapters, self.data, seed=self.seed, **settings))
@@ -123,6 +125,7 @@ class Way:
         tuned: also at the best scale by validation rows.
         everywhere: for fewer adapters, too; otherwise for all alone.
         draws: makes something else of each draw, also where all adapters are merged.
+        classes: needs a task of classification.
     """
 
     label: str
@@ -130,6 +133,7 @@ class Way:
     tuned: bool = False
     everywhere: bool = False
     draws: bool = False
+    classes: bool = False
 
 
 def of_recipe(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
@@ -178,6 +182,8 @@ def ways() -> Iterator[Way]:
     yield Way("task arithmetic at the start of learned weights", constant(None), everywhere=True)
     for objective in ("nsc", "nsc-own", "match"):
         yield Way(f"weights: {objective}", of_weights(summed, objective=objective), draws=True)
+    entropy = of_weights(summed, objective="entropy", modules="all")
+    yield Way("weights: entropy (AdaMerging; classification alone)", entropy, draws=True, classes=True)
     for label, recipe in AHEAD.items():
         yield Way(f"weights: nsc, then {label}", of_weights(recipe, objective="nsc"), draws=True)
     yield Way("fit", of_fit(), everywhere=True, draws=True)
@@ -271,12 +277,17 @@ def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quic
     chosen = [way for way in ways() if not only or any(part in way.label for part in only)]
     for cell in cells(bench, draws, quick):
         for way in chosen:
-            if cell.count < len(everything) and not way.everywhere:
-                continue
-            if cell.count == len(everything) and cell.seed > 0 and not way.draws:
+            if not _applies(way, cell, whole=cell.count == len(everything)):
                 continue
             count = "all" if cell.count == len(everything) else cell.count
             journal.keep(f"{count}/{cell.seed}/{way.label}", lambda cell=cell, way=way: score(cell, way))  # type: ignore[misc]
+
+
+def _applies(way: Way, cell: Cell, *, whole: bool) -> bool:
+    """Whether the way is measured on this cell."""
+    if way.classes and not cell.bench.evaluator.classifiers():
+        return False
+    return (way.draws or cell.seed == 0) if whole else way.everywhere
 
 
 def _against(found: Scores, own: Scores) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _write_processor(language: Path, config: Any, side: int, folder: Path) -> No
     images = CLIPImageProcessor(
         do_center_crop=False, size={"height": side, "width": side}, image_mean=list(MEAN), image_std=list(STD)
     )
-    processor = LlavaProcessor(
+    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
         images,
         AutoTokenizer.from_pretrained(folder),
         patch_size=config.vision_config.patch_size,
