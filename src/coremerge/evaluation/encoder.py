@@ -51,7 +51,7 @@ class Encoder:
     def __init__(
         self, taskset: TaskSet, base: str | Path | None = None, *, device: str = "cpu", language: bool = False
     ) -> None:
-        package = taskset.base.package if taskset.base else None
+        package = taskset.base.package if taskset.base and not taskset.base.converter else None
         self.base = str(base or _base_of(taskset))
         try:
             self.model = load_model(self.base, taskset.dtype, device, head=language).eval().requires_grad_(False)

@@ -55,7 +55,8 @@ class Base(_Part):
     """The base model; a line with its place, or these keys.
 
     Attributes:
-        hub_id: its name on the hub, or a folder.
+        hub_id: its name on the hub, or a folder; beside a converter, the public model that it is known by, which is
+            not loaded in its place: weights that a package carries are seldom the same to the bit.
         package: a Python package that carries the same model, for machines without the hub; it is not imported.
         subfolder: where in that package.
         converter: makes the model's folder from the package's files, or from other bases: see :mod:`coremerge.bases`.
@@ -101,9 +102,7 @@ class Base(_Part):
         return self
 
     def locate(self, folder: Path = Path()) -> str:
-        """What ``from_pretrained`` is to be given: a folder, or a hub id where the package is not installed.
-
-        A converter makes its folder here, once.
+        """What ``from_pretrained`` is to be given: a folder, which a converter makes here, or a hub id.
 
         Args:
             folder: of the task set.
@@ -111,17 +110,14 @@ class Base(_Part):
         Raises:
             CoremergeError: the base cannot be made: see :func:`coremerge.bases.make`.
         """
-        from coremerge.bases import CONVERTERS, make
+        from coremerge.bases import make
         from coremerge.bases.packages import package_folder
 
-        package = self.package or (CONVERTERS[self.converter].package if self.converter else None)
-        found = package_folder(package) if package else None
-        if self.hub_id is not None and package is not None and found is None:
-            return self.hub_id
         if self.converter is not None:
             projector = folder / self.projector if self.projector else None
             made = make(self.converter, package=self.package, requirement=self.requirement, projector=projector)
             return str(made)
+        found = package_folder(self.package) if self.package else None
         if found is not None:
             return str(found / self.subfolder)
         return str(self.hub_id) if self.path is None else str(folder / self.path)
