@@ -143,6 +143,7 @@ class Task(_Part):
         head: safetensors file with ``weight`` (outputs, width) and, if it has one, ``bias``.
         validation: rows, a JSON object a line: ``text``, ``text`` and ``pair``, or ``image``; and ``label``.
         test: likewise.
+        unlabelled: inputs without labels, as ``coremerge fit`` reads them; by default those of the validation rows.
         harness: the harness's name for the task; its own tasks, or a YAML file beside this one.
         prompt: what the model is asked, with ``{fields}`` of the row; None: rows hold ``messages`` or ``audio``.
         chat: the prompt is a turn of the user's in the base model's chat template.
@@ -161,6 +162,7 @@ class Task(_Part):
     head: str | None = None
     validation: str | None = None
     test: str | None = None
+    unlabelled: str | None = None
     harness: str | None = None
     prompt: str | None = None
     chat: bool = False
