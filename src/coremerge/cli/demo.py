@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,20 +16,56 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from coremerge.demo import DemoResult, Row
+    from coremerge.evaluation.taskset import Split
 
-EXAMPLE = Path("examples") / "minilm-wordnet"
+EXAMPLES = Path("examples")
 WIDTH = 120
 """Columns of the tables where stdout is no terminal."""
 
 
+class World(str, Enum):
+    """The shipped examples."""
+
+    TEXT = "text"
+    VISION = "vision"
+    GENERATION = "generation"
+    VLM = "vlm"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a quick look at a world takes: less than four minutes on two cores.
+
+    Attributes:
+        folder: of its task set, in the folder of examples.
+        rows: split → rows of each task; by default as many as of any task set.
+        candidates: of the ways to merge; by default all.
+    """
+
+    folder: str
+    rows: Mapping[Split, int] | None = None
+    candidates: tuple[str, ...] = ()
+
+
+FEW = ("task arithmetic", "core TIES", "core TSV + Iso-C", "coremerge's default")
+WORLDS: Mapping[World, Shown] = {
+    World.TEXT: Shown("minilm-wordnet"),
+    World.VISION: Shown("vision", {"validation": 8, "test": 24}, FEW),
+    World.GENERATION: Shown("generation", {"test": 8}, FEW),
+    World.VLM: Shown("vlm", {"test": 8}, FEW),
+}
+
+
 def demo(
     folder: Annotated[Path | None, typer.Argument(help="A task set; by default the shipped example.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="All rows and a finer grid of scales.")] = False,
+    *,
+    world: Annotated[World, typer.Option(help="Which of the shipped examples.")] = World.TEXT,
+    full: Annotated[bool, typer.Option("--full", help="All rows, all merges and a finer grid of scales.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the merges.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Run the main job on the shipped example.
+    """Run the main job on a shipped example.
 
     Merge its adapters in several ways and score what comes out.
     """
@@ -34,14 +73,18 @@ def demo(
     from rich.progress import Progress
 
     from coremerge.cli._output import unmarked
-    from coremerge.demo import run_demo
+    from coremerge.demo import CANDIDATES, ROWS, run_demo
 
+    shown = WORLDS[world] if folder is None else WORLDS[World.TEXT]
+    labels = CANDIDATES if full else shown.candidates or CANDIDATES
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("demo", total=None)
         result = run_demo(
-            folder or find_example(),
+            folder or find_example(shown.folder),
             full=full,
+            candidates={label: CANDIDATES[label] for label in labels},
+            rows=shown.rows or ROWS,
             threads=threads,
             progress=lambda label, done, total: bar.update(
                 task, description=unmarked(label), completed=done, total=total
@@ -55,14 +98,16 @@ def demo(
         output.print(part)
 
 
-def find_example() -> Path:
-    """The shipped example: below the current folder, or in the checkout this package runs from."""
+def find_example(name: str) -> Path:
+    """A shipped example: below the current folder, or in the checkout this package runs from."""
     from coremerge.errors import SourceError
 
     for root in (Path.cwd(), Path(__file__).resolve().parents[3]):
-        if (root / EXAMPLE).is_dir():
-            return root / EXAMPLE
-    raise SourceError("the example is not here", value=str(EXAMPLE), remedy="Run it from a clone, or name its folder")
+        if (root / EXAMPLES / name).is_dir():
+            return root / EXAMPLES / name
+    raise SourceError(
+        "the example is not here", value=str(EXAMPLES / name), remedy="Run it from a clone, or name its folder"
+    )
 
 
 def render(result: DemoResult) -> list[RenderableType]:
@@ -70,7 +115,6 @@ def render(result: DemoResult) -> list[RenderableType]:
     from rich.table import Table
 
     from coremerge.cli._output import unmarked
-    from coremerge.demo import ROWS
 
     summary = Table(
         title=f"{unmarked(result.name)}: scores on the test rows, averaged over tasks ({result.seconds:.0f} s in all)"
@@ -88,9 +132,9 @@ def render(result: DemoResult) -> list[RenderableType]:
     detail.add_row("own adapter, raw", *(f"{result.rows[0].scores.raw[task]:.3f}" for task in tasks))
     for row in result.rows[1:]:
         detail.add_row(row.label, *(f"{row.scores.normalised[task]:.3f}" for task in tasks))
-    if result.full:
+    if result.used is None:
         return [summary, detail]
-    used = " and ".join(f"{count} {split}" for split, count in ROWS.items())
+    used = " and ".join(f"{count} {split}" for split, count in result.used.items())
     return [summary, detail, f"A quick look: the first {used} rows of each task. --full uses them all."]
 
 
