@@ -33,8 +33,10 @@ from coremerge.evaluation import Evaluator, Scores
 from coremerge.evaluation.plan import Merge, make_plan, recipe_of
 from coremerge.evaluation.scales import Scales, walk
 from coremerge.evaluation.taskset import Split, Task, TaskSet
+from coremerge.evaluation.unlabelled import read_unlabelled
 from coremerge.learning import fit, learn_weights
 from coremerge.learning.backbone import Batch
+from coremerge.learning.rows import Example
 
 ROWS: dict[Split, int] = {"validation": 100, "test": 300}
 COUNTS = (2, 4, 8)
@@ -67,6 +69,13 @@ def mean(scores: Scores) -> float:
     return statistics.fmean(share(scores, task) for task in scores.normalised)
 
 
+def pool(taskset: TaskSet, name: str) -> list[Example]:
+    """A task's inputs without labels: those that it names, and those of its validation rows."""
+    task = taskset.tasks[name]
+    labelled = taskset.model_copy(update={"tasks": {name: task.model_copy(update={"unlabelled": None})}})
+    return [*(read_unlabelled(taskset, name) if task.unlabelled else ()), *read_unlabelled(labelled, name)]
+
+
 @dataclass(frozen=True)
 class Cell:
     """Some of a world's adapters, one draw of them and of the inputs.
@@ -92,9 +101,9 @@ class Cell:
         encoder, draw = self.bench.evaluator.encoder, random.Random(self.seed)
         found = {}
         for name in self.bench.adapters:
-            rows = self.bench.taskset.rows(name, "validation")
-            chosen = draw.sample(rows, min(INPUTS if not self.quick else BATCH, len(rows)))
-            found[name] = [batch for _, batch in encoder.batches(chosen, BATCH)]
+            inputs = pool(self.bench.taskset, name)
+            chosen = draw.sample(inputs, min(BATCH if self.quick else INPUTS, len(inputs)))
+            found[name] = [batch for _, batch in encoder.placed(chosen, BATCH)]
         return found
 
     def learned(self, **settings: Any) -> dict[str, Any]:
