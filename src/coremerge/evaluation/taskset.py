@@ -32,7 +32,13 @@ ANSWERED: Mapping[str, Sequence[str]] = {
     "choice": ("accuracy",),
 }
 """Kinds of tasks that a language model answers itself → their metrics."""
-_ASKING = {"prompt", "chat", "system", "max_new_tokens", "choices"}
+_FOR: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("prompt", "max_new_tokens"), tuple(ANSWERED)),
+    **dict.fromkeys(("chat", "system"), (*ANSWERED, HARNESS)),
+    **dict.fromkeys(("split", "fewshot"), (HARNESS,)),
+    "choices": ("choice",),
+}
+"""Keys of tasks that mean nothing elsewhere → the kinds that have them."""
 
 
 Label = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | Path
@@ -145,8 +151,10 @@ class Task(_Part):
         test: likewise.
         unlabelled: inputs without labels, as ``coremerge fit`` reads them; by default those of the validation rows.
         harness: the harness's name for the task; its own tasks, or a YAML file beside this one.
+        split: of the harness's data set, which rows are ``validation`` and ``test``; by default as the harness has it.
+        fewshot: examples before each row of the harness; by default as many as its task says.
         prompt: what the model is asked, with ``{fields}`` of the row; None: rows hold ``messages`` or ``audio``.
-        chat: the prompt is a turn of the user's in the base model's chat template.
+        chat: the prompt, or a row of the harness, is a turn of the user's in the base model's chat template.
         system: what a chat begins with; None: whatever the template says by itself.
         max_new_tokens: of a generated answer.
         choices: the answers to choose from, as they stand after the prompt.
@@ -164,6 +172,8 @@ class Task(_Part):
     test: str | None = None
     unlabelled: str | None = None
     harness: str | None = None
+    split: dict[Split, str] = {}
+    fewshot: Whole | None = Field(default=None, ge=0)
     prompt: str | None = None
     chat: bool = False
     system: str | None = None
@@ -185,8 +195,9 @@ class Task(_Part):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Task:
-        if self.kind not in ANSWERED and (asked := _ASKING & self.model_fields_set):
-            raise ValueError(f"{min(asked)} goes with {' and '.join(ANSWERED)} alone")
+        for key, kinds in _FOR.items():
+            if key in self.model_fields_set and self.kind not in kinds:
+                raise ValueError(f"{key} goes with {', '.join(kinds)} alone")
         _CHECKS.get(self.kind, _check_head_task)(self)
         return self
 
@@ -205,6 +216,8 @@ class Task(_Part):
 def _check_harness_task(task: Task) -> None:
     if task.harness is None:
         raise ValueError("a task of lm-eval needs harness: its name there")
+    if len(set(task.split.values())) < len(task.split):
+        raise ValueError("split: validation and test are the same rows")
 
 
 def _check_head_task(task: Task) -> None:
@@ -235,8 +248,6 @@ def _check_answered_task(task: Task) -> None:
         raise ValueError("test is missing")
     if task.system is not None and task.prompt is not None and not task.chat:
         raise ValueError("system is the beginning of a chat: add chat: true")
-    if task.kind == "generation" and task.choices:
-        raise ValueError("choices go with choice alone")
     if task.kind == "choice" and len({choice.strip() for choice in task.choices} - {""}) < max(2, len(task.choices)):
         raise ValueError("choices are two different texts at least")
 
@@ -258,6 +269,7 @@ class TaskSet(_Part):
         pooling: of the last layer's tokens into one feature: their ``mean``, the ``first``, the ``last`` that is not
             padding, or the model's own ``pooler``.
         max_length: tokens a row is cut to; by default as many as the tokenizer says, at most 512.
+        batch: rows that go through together; by default as many as suits their kind.
         dtype: that the base runs in.
         joint: name → classification tasks that are also scored together: the task of a row unknown, the union of
             their labels to choose from.
@@ -269,6 +281,7 @@ class TaskSet(_Part):
     base: Base | None = None
     pooling: Literal["mean", "first", "last", "pooler"] = "mean"
     max_length: Whole | None = Field(default=None, ge=1)
+    batch: Whole | None = Field(default=None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     tasks: dict[str, Task] = Field(min_length=1)
     joint: dict[str, tuple[str, ...]] = {}
