@@ -114,6 +114,14 @@ def test_search_prints_all_that_was_tried_as_json(run, taskset, tmp_path):
     assert data["winner"] == "core sum"
 
 
+def test_log_likelihoods_of_answers_are_a_table_of_their_own():
+    task = Task(kind="generation", metric="exact_match", prompt="{text}", test="rows.jsonl")
+    rows = [Evaluated(name, Scores({"t": 0.0}, {}, log_likelihood={"t": x})) for name, x in (("a", -4.3), ("b", -31.0))]
+    shown = render(Evaluation("name", "test", "base", {"t": task}, {"t": 3}, tuple(rows)))
+    lines = shown.split("Log-likelihood of the right answer:\n")[1].split("\n")
+    assert (lines[0].split(), lines[-1].split()) == (["task", "a", "b"], ["t", "-4.30", "-31.00"])
+
+
 def test_names_of_tasks_cannot_command_the_terminal():
     scores = Scores({NASTY: 0.5}, {NASTY: 0.5}, {NASTY: 0.5}, {NASTY: (0.4, 0.6)})
     task = Task(kind="lm-eval", metric=NASTY, harness=NASTY)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import coremerge
 from coremerge.learning import read_weights
+from coremerge.learning.files import loader
 from families import WORDS, make_adapter, make_model
 
 TEXTS = ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w2 w4")
@@ -101,6 +102,19 @@ def test_adapters_may_be_called_as_they_were_given(learn, run):
     result = run("learn-weights", "./A", "B", "--base", "base", *words)
     assert result.exit_code == 0, result.stderr
     assert read_weights("w.safetensors").tasks == ("A",)
+
+
+def test_the_base_runs_in_what_is_asked_for_under_either_name(learn, monkeypatch):
+    asked = []
+
+    def noted(base, dtype="auto", device="cpu"):
+        asked.append(dtype)
+        return loader(base, dtype, device)
+
+    monkeypatch.setattr("coremerge.learning.files.loader", noted)
+    for words in ((), ("--base-dtype", "bfloat16"), ("--dtype", "bfloat16")):
+        learn(*DATA, "-o", "w.safetensors", "--steps", "1", "--overwrite", *words)
+    assert asked == ["auto", "bfloat16", "bfloat16"]
 
 
 def test_json(learn):

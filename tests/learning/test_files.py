@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 from coremerge.errors import SourceError
-from coremerge.learning.files import load_model, read_config
+from coremerge.learning.files import load_model, read_config, running_dtype
 from coremerge.learning.processor import load_processor
 from families import make_model
+from speakers import make_speaker
 
 
 @pytest.fixture
@@ -94,3 +95,35 @@ def test_a_library_that_a_base_model_needs_is_named(base: Path, monkeypatch: pyt
     monkeypatch.setattr("transformers.AutoModel.from_pretrained", fail)
     with pytest.raises(SourceError, match="cannot be loaded: TimmBackbone requires the timm library"):
         load_model(base)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "runs"),
+    [
+        ("float16", "auto", torch.float32),
+        ("float16", "float16", torch.float16),
+        ("float16", "bfloat16", torch.bfloat16),
+        ("bfloat16", "auto", torch.bfloat16),
+        ("float32", "auto", torch.float32),
+    ],
+)
+def test_files_in_float16_do_not_run_in_it_on_a_processor(
+    tmp_path: Path, stored: str, asked: str, runs: torch.dtype
+) -> None:
+    make_model("bert").to(getattr(torch, stored)).save_pretrained(tmp_path)
+    assert next(load_model(tmp_path, asked).parameters()).dtype == runs
+    assert running_dtype(read_config(tmp_path), device="cuda") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("llava", "LlavaForConditionalGeneration"),
+        ("whisper", "WhisperForConditionalGeneration"),
+    ],
+)
+def test_a_model_that_answers_is_loaded_as_one(tmp_path: Path, family: str, name: str) -> None:
+    make_speaker(family, tmp_path)
+    assert type(load_model(tmp_path, head=True)).__name__ == name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,7 +99,20 @@ def render(result: Evaluation) -> str:
     else:
         lines = [[name, _kind(result, name), *(_raw(row.scores, name) for row in result.rows)] for name in names]
         parts.append("Scores:\n" + table(["task", "", *labels], lines, right=range(2, len(labels) + 2)))
+    if answered := _answered(result, names):
+        headings, right = ["task", *labels], range(1, len(labels) + 1)
+        parts.append("Log-likelihood of the right answer:\n" + table(headings, answered, right=right))
     return "\n\n".join(parts)
+
+
+def _answered(result: Evaluation, names: Sequence[str]) -> list[list[str]]:
+    """A line for each task that a language model answers."""
+    found = [(name, [row.scores.log_likelihood.get(name) for row in result.rows]) for name in names]
+    return [
+        [name, *("" if value is None else f"{value:.2f}" for value in values)]
+        for name, values in found
+        if any(value is not None for value in values)
+    ]
 
 
 def _summary(scores: Scores) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from coremerge.cli._base import BaseDtype
 from coremerge.cli._cluster import Address, ExecutorName, Gpus
 from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say
 from coremerge.text import size as size_of
@@ -65,9 +66,7 @@ def fit(
         str | None,
         typer.Option(help="Of the result: float32, float16, bfloat16; default: the inputs' own.", metavar="DTYPE"),
     ] = None,
-    base_dtype: Annotated[
-        str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.", metavar="DTYPE")
-    ] = "auto",
+    base_dtype: BaseDtype = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
     executor: ExecutorName = "local",
     address: Address = None,
@@ -152,7 +151,7 @@ def fit(
             if report:
                 draw(out, None, None, bar)
     if dry_run:
-        states = _states(prepared.plan, batches, base, base_dtype)
+        states = _states(prepared.plan, batches, base, base_dtype, device)
         _show_plan(prepared, batches, states, spill, as_json=as_json, quiet=quiet)
     else:
         _show(merged, as_json, quiet)
@@ -170,14 +169,15 @@ def _solver(
     return solve
 
 
-def _states(plan: Plan, batches: Mapping[str, Any], base: str, dtype: str) -> int:
+def _states(plan: Plan, batches: Mapping[str, Any], base: str, dtype: str, device: str) -> int:
     """Bytes of hidden states, about."""
     import torch
 
-    from coremerge.learning.files import read_config
+    from coremerge.learning.files import read_config, running_dtype
     from coremerge.learning.room import state_bytes
 
     config = read_config(base)
+    dtype = running_dtype(config, dtype, device)
     named = getattr(config, "dtype", None) if dtype == "auto" else dtype
     kind = getattr(torch, str(named).removeprefix("torch."), None) or torch.float32
     return state_bytes(config, plan, [batch for listed in batches.values() for batch in listed], kind.itemsize)

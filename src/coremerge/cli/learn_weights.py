@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coremerge.cli._base import BaseDtype
 from coremerge.cli._cluster import Address, ExecutorName, Gpus
 from coremerge.cli._output import facts, number, print_json, progress_bar, remark, say, table
 
@@ -43,7 +44,7 @@ def learn_weights(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings: nsc-own, match; vision or language: NSC as in its paper.",
+            help="Settings: nsc-own, match; vision or language: NSC as in its paper, by default as the model reads.",
             metavar="PRESET",
             show_default=False,
         ),
@@ -70,7 +71,8 @@ def learn_weights(
     count: Annotated[int, typer.Option("--inputs", min=1, help="Drawn for each task.")] = 64,
     size: Annotated[int, typer.Option("--batch", min=1, help="Inputs that go together.")] = 16,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of an input.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base model: auto, float32, bfloat16, float16.")] = "auto",
+    base_dtype: BaseDtype = "auto",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="The same, as it was called.", hidden=True)] = None,
     autocast: Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: over all there are.")] = "cpu",
@@ -122,7 +124,7 @@ def learn_weights(
             count=count,
             size=size,
             max_length=max_length,
-            dtype=dtype,
+            dtype=dtype or base_dtype,
             autocast=autocast,
             checkpointing=checkpointing,
             device=device,

@@ -54,7 +54,8 @@ def learn_files(
         count: inputs drawn for each task.
         size: inputs of a batch.
         max_length: tokens of an input.
-        dtype: of the base model: ``"float32"``, ``"bfloat16"``, or the stored one: ``"auto"``.
+        dtype: of the base model: ``"float32"``, ``"bfloat16"``, or the stored one: ``"auto"``; of float16 files on a
+            processor, which is slow in it, float32.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"`` to spread the model over what is there.
         seed: of the draw of inputs.
         resume: see :func:`~coremerge.learning.learn_weights`, as are ``executor``, ``progress`` and ``settings``.
@@ -119,7 +120,11 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
     if device not in ("cpu", "auto"):
         check_device(device, torch.float32)
     place, where = base_place(base)
-    how = {"dtype": dtype, "device_map": None if device == "cpu" else device, "use_safetensors": True}
+    how = {
+        "dtype": running_dtype(read_config(base), dtype, device),
+        "device_map": None if device == "cpu" else device,
+        "use_safetensors": True,
+    }
     with load_report() as report:
         try:
             model, said = kind.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **how, **where)
@@ -146,6 +151,16 @@ def _with_head(config: Any) -> Any:
     seeing = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
     kinds = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq) if pair else seeing
     return next((kind for kind in kinds if type(config) in kind._model_mapping), transformers.AutoModelForCausalLM)
+
+
+def running_dtype(config: Any, dtype: str = "auto", device: str = "cpu") -> str:
+    """What a base model runs in: what was asked for, or the stored dtype; float32 in place of float16 on a processor.
+
+    float32 holds every float16 as it is; bfloat16, faster where a processor multiplies it, would round each.
+    """
+    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    on_processor = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return "float32" if dtype == "auto" and stored == "float16" and on_processor else dtype
 
 
 @contextmanager

@@ -52,21 +52,48 @@ PRESETS: Mapping[str, Settings] = {
 }
 """``nsc-own``: what is recommended. ``vision`` and ``language``: NSC at the settings of its paper."""
 
-PRESET_OF = {"nsc-own": "nsc-own", "match": "match", "nsc": "vision", "entropy": "vision"}
+OF_MODEL = ("nsc", "entropy")
+"""Objectives whose preset is that of the model's kind."""
+OBJECTIVES = ("nsc-own", "match", *OF_MODEL)
 DEFAULT = "nsc-own"
 
 
-def settle(objective: str | None, preset: str | Settings | None, changes: Mapping[str, Any], count: int) -> Settings:
+def settle(
+    objective: str | None,
+    preset: str | Settings | None,
+    changes: Mapping[str, Any],
+    count: int,
+    *,
+    language: bool = False,
+) -> Settings:
+    """The settings for ``count`` adapters: those of the preset, with ``changes`` and a start.
+
+    Args:
+        objective: by default the preset's.
+        preset: by default the one that goes with the objective; of NSC's, with the model's kind.
+        changes: settings by name.
+        count: of adapters.
+        language: the model reads text.
+
+    Raises:
+        ConfigError: an unknown preset, setting or objective.
+    """
     if isinstance(preset, str) and preset not in PRESETS:
         raise ConfigError("no such preset", key="preset", value=preset, remedy=f"Known: {', '.join(PRESETS)}")
-    chosen = preset or PRESET_OF.get(objective or DEFAULT, DEFAULT)
+    chosen = preset or _preset_of(objective or DEFAULT, language)
     settings = PRESETS[chosen] if isinstance(chosen, str) else chosen
     unknown = [key for key in changes if key not in asdict(settings)]
     if unknown:
         raise ConfigError("no such setting", key=unknown[0], remedy=f"Known: {', '.join(asdict(settings))}")
     settings = replace(settings, objective=objective or settings.objective, **changes)
-    if settings.objective not in PRESET_OF:
+    if settings.objective not in OBJECTIVES:
         raise ConfigError(
-            "no such objective", key="objective", value=settings.objective, remedy=f"Known: {', '.join(PRESET_OF)}"
+            "no such objective", key="objective", value=settings.objective, remedy=f"Known: {', '.join(OBJECTIVES)}"
         )
     return settings if settings.start is not None else replace(settings, start=min(1.0, 2.4 / count))
+
+
+def _preset_of(objective: str, language: bool) -> str:
+    if objective in OF_MODEL:
+        return "language" if language else "vision"
+    return objective if objective in PRESETS else DEFAULT

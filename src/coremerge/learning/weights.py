@@ -56,7 +56,8 @@ def learn_weights(
             coefficients, too, learned from the others' inputs. Gone through again and again, in the order given.
         objective: ``nsc-own`` (the default), ``match``, ``nsc`` or ``entropy``: see
             :mod:`coremerge.learning.objectives`.
-        preset: a name of :data:`PRESETS`, or settings; by default the one that goes with the objective.
+        preset: a name of :data:`PRESETS`, or settings; by default the one that goes with the objective; of ``nsc``
+            and ``entropy``, ``language`` where the model reads text, with an image or without, else ``vision``.
         preferences: task → its weight in the objective; 1 for those not named.
         heads: for ``entropy``: task → the backbone's output and the batch to logits.
         seed: of anything random in the model.
@@ -78,9 +79,11 @@ def learn_weights(
     """
     check_adapters(adapters)
     check_data(data)
-    settings = settle(objective, preset, changes, len(adapters))
+    batches = {task: listed(found, task) for task, found in data.items()}
+    language = any("input_ids" in batch for found in batches.values() for batch in found)
+    settings = settle(objective, preset, changes, len(adapters), language=language)
     tasks = _tasks(adapters, data, preferences or {}, heads if settings.objective == "entropy" else None)
-    given = [(task, listed(data[task], task)) for task in tasks]
+    given = [(task, batches[task]) for task in tasks]
     whole = sum(tasks.values())
     opening = Descending(
         model,
