@@ -70,9 +70,9 @@ def write(sources: Sequence[Path], folder: Path) -> None:
 def _config(vision: Path, language: Path, layer: int, tokens: int) -> Any:
     from transformers import AutoConfig, LlavaConfig
 
-    text = AutoConfig.from_pretrained(language)
+    text = AutoConfig.from_pretrained(language, trust_remote_code=False)
     return LlavaConfig(
-        vision_config=AutoConfig.from_pretrained(vision),
+        vision_config=AutoConfig.from_pretrained(vision, trust_remote_code=False),
         text_config=text,
         image_token_index=_image_token(language),
         image_seq_length=tokens,
@@ -111,7 +111,7 @@ def _write_processor(language: Path, config: Any, side: int, folder: Path) -> No
     )
     processor = LlavaProcessor(  # type: ignore[no-untyped-call]
         images,
-        AutoTokenizer.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # the class token, left out again
