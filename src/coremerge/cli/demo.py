@@ -47,11 +47,11 @@ class Shown:
     candidates: tuple[str, ...] = ()
 
 
-FEW = ("task arithmetic", "core TIES", "core TSV + Iso-C", "coremerge's default")
+FEW = ("task arithmetic", "core TSV + Iso-C", "coremerge's default")
 WORLDS: Mapping[World, Shown] = {
     World.TEXT: Shown("minilm-wordnet"),
-    World.VISION: Shown("vision", {"validation": 8, "test": 24}, FEW),
-    World.GENERATION: Shown("generation", {"test": 8}, FEW),
+    World.VISION: Shown("vision", {"validation": 8, "test": 24}, ("task arithmetic", "core TIES", FEW[-1])),
+    World.GENERATION: Shown("generation", {"test": 12}, FEW),
     World.VLM: Shown("vlm", {"test": 8}, FEW),
 }
 
