@@ -52,3 +52,9 @@ def test_a_single_row_has_no_interval(name: str) -> None:
 @pytest.mark.parametrize("name", ["chrf", "rouge_l"])
 def test_the_right_answers_have_one(name: str) -> None:
     assert TEXT_METRICS[name].score(answered(RIGHT, RIGHT)) == pytest.approx(1)
+
+
+def test_resamples_without_any_match_count() -> None:
+    """sacrebleu scores them 0.0 of another type than the rest, and its own mean of both fails."""
+    low, high = TEXT_METRICS["chrf"].interval(answered(["a b c", "xyz"], ["a b c", "qqq"]))
+    assert low == 0 and 0.5 < high <= 1

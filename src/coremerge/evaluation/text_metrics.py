@@ -77,9 +77,21 @@ def chrf_interval(found: Answered) -> Interval:
     """Of :func:`chrf`: by sacrebleu's own bootstrap over rows."""
     if len(found.right) < 2:
         return (float("nan"), float("nan"))
-    score = _sacrebleu()().corpus_score(list(found.said), [list(found.right)], n_bootstrap=RESAMPLES)
+    score = _of_floats(_sacrebleu())().corpus_score(list(found.said), [list(found.right)], n_bootstrap=RESAMPLES)
     middle, half = float(score._mean) / 100, float(score._ci) / 100
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _of_floats(chrf_class: Any) -> Any:
+    """With scores of one type: a resample without any match scores Python's 0.0 beside NumPy's, and has no mean."""
+
+    class Floats(chrf_class):  # type: ignore[misc]
+        def _compute_score_from_stats(self, stats: Any) -> Any:
+            found = super()._compute_score_from_stats(stats)
+            found.score = float(found.score)
+            return found
+
+    return Floats
 
 
 def rouge_l(found: Answered) -> NDArray[np.float64]:
