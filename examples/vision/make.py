@@ -1,0 +1,49 @@
+"""Makes the pictures, then trains every adapter: python make.py --packages DIR [--only TASK ...] [--data-only].
+
+Writes data/, adapters/ and tasks.yaml of this folder, and keeps training pictures in work/.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from domains import TRAINING, Domains
+from packages import Packages
+from pictures import training_table, write_data
+from tasks import TASKS
+from train import Frozen, Schedule, load_base, prepare, train
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--packages", type=Path, required=True, help="folder of the packages' files")
+    parser.add_argument("--base", help="the base model's folder, instead of making it from its package")
+    parser.add_argument("--only", action="append", choices=TASKS, help="train this task alone")
+    parser.add_argument("--data-only", action="store_true", help="write the pictures and rows, train nothing")
+    parser.add_argument("--keep-data", action="store_true", help="leave the pictures and rows as they are")
+    parser.add_argument("--images", type=int, default=Schedule.images, help="seen in training, all epochs together")
+    arguments = parser.parse_args()
+    domains = Domains(Packages(arguments.packages))
+    if not arguments.keep_data:
+        write_data(HERE, domains)
+    if not arguments.data_only:
+        train_all(domains, arguments.base, arguments.only or list(TASKS), Schedule(images=arguments.images))
+
+
+def train_all(domains: Domains, source: str, names: list[str], schedule: Schedule) -> None:
+    """Trains adapters one after the other."""
+    base = load_base(source)
+    frozen = Frozen(base)
+    for name in names:
+        task = TASKS[name]
+        table = training_table(domains, task.domain, TRAINING[task.domain], HERE / "work")
+        train(base, frozen, prepare(HERE, name, task, table), schedule, HERE / "adapters" / name)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
