@@ -10,10 +10,14 @@ from pathlib import Path
 
 import torch
 from domains import TRAINING, Domains
+from listing import write_taskset
 from packages import Packages
 from pictures import training_table, write_data
+from score import score_all
 from tasks import TASKS
 from train import Frozen, Schedule, load_base, prepare, train
+
+from coremerge.evaluation import read_taskset
 
 HERE = Path(__file__).parent
 
@@ -25,22 +29,36 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=TASKS, help="train this task alone")
     parser.add_argument("--data-only", action="store_true", help="write the pictures and rows, train nothing")
     parser.add_argument("--keep-data", action="store_true", help="leave the pictures and rows as they are")
+    parser.add_argument("--scores-only", action="store_true", help="train nothing, score what is there")
     parser.add_argument("--images", type=int, default=Schedule.images, help="seen in training, all epochs together")
     arguments = parser.parse_args()
     domains = Domains(Packages(arguments.packages))
     if not arguments.keep_data:
         write_data(HERE, domains)
-    if not arguments.data_only:
-        train_all(domains, arguments.base, arguments.only or list(TASKS), Schedule(images=arguments.images))
+    if arguments.data_only:
+        return
+    base = arguments.base or located()
+    if not arguments.scores_only:
+        train_all(domains, base, arguments.only or list(TASKS), arguments.images)
+    write_taskset(HERE)
+    score_all(HERE, base)
 
 
-def train_all(domains: Domains, source: str, names: list[str], schedule: Schedule) -> None:
+def located() -> str:
+    """The base model that the task set names."""
+    base = read_taskset(HERE).base
+    assert base is not None
+    return base.locate(HERE)
+
+
+def train_all(domains: Domains, source: str, names: list[str], images: int) -> None:
     """Trains adapters one after the other."""
     base = load_base(source)
     frozen = Frozen(base)
     for name in names:
         task = TASKS[name]
         table = training_table(domains, task.domain, TRAINING[task.domain], HERE / "work")
+        schedule = Schedule.for_setting(task.setting, images)
         train(base, frozen, prepare(HERE, name, task, table), schedule, HERE / "adapters" / name)
 
 

@@ -32,19 +32,26 @@ class Schedule:
 
     Attributes:
         images: that are seen, all epochs together.
-        down: learning rate of LoRA's A (of VeRA's inner vector); ``up``: of B (the outer vector); ``head``.
-        start: factor on the random A at the beginning: the smaller, the sooner it is what was learnt.
+        down: learning rate of LoRA's A, and of VeRA's inner vector.
+        up: of LoRA's B, and of VeRA's outer vector.
+        head: of the head, which begins as the probe.
+        start: factor on the random A at the beginning: the smaller, the sooner A is what was learnt.
         decay: weight decay of A.
     """
 
-    images: int = 12_000
-    batch: int = 32
-    down: float = 1e-3
-    up: float = 1e-3
+    images: int = 6400
+    batch: int = 16
+    down: float = 2e-3
+    up: float = 2e-3
     head: float = 1e-3
-    start: float = 1.0
+    start: float = 0.1
     decay: float = 0.0
     warmup: int = 20
+
+    @classmethod
+    def for_setting(cls, setting: Setting, images: int = 6400) -> Schedule:
+        """VeRA's vectors, of which there are few, learn faster."""
+        return cls(images, down=1e-2, up=1e-2, start=1.0) if setting.vera else cls(images)
 
 
 def configuration(setting: Setting) -> LoraConfig | VeraConfig:
@@ -84,19 +91,20 @@ def prepare(folder: Path, name: str, task: Task, table: Table) -> Prepared:
 
 
 class Frozen:
-    """Tokens of the base without adapters, of one domain at a time."""
+    """Tokens of the base without adapters: of some of each domain's training pictures, and of its validation ones."""
 
     def __init__(self, base: Dinov2Model) -> None:
         self.backbone = Backbone(base)
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def probe(self, prepared: Prepared) -> nn.Linear:
+    def features(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        """Of the training and of the validation pictures."""
         domain = prepared.task.domain
         if domain not in self._held:
             pictures = (prepared.images[:PROBE_PICTURES], prepared.validation[0])
-            self._held = {domain: (tokens_of(self.backbone, pictures[0]), tokens_of(self.backbone, pictures[1]))}
-        train, validation = (features(prepared.task, tokens) for tokens in self._held[domain])
-        return probe(prepared.targets, (train, prepared.labels[: len(train)]), (validation, prepared.validation[1]))
+            self._held[domain] = tuple(tokens_of(self.backbone, part).half() for part in pictures)  # type: ignore[assignment]
+        train, validation = (features(prepared.task, tokens.float()) for tokens in self._held[domain])
+        return train, validation
 
 
 def fit(model: PeftModel, base: Dinov2Model, head: nn.Linear, prepared: Prepared, schedule: Schedule) -> list[float]:
@@ -145,7 +153,8 @@ def train(base: Dinov2Model, frozen: Frozen, prepared: Prepared, schedule: Sched
     """Trains the adapter, and writes it with its head and the probe, in half precision."""
     torch.manual_seed(SEED)
     begun = time.perf_counter()
-    first = frozen.probe(prepared)
+    known, unseen = frozen.features(prepared)
+    first = probe(prepared.targets, (known, prepared.labels[: len(known)]), (unseen, prepared.validation[1]))
     model = get_peft_model(copy.deepcopy(base), configuration(prepared.task.setting))
     head = copy.deepcopy(first).requires_grad_(True)
     losses = fit(model, base, head, prepared, schedule)
@@ -153,8 +162,7 @@ def train(base: Dinov2Model, frozen: Frozen, prepared: Prepared, schedule: Sched
     with torch.no_grad():
         tokens = tokens_of(Backbone(base, model), prepared.validation[0])
         own = prepared.targets.agreement(head(features(prepared.task, tokens)), prepared.validation[1])
-        tokens = tokens_of(frozen.backbone, prepared.validation[0])
-        without = prepared.targets.agreement(first(features(prepared.task, tokens)), prepared.validation[1])
+        without = prepared.targets.agreement(first(unseen), prepared.validation[1])
     (out / "scores.json").write_text(
         json.dumps(
             {
