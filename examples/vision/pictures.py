@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tasks import TASKS, Task
 
-WEBP = {"format": "WEBP", "quality": 82, "method": 6}
+WEBP = {"format": "WEBP", "quality": 65, "method": 6}
 
 
 class Table(dict[str, NDArray[Any]]):

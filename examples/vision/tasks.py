@@ -158,12 +158,4 @@ TASKS = {
         pixels=True,
         setting=Setting(r=16, alpha=16, modules=QV),
     ),
-    "kinds": Task(
-        "crowds",
-        "kinds",
-        "Of how many kinds the cut-outs are.",
-        "accuracy",
-        ("1", "2", "3"),
-        setting=Setting(r=8, alpha=16),
-    ),
 }
