@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks import Setting, Task
+from tasks import Task
 from train import HUB_ID, Schedule
 
 LICENCES = {
@@ -60,7 +60,7 @@ Null-space ratio on its own pictures, in the model that carries it: {own:.4f}, m
 def write_card(folder: Path, task: Task, scores: dict[str, Any]) -> None:
     """Writes the folder's README.md: the task, how the adapter was trained and what it scores."""
     licence = LICENCES[task.domain]
-    settings = described(task.setting, scores["training"]["images"])
+    settings = described(task, scores["training"]["images"])
     text = CARD.format(
         base=HUB_ID,
         link=f"\nlicense_link: ../../{licence}" if licence else "",
@@ -83,9 +83,9 @@ def write_card(folder: Path, task: Task, scores: dict[str, Any]) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def described(setting: Setting, images: int) -> dict[str, Any]:
+def described(task: Task, images: int) -> dict[str, Any]:
     """The training settings as the card lists them."""
-    schedule = Schedule.for_setting(setting, images)
+    setting, schedule = task.setting, Schedule.of(task, images)
     adapter = {"type": "VeRA" if setting.vera else "LoRA", "r": setting.r}
     if not setting.vera:
         adapter |= {"alpha": setting.alpha}

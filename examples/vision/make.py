@@ -58,7 +58,7 @@ def train_all(domains: Domains, source: str, names: list[str], images: int) -> N
     for name in names:
         task = TASKS[name]
         table = training_table(domains, task.domain, TRAINING[task.domain], HERE / "work")
-        schedule = Schedule.for_setting(task.setting, images)
+        schedule = Schedule.of(task, images)
         train(base, frozen, prepare(HERE, name, task, table), schedule, HERE / "adapters" / name)
 
 

@@ -39,7 +39,7 @@ class Schedule:
         decay: weight decay of A.
     """
 
-    images: int = 6400
+    images: int = 3200
     batch: int = 16
     down: float = 2e-3
     up: float = 2e-3
@@ -49,9 +49,11 @@ class Schedule:
     warmup: int = 20
 
     @classmethod
-    def for_setting(cls, setting: Setting, images: int = 6400) -> Schedule:
-        """VeRA's vectors, of which there are few, learn faster."""
-        return cls(images, down=1e-2, up=1e-2, start=1.0) if setting.vera else cls(images)
+    def of(cls, task: Task, images: int = 3200) -> Schedule:
+        """VeRA's vectors, of which there are few, learn faster; classes begin well and are soon lost at such rates."""
+        if task.setting.vera:
+            return cls(images, down=1e-2, up=1e-2, start=1.0)
+        return cls(images, up=4e-4) if task.classes and not task.pixels else cls(images)
 
 
 def configuration(setting: Setting) -> LoraConfig | VeraConfig:
