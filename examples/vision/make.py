@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--packages", type=Path, required=True, help="folder of the packages' files")
     parser.add_argument("--base", help="the base model's folder, instead of making it from its package")
-    parser.add_argument("--only", action="append", choices=TASKS, help="train this task alone")
+    parser.add_argument("--only", action="append", choices=TASKS, help="train and score this task alone")
     parser.add_argument("--data-only", action="store_true", help="write the pictures and rows, train nothing")
     parser.add_argument("--keep-data", action="store_true", help="leave the pictures and rows as they are")
     parser.add_argument("--scores-only", action="store_true", help="train nothing, score what is there")
@@ -38,10 +38,11 @@ def main() -> None:
     if arguments.data_only:
         return
     base = arguments.base or located()
+    names = arguments.only or list(TASKS)
     if not arguments.scores_only:
-        train_all(domains, base, arguments.only or list(TASKS), arguments.images)
+        train_all(domains, base, names, arguments.images)
     write_taskset(HERE)
-    score_all(HERE, base)
+    score_all(HERE, base, names)
 
 
 def located() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ PICTURES = 32
 """Unlabelled ones, for null-space ratios."""
 
 
-def score_all(folder: Path, base: str) -> None:
-    """Scores every task of ``tasks.yaml`` on validation and test rows."""
-    taskset = read_taskset(folder)
+def score_all(folder: Path, base: str, names: Sequence[str]) -> None:
+    """Scores those tasks of ``tasks.yaml`` on validation and test rows."""
+    taskset = read_taskset(folder).only(names)
     adapters = {name: coremerge.load(path) for name, path in taskset.own().items()}
     evaluator = Evaluator(taskset, adapters, base=base)
     own = {split: evaluator.own(split).raw for split in ("validation", "test")}  # type: ignore[arg-type]
