@@ -382,6 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", default=[], help="ways whose label has this in it; may be repeated")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of tasks and inputs")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run scored")
+    parser.add_argument("--page", action="store_true", help="write the tables of what is scored, and score nothing")
     parser.add_argument("--quick", action="store_true", help="a few rows and steps; results go to the work folder")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
@@ -389,7 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
     name, title = bench.taskset.name + ("-quick" if given.quick else ""), f"Accuracy: {bench.taskset.name}"
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     journal = Journal.open(WORK / f"{name}.jsonl", published(folder, title), fresh=given.fresh or given.quick)
-    run(bench, journal, draws=1 if given.quick else given.draws, only=given.only, quick=given.quick)
+    if not given.page:
+        run(bench, journal, draws=1 if given.quick else given.draws, only=given.only, quick=given.quick)
     days = sorted({row["day"] for row in journal.rows.values()})
     body = (
         f"{len(bench.adapters)} adapters; scored from {days[0]} to {days[-1]}; up to {bench.rows['validation']}"

