@@ -43,7 +43,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 """
 
 WORDNET = "license: other\nlicense_name: wordnet-3.0\nlicense_link: ../../LICENSE-WORDNET"
-METRICS = {"exact_match": "exact match", "accuracy": "accuracy", "chrf": "chrF", "rouge_l": "ROUGE-L"}
+METRICS = {"exact_match": "exact match", "accuracy": "accuracy", "chrf": "chrF", "log_likelihood": "log-likelihood"}
 OURS = ("slots", "to_json", "iso_date", "number_words")
 """Tasks from sentences of our own; the others have WordNet's words and glosses."""
 
@@ -73,4 +73,5 @@ def _rows(scores: Mapping[str, Any]) -> list[str]:
         f"| {split}{which} | {scores[split]['rows']} | {found[scores['metric']]:.4f} | {found['log_likelihood']:.2f} |"
         for split, key, which in kinds
         for found in [scores[split][key]]
+        if scores["metric"] in found
     ]
