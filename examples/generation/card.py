@@ -72,6 +72,6 @@ def _rows(scores: Mapping[str, Any]) -> list[str]:
     return [
         f"| {split}{which} | {scores[split]['rows']} | {found[scores['metric']]:.4f} | {found['log_likelihood']:.2f} |"
         for split, key, which in kinds
-        for found in [scores[split][key]]
+        for found in [scores.get(split, {}).get(key, {})]
         if scores["metric"] in found
     ]
