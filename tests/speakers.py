@@ -39,6 +39,8 @@ def make_speaker(family: str, folder: Path) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.35)
+        if (image := getattr(model.config, "image_token_id", None)) is not None:
+            model.get_output_embeddings().weight[image] = 0  # an answer with an image's token has no image for it
     model.save_pretrained(folder)
     _processor(family).save_pretrained(folder)
     return folder

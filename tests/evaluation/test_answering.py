@@ -17,9 +17,10 @@ import yaml
 from coremerge import load
 from coremerge.errors import ConfigError, MissingExtraError, SourceError
 from coremerge.evaluation import Evaluator, evaluate, read_taskset
-from coremerge.evaluation.answering import GenerationScorer
+from coremerge.evaluation.answering import GenerationScorer, untemplated
 from coremerge.evaluation.answers import Speech, speech_of
 from coremerge.evaluation.prompts import read_questions
+from coremerge.learning.processor import parts_of
 from families import make_adapter
 from speakers import make_speaker, rows_for, slow_answer, slow_log_likelihood, write_rows
 from tolerances import SINGLE
@@ -78,7 +79,8 @@ class Slow:
     def inputs(self) -> list[dict[str, Any]]:
         found = []
         for one in self.questions:
-            ((_, batch),) = self.evaluator.encoder.placed([one.prompt])
+            prompt = untemplated(one.prompt, parts_of(self.evaluator.encoder.processor))
+            ((_, batch),) = self.evaluator.encoder.placed([prompt])
             inputs = {key: value for key, value in batch.items() if key != "token_mask"}
             if self.speech.paired:
                 inputs["decoder_input_ids"] = torch.tensor([self.speech.start])

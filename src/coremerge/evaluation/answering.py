@@ -62,7 +62,7 @@ class _Asking:
         if (name, split) not in self._known:
             questions = read_questions(self.taskset, name, split, self._limits.get(split))
             parts = parts_of(encoder.processor)
-            prompts = [_untemplated(one.prompt, parts) for one in questions]
+            prompts = [untemplated(one.prompt, parts) for one in questions]
             chunks = encoder.placed(prompts, self.taskset.batch or TOGETHER, UNCUT)
             self._check_lengths(questions, chunks, parts)
             speech = speech_of(encoder.model, encoder.processor, questions[0].prompt)
@@ -80,7 +80,7 @@ class _Asking:
                     )  # fmt: skip
 
 
-def _untemplated(prompt: Example, parts: Parts) -> Example:
+def untemplated(prompt: Example, parts: Parts) -> Example:
     """A prompt that is no chat, with its image in front: no template is asked where the image goes."""
     token = parts.image_token
     if token is None or prompt.text is None or token in prompt.text:
