@@ -57,4 +57,4 @@ def test_the_right_answers_have_one(name: str) -> None:
 def test_resamples_without_any_match_count() -> None:
     """sacrebleu scores them 0.0 of another type than the rest, and its own mean of both fails."""
     low, high = TEXT_METRICS["chrf"].interval(answered(["a b c", "xyz"], ["a b c", "qqq"]))
-    assert low == 0 and 0.5 < high <= 1
+    assert 0 <= low < 0.1 and 0.5 < high <= 1

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from functools import cached_property
+from functools import cached_property, partial
 from io import StringIO
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +14,7 @@ from coremerge.errors import ConfigError, MissingExtraError
 from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.metrics import Interval
 from coremerge.evaluation.scorer import Groups, Scored
-from coremerge.evaluation.taskset import Split, Task, TaskSet
+from coremerge.evaluation.taskset import HARNESS, Split, Task, TaskSet
 from coremerge.installing import install
 
 SEED = 0
@@ -35,7 +35,11 @@ class HarnessScorer:
 
     @cached_property
     def _manager(self) -> Any:
-        return _harness().tasks.TaskManager(verbosity="ERROR", include_path=str(self.taskset.folder))
+        """What knows the tasks: the folder's own where they are all there, as the harness reads thousands of files."""
+        make = partial(_harness().tasks.TaskManager, verbosity="ERROR", include_path=str(self.taskset.folder))
+        own = make(include_defaults=False)
+        wanted = {task.harness for task in self.taskset.tasks.values() if task.kind == HARNESS}
+        return own if wanted <= set(own.all_subtasks) else make()
 
     def score(
         self, encoder: Encoder, names: Sequence[str], split: Split, *, groups: Groups, intervals: bool
