@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import time
@@ -281,8 +282,8 @@ def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quic
     journal.keep("all/0/own adapters", lambda: measured(bench.evaluator.own("test")))
     journal.keep("all/0/no adapter", lambda: measured(bench.evaluator.score({}, "test")))
     if (probes := with_probes(bench)) is not None:
-        own = bench.evaluator.own("test")
-        journal.keep("all/0/no adapter, probes", lambda: _against(probes.score({}, "test"), own))
+        own, tasks = bench.evaluator.own("test"), bench.taskset.tasks
+        journal.keep("all/0/no adapter, probes", lambda: measured(against(probes.score({}, "test"), own, tasks)))
     chosen = [way for way in ways() if not only or any(part in way.label for part in only)]
     for cell in cells(bench, draws, quick):
         for way in chosen:
@@ -299,10 +300,14 @@ def _applies(way: Way, cell: Cell, *, whole: bool) -> bool:
     return (way.draws or cell.seed == 0) if whole else way.everywhere
 
 
-def _against(found: Scores, own: Scores) -> dict[str, Any]:
-    """Scores under other heads, over those of the own adapters under their own."""
-    shares = {name: found.raw[name] / own.raw[name] for name in own.raw if own.raw[name]}
-    return measured(Scores(found.raw, shares))
+def against(found: Scores, own: Scores, tasks: Mapping[str, Task]) -> Scores:
+    """Scores under other heads, over those of the own adapters under their own; of errors the other way round."""
+    shares = {}
+    for name, best in own.raw.items():
+        higher = tasks[name].higher_is_better
+        above, below = (found.raw[name], best) if higher else (best, found.raw[name])
+        shares[name] = above / below if below else math.nan
+    return Scores(found.raw, shares)
 
 
 def page(bench: Bench, journal: Journal) -> str:

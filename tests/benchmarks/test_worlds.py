@@ -91,6 +91,16 @@ def test_the_page_has_kinds_apart_and_fewer_adapters(tmp_path: Path) -> None:
     assert "2, tuned" in text
 
 
+def test_errors_under_other_heads_are_turned_round() -> None:
+    given = {"head": "h", "test": "t"}
+    tasks = {
+        "t0": Task(kind="regression", metric="r2", **given),
+        "t1": Task(kind="regression", metric="mae", **given),
+    }
+    found = worlds.against(Scores({"t0": 0.4, "t1": 4.0}, {}), Scores({"t0": 0.8, "t1": 1.0}, {}), tasks)
+    assert found.normalised == {"t0": 0.5, "t1": 0.25}
+
+
 def test_labels_of_ways_differ() -> None:
     labels = [way.label for way in worlds.ways()]
     assert len(labels) == len(set(labels))
