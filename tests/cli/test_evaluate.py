@@ -131,7 +131,7 @@ def test_names_of_tasks_cannot_command_the_terminal():
 
 def test_names_of_tasks_are_only_text_to_the_demo(capsys):
     rows = tuple(Row(label, Scores({NASTY: 0.5}, {NASTY: 0.5})) for label in ("own adapter", "no adapter"))
-    for part in demo.render(DemoResult(NASTY, rows, 1.0, True)):
+    for part in demo.render(DemoResult(NASTY, rows, 1.0, None)):
         Console(width=400).print(part)
     said = capsys.readouterr().out
     assert NASTY.replace("\x1b", r"\x1b") in said and "\x1b" not in said

@@ -121,7 +121,7 @@ def test_json(learn):
     result = learn(*DATA, "-o", "w.safetensors", "--steps", "2", "--json", "--objective", "nsc", "--preference", "A=2")
     told = json.loads(result.stdout)
     assert set(told["weights"]) == {"A", "B"} and len(told["objective"]) == 2
-    assert told["settings"]["rate"] == 1e-3
+    assert told["settings"]["rate"] == 3e-4
 
 
 def test_quiet(learn):

@@ -387,7 +387,7 @@ class TestDescent:
     def test_it_stops_where_progress_says_so(self, model, adapters, data):
         assert learn_weights(model, adapters, data, progress=lambda done, *_: done < 3).steps == 3
 
-    @pytest.mark.parametrize(("objective", "rate"), [(None, 1e-2), ("match", 2e-2), ("nsc", 1e-3), ("nsc-own", 1e-2)])
+    @pytest.mark.parametrize(("objective", "rate"), [(None, 1e-2), ("match", 2e-2), ("nsc", 3e-4), ("nsc-own", 1e-2)])
     def test_an_objective_comes_with_its_settings(self, model, adapters, data, objective, rate):
         settings = learn_weights(model, adapters, data, objective=objective, steps=1).settings
         assert (settings["rate"] == rate and settings["objective"] == objective) or objective is None

@@ -79,6 +79,7 @@ def learn_weights(
     """
     check_adapters(adapters)
     check_data(data)
+    check_names("data", data, adapters)
     batches = {task: listed(found, task) for task, found in data.items()}
     language = any("input_ids" in batch for found in batches.values() for batch in found)
     settings = settle(objective, preset, changes, len(adapters), language=language)
@@ -127,7 +128,6 @@ def _tasks(
     heads: Heads | None,
 ) -> dict[str, float]:
     """Each task that has data, in the adapters' order, with its weight in the objective."""
-    check_names("data", data, adapters)
     check_names("preferences", preferences, adapters)
     tasks = {name: float(preferences.get(name, 1.0)) for name in adapters if name in data}
     if heads is not None:
