@@ -28,8 +28,16 @@ def weights(result, folder):
     return (result.adapter.save(folder).path / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "llava"])
-@pytest.mark.parametrize("settings", [{}, {"rank": 2, "prior": "router"}, {"rank_budget": 3, "spill": True}])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bert", {}),
+        ("bert", {"rank": 2, "prior": "router"}),
+        ("bert", {"rank_budget": 3, "spill": True}),
+        ("t5", {"rank": 2}),
+        ("llava", {}),
+    ],
+)
 def test_the_bytes_are_those_of_one_process(family, settings, tmp_path):
     adapters, data = adapters_of(family, tmp_path), data_of(family)
     here = fit(make_model(family), adapters, data, **settings)
