@@ -50,7 +50,7 @@ class Shown:
 FEW = ("task arithmetic", "core TSV + Iso-C", "coremerge's default")
 WORLDS: Mapping[World, Shown] = {
     World.TEXT: Shown("minilm-wordnet"),
-    World.VISION: Shown("vision", {"validation": 8, "test": 24}, ("task arithmetic", "core TIES", FEW[-1])),
+    World.VISION: Shown("vision", {"test": 8}, ("task arithmetic", "core TIES", FEW[-1])),
     World.GENERATION: Shown("generation", {"test": 12}, FEW),
     World.VLM: Shown("vlm", {"test": 8}, FEW),
 }
