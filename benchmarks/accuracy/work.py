@@ -42,7 +42,9 @@ class Bench:
 
     def only(self, tasks: Sequence[str]) -> Bench:
         """These tasks and their adapters."""
-        return Bench(self.taskset.only(tasks), {name: self.adapters[name] for name in tasks}, self.rows)
+        part = Bench(self.taskset.only(tasks), {name: self.adapters[name] for name in tasks}, self.rows)
+        vars(part)["evaluator"] = self.evaluator.only(tasks)  # the base is loaded once
+        return part
 
     def merged(self, recipe: Recipe) -> Merged:
         """All adapters, merged."""

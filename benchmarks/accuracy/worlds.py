@@ -13,26 +13,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import results
-from benchmarks.accuracy.tables import GRID
+from benchmarks.accuracy.tables import GRID, untuned
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench
 from coremerge import Recipe
 from coremerge.evaluation import Evaluator, Scores
-from coremerge.evaluation.plan import Merge, make_plan, recipe_of
+from coremerge.evaluation.plan import make_plan
 from coremerge.evaluation.scales import Scales, walk
+from coremerge.evaluation.scorer import Scored
 from coremerge.evaluation.taskset import Split, Task, TaskSet
 from coremerge.evaluation.unlabelled import read_unlabelled
 from coremerge.learning import fit, learn_weights
@@ -187,7 +187,7 @@ def ways() -> Iterator[Way]:
            "core cart", "core coremerge's default"}  # fmt: skip
     for merge in make_plan(GRID).merges:
         drawn = str(merge.recipe.get("method", "")).startswith("dare")
-        yield Way(merge.label, of_recipe(_first(merge)), tuned=True, everywhere=merge.label in few, draws=drawn)
+        yield Way(merge.label, of_recipe(untuned(merge)), tuned=True, everywhere=merge.label in few, draws=drawn)
     summed = Recipe(method="sum", scale=1.0)
     yield Way("task arithmetic at the start of learned weights", constant(None), everywhere=True)
     for objective in ("nsc", "nsc-own", "match"):
@@ -198,11 +198,6 @@ def ways() -> Iterator[Way]:
         yield Way(f"weights: nsc, then {label}", of_weights(recipe, objective="nsc"), draws=True)
     yield Way("fit", of_fit(), everywhere=True, draws=True)
     yield Way("fit, rank 16", of_fit(rank=16), everywhere=True, draws=True)
-
-
-def _first(merge: Merge) -> Recipe:
-    """At its default parameters and the automatic scale."""
-    return recipe_of(merge, {key: values[0] for key, values in merge.tried.items()})
 
 
 @dataclass
@@ -261,8 +256,8 @@ def cells(bench: Bench, draws: int, quick: bool) -> Iterator[Cell]:
             yield Cell(bench.only(chosen), seed, quick)
 
 
-def with_probes(bench: Bench) -> Evaluator | None:
-    """No adapter's honest control: heads that were learned on the base; None where a task with a head has none."""
+def with_probes(bench: Bench) -> TaskSet | None:
+    """The tasks under heads that were learned on the base; None where a task with a head has none."""
 
     def probed(task: Task) -> Task:
         return task.model_copy(update={"head": str(Path(task.head).with_name(PROBE))}) if task.head else task
@@ -273,7 +268,19 @@ def with_probes(bench: Bench) -> Evaluator | None:
     heads = [taskset.path(task.head) for task in taskset.tasks.values() if task.head]
     if not heads or not all(head.exists() for head in heads):
         return None
-    return Evaluator(taskset, bench.adapters, bench.rows)
+    return taskset
+
+
+def probes(bench: Bench, taskset: TaskSet) -> Scores:
+    """No adapter's honest control: raw scores under those heads, over the own adapters' under their own."""
+    found = Evaluator(taskset, {}, bench.rows).score({}, "test").raw
+    own, tasks = bench.evaluator.own("test").raw, bench.taskset.tasks
+    return Scores(found, shares(found, own, tasks))
+
+
+def shares(found: Mapping[str, float], own: Mapping[str, float], tasks: Mapping[str, Task]) -> dict[str, float]:
+    """Scores over others, the better the larger."""
+    return {name: Scored(found[name]).share(own[name], higher_is_better=tasks[name].higher_is_better) for name in own}
 
 
 def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quick: bool) -> None:
@@ -281,33 +288,22 @@ def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quic
     everything = list(bench.adapters)
     journal.keep("all/0/own adapters", lambda: measured(bench.evaluator.own("test")))
     journal.keep("all/0/no adapter", lambda: measured(bench.evaluator.score({}, "test")))
-    if (probes := with_probes(bench)) is not None:
-        own, tasks = bench.evaluator.own("test"), bench.taskset.tasks
-        journal.keep("all/0/no adapter, probes", lambda: measured(against(probes.score({}, "test"), own, tasks)))
+    if (probed := with_probes(bench)) is not None:
+        journal.keep("all/0/no adapter, probes", lambda: measured(probes(bench, probed)))
     chosen = [way for way in ways() if not only or any(part in way.label for part in only)]
     for cell in cells(bench, draws, quick):
         for way in chosen:
             if not _applies(way, cell, whole=cell.count == len(everything)):
                 continue
             count = "all" if cell.count == len(everything) else cell.count
-            journal.keep(f"{count}/{cell.seed}/{way.label}", lambda cell=cell, way=way: score(cell, way))  # type: ignore[misc]
+            journal.keep(f"{count}/{cell.seed}/{way.label}", partial(score, cell, way))
 
 
 def _applies(way: Way, cell: Cell, *, whole: bool) -> bool:
     """Whether the way is measured on this cell."""
-    if way.classes and not cell.bench.evaluator.classifiers():
+    if way.classes and not any(task.classes for task in cell.bench.taskset.tasks.values()):
         return False
     return (way.draws or cell.seed == 0) if whole else way.everywhere
-
-
-def against(found: Scores, own: Scores, tasks: Mapping[str, Task]) -> Scores:
-    """Scores under other heads, over those of the own adapters under their own; of errors the other way round."""
-    shares = {}
-    for name, best in own.raw.items():
-        higher = tasks[name].higher_is_better
-        above, below = (found.raw[name], best) if higher else (best, found.raw[name])
-        shares[name] = above / below if below else math.nan
-    return Scores(found.raw, shares)
 
 
 def page(bench: Bench, journal: Journal) -> str:

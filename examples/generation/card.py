@@ -43,7 +43,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 """
 
 WORDNET = "license: other\nlicense_name: wordnet-3.0\nlicense_link: ../../LICENSE-WORDNET"
-METRICS = {"exact_match": "exact match", "accuracy": "accuracy", "chrf": "chrF", "log_likelihood": "log-likelihood"}
+METRICS = {"exact_match": "exact match", "accuracy": "accuracy", "chrf": "chrF", "rouge_l": "ROUGE-L"}
 OURS = ("slots", "to_json", "iso_date", "number_words")
 """Tasks from sentences of our own; the others have WordNet's words and glosses."""
 

@@ -88,20 +88,26 @@ def base_model(folder: str) -> Any:
 
 
 def train(taskset: TaskSet, name: str, splits: Splits, base: str) -> None:
-    """Trains one task's adapter, writes it in half precision, and scores what was written."""
+    """Trains one task's adapter and writes it in half precision."""
     torch.manual_seed(SEED)
-    setting, task, folder = SETTINGS[name], taskset.tasks[name], taskset.own()[name]
-    prompter = Prompter(AutoTokenizer.from_pretrained(base), task)
+    setting, folder = SETTINGS[name], taskset.own()[name]
+    prompter = Prompter(AutoTokenizer.from_pretrained(base), taskset.tasks[name])
     questions = [prompter.question(fields) for fields in splits["train"]]
     model = get_peft_model(base_model(base), setting.config(), autocast_adapter_dtype=False)
     start = time.perf_counter()
     fit(model, questions, setting, prompter.tokenizer.pad_token_id)
-    seconds = time.perf_counter() - start
+    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     save(model, folder, taskset.base.hub_id)
-    scores = measure(taskset, name, base, prompter, splits)
+
+
+def score(taskset: TaskSet, name: str, splits: Splits, base: str) -> None:
+    """Scores the stored adapter, and writes the scores and its card beside it."""
+    task, folder = taskset.tasks[name], taskset.own()[name]
+    scores = measure(taskset, name, base, Prompter(AutoTokenizer.from_pretrained(base), task), splits)
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    write_card(folder, taskset.base.hub_id, task.description, setting.described(len(questions)), scores)
-    print(f"{name}: {seconds:.0f} s, {json.dumps(scores)}", flush=True)
+    described = SETTINGS[name].described(len(splits["train"]))
+    write_card(folder, taskset.base.hub_id, task.description, described, scores)
+    print(f"{name}: {json.dumps(scores)}", flush=True)
 
 
 def save(model: PeftModel, folder: Path, base: str) -> None:
@@ -124,6 +130,7 @@ def main() -> None:
         "--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun and so on"
     )
     parser.add_argument("--data-only", action="store_true", help="write the rows, train nothing")
+    parser.add_argument("--scores-only", action="store_true", help="train nothing, score what is there")
     arguments = parser.parse_args()
     taskset, made = read_taskset(HERE), tasks.make(arguments.wordnet)
     for name, splits in made.items():
@@ -132,7 +139,9 @@ def main() -> None:
         return
     base = str(arguments.base or taskset.base.locate())
     for name in arguments.only or SETTINGS:
-        train(taskset, name, made[name], base)
+        if not arguments.scores_only:
+            train(taskset, name, made[name], base)
+        score(taskset, name, made[name], base)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from train import load_base
 
 import coremerge
 from coremerge.evaluation import Evaluator, TaskSet, read_taskset
+from coremerge.evaluation.taskset import Split
 
+SPLITS: tuple[Split, ...] = ("validation", "test")
 PICTURES = 32
 """Unlabelled ones, for null-space ratios."""
 
@@ -26,9 +28,9 @@ def score_all(folder: Path, base: str, names: Sequence[str]) -> None:
     taskset = read_taskset(folder).only(names)
     adapters = {name: coremerge.load(path) for name, path in taskset.own().items()}
     evaluator = Evaluator(taskset, adapters, base=base)
-    own = {split: evaluator.own(split).raw for split in ("validation", "test")}  # type: ignore[arg-type]
+    own = {split: evaluator.own(split).raw for split in SPLITS}
     probes = Evaluator(_with_probes(taskset), {}, base=base)
-    without = {split: probes.score({}, split).raw for split in own}  # type: ignore[arg-type]
+    without = {split: probes.score({}, split).raw for split in SPLITS}
     model = load_base(base)
     for name, task in taskset.tasks.items():
         path = folder / "adapters" / name
@@ -37,11 +39,11 @@ def score_all(folder: Path, base: str, names: Sequence[str]) -> None:
             "metric": task.metric,
             **{
                 split: {
-                    "rows": len(taskset.rows(name, split)),  # type: ignore[arg-type]
+                    "rows": len(taskset.rows(name, split)),
                     "own": round(own[split][name], 4),
                     "probe": round(without[split][name], 4),
                 }
-                for split in own
+                for split in SPLITS
             },
             "null_space": _null_space(ratios),
             "training": json.loads((path / "scores.json").read_text(encoding="utf-8"))["training"],

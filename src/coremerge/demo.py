@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,12 +84,14 @@ class DemoResult:
         rows: each task's own adapter, no adapter, the merges, and what is fitted to a few inputs.
         seconds: spent in all.
         used: split → rows of each task; None where all of them were.
+        left_out: tasks of the set that were not looked at.
     """
 
     name: str
     rows: tuple[Row, ...]
     seconds: float
     used: Mapping[Split, int] | None
+    left_out: int = 0
 
     @property
     def full(self) -> bool:
@@ -115,6 +117,7 @@ def run_demo(
     full: bool = False,
     candidates: Mapping[str, Recipe] = CANDIDATES,
     rows: Mapping[Split, int] = ROWS,
+    tasks: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> DemoResult:
@@ -126,6 +129,7 @@ def run_demo(
         candidates: label → recipe.
         rows: split → rows of each task that are used otherwise, the first ones; without any for validation, no scale
             is tuned.
+        tasks: that are looked at then; by default all.
         threads: of the merges.
         progress: called between the parts.
 
@@ -138,7 +142,8 @@ def run_demo(
     from coremerge.merging import merge
 
     start = time.perf_counter()
-    taskset = read_taskset(folder)
+    whole = read_taskset(folder)
+    taskset = whole.only(tasks) if tasks and not full else whole
     adapters = {name: load(path) for name, path in taskset.own().items()}
     used = None if full else rows
     evaluator = Evaluator(taskset, adapters, used)
@@ -159,7 +164,8 @@ def run_demo(
     tell(len(found))
     found.append(_fit(adapters, evaluator))
     tell(len(found))
-    return DemoResult(taskset.name, tuple(found), time.perf_counter() - start, used)
+    seconds = time.perf_counter() - start
+    return DemoResult(taskset.name, tuple(found), seconds, used, len(whole.tasks) - len(taskset.tasks))
 
 
 def _fit(adapters: Mapping[str, Adapter], evaluator: Evaluator) -> Row:

@@ -97,8 +97,7 @@ def test_errors_under_other_heads_are_turned_round() -> None:
         "t0": Task(kind="regression", metric="r2", **given),
         "t1": Task(kind="regression", metric="mae", **given),
     }
-    found = worlds.against(Scores({"t0": 0.4, "t1": 4.0}, {}), Scores({"t0": 0.8, "t1": 1.0}, {}), tasks)
-    assert found.normalised == {"t0": 0.5, "t1": 0.25}
+    assert worlds.shares({"t0": 0.4, "t1": 4.0}, {"t0": 0.8, "t1": 1.0}, tasks) == {"t0": 0.5, "t1": 0.25}
 
 
 def test_labels_of_ways_differ() -> None:

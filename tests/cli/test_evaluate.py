@@ -129,6 +129,17 @@ def test_names_of_tasks_cannot_command_the_terminal():
     assert all(line == "" or line.isprintable() for line in render(result).split("\n"))
 
 
+@pytest.mark.parametrize(("count", "turned"), [(2, False), (9, True)])
+def test_more_tasks_than_merges_are_a_line_each_in_the_demo(capsys, count, turned):
+    scores = Scores({f"t{i}": i / 10 for i in range(count)}, {f"t{i}": i / 10 for i in range(count)})
+    rows = tuple(Row(label, scores) for label in ("own adapter", "a merge"))
+    for part in demo.render(DemoResult("name", rows, 1.0, None)):
+        Console(width=400).print(part)
+    said = capsys.readouterr().out
+    assert ("┃ task " in said) == turned and "tuned" not in said
+    assert f"t{count - 1}" in said and f"{(count - 1) / 10:.3f}" in said
+
+
 def test_names_of_tasks_are_only_text_to_the_demo(capsys):
     rows = tuple(Row(label, Scores({NASTY: 0.5}, {NASTY: 0.5})) for label in ("own adapter", "no adapter"))
     for part in demo.render(DemoResult(NASTY, rows, 1.0, None)):

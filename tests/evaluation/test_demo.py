@@ -46,6 +46,14 @@ def test_without_validation_rows_no_scale_is_tuned(folder: Path) -> None:
     assert [row.tuned for row in result.rows] == [None] * 5
 
 
+def test_a_quick_look_may_leave_tasks_out(folder: Path) -> None:
+    result = run_demo(folder, candidates=TWO, tasks=["colour"])
+    assert result.left_out == 1 and set(result["sum"].scores.raw) == {"colour"}
+    assert "and 1 tasks fewer" in str(command.render(result)[-1])
+    whole = run_demo(folder, candidates=TWO, tasks=["colour"], full=True)
+    assert whole.left_out == 0 and set(whole["sum"].scores.raw) == {"colour", "length"}
+
+
 def speaking(folder: Path) -> Path:
     """A task set of a language model: text that it makes, and the likeliest of some answers."""
     make_speaker("llama", folder / "base")

@@ -169,6 +169,22 @@ def test_each_own_adapter_takes_a_pass_of_its_own_once(folder: Path) -> None:
     assert sum(counted) == ROWS * len(TASKS)
 
 
+def test_an_evaluator_of_fewer_tasks_is_the_same_but_for_the_others(evaluator: Evaluator) -> None:
+    update, wanted = evaluator.adapters["depth"], ["shade", "mask"]
+    whole, own = evaluator.score(update, "test"), evaluator.own("test")
+    part = evaluator.only(wanted)
+    with passes(evaluator) as counted:
+        found = part.score(update, "test")
+    assert sum(counted) == ROWS, "the own adapters are not scored again"
+    assert found.raw == {name: whole.raw[name] for name in wanted}
+    assert found.normalised == {name: whole.normalised[name] for name in wanted}
+    assert part.own("test").raw == {name: own.raw[name] for name in wanted}
+    assert set(part.heads) == set(part.adapters) == set(part.embeddings({}, "test")) == set(wanted)
+    assert evaluator.score(update, "test") == whole
+    with pytest.raises(ConfigError, match="no such task"):
+        evaluator.only(["nothing"])
+
+
 def test_a_shared_pass_sees_the_weights_of_the_moment(evaluator: Evaluator) -> None:
     own = evaluator.own("test")
     for name, adapter in evaluator.adapters.items():

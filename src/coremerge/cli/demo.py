@@ -40,17 +40,23 @@ class Shown:
         folder: of its task set, in the folder of examples.
         rows: split → rows of each task; by default as many as of any task set.
         candidates: of the ways to merge; by default all.
+        tasks: that are merged and scored; by default all. A fit takes some four times as long for twice as many.
     """
 
     folder: str
     rows: Mapping[Split, int] | None = None
     candidates: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
 
 
 FEW = ("task arithmetic", "core TSV + Iso-C", "coremerge's default")
+TUNED = ("scale: tuned", "raw", "normalised")
+EIGHT = ("position", "light", "normals", "fashion", "mask", "count", "depth", "animal")
+"""Of the vision tasks: two classifications, three regressions and three dense ones."""
+
 WORLDS: Mapping[World, Shown] = {
     World.TEXT: Shown("minilm-wordnet"),
-    World.VISION: Shown("vision", {"test": 8}, ("task arithmetic", "core TIES", FEW[-1])),
+    World.VISION: Shown("vision", {"validation": 16, "test": 48}, ("task arithmetic", "core TIES", FEW[-1]), EIGHT),
     World.GENERATION: Shown("generation", {"test": 12}, FEW),
     World.VLM: Shown("vlm", {"test": 8}, FEW),
 }
@@ -85,6 +91,7 @@ def demo(
             full=full,
             candidates={label: CANDIDATES[label] for label in labels},
             rows=shown.rows or ROWS,
+            tasks=shown.tasks,
             threads=threads,
             progress=lambda label, done, total: bar.update(
                 task, description=unmarked(label), completed=done, total=total
@@ -120,22 +127,37 @@ def render(result: DemoResult) -> list[RenderableType]:
         title=f"{unmarked(result.name)}: scores on the test rows, averaged over tasks ({result.seconds:.0f} s in all)"
     )
     summary.add_column("merge", no_wrap=True)
-    for heading in ("seconds", "scale: auto", "raw", "normalised", "scale: tuned", "raw", "normalised"):
+    tuned = any(row.tuned for row in result.rows)
+    for heading in ("seconds", "scale: auto", "raw", "normalised", *(TUNED if tuned else ())):
         summary.add_column(heading, justify="right")
     for row in result.rows:
         summary.add_row(*_summary(row))
-    tasks = list(result.rows[0].scores.raw)
     detail = Table(title="Each task's score at the default scale, as a share of its own adapter's")
-    detail.add_column("merge", no_wrap=True)
-    for task in tasks:
-        detail.add_column(unmarked(task.replace("_", " ")), justify="right")
-    detail.add_row("own adapter, raw", *(f"{result.rows[0].scores.raw[task]:.3f}" for task in tasks))
-    for row in result.rows[1:]:
-        detail.add_row(row.label, *(f"{row.scores.normalised[task]:.3f}" for task in tasks))
+    heading, *lines = _by_task(result)
+    detail.add_column(heading[0], no_wrap=True)
+    for name in heading[1:]:
+        detail.add_column(name, justify="right")
+    for line in lines:
+        detail.add_row(*line)
     if result.used is None:
         return [summary, detail]
     used = " and ".join(f"{count} {split}" for split, count in result.used.items())
-    return [summary, detail, f"A quick look: the first {used} rows of each task. --full uses them all."]
+    fewer = f" and {result.left_out} tasks fewer" if result.left_out else ""
+    return [summary, detail, f"A quick look: the first {used} rows of each task{fewer}. --full uses them all."]
+
+
+def _by_task(result: DemoResult) -> list[list[str]]:
+    """A line for each merge, the tasks' names first; or for each task, where tasks are more than merges."""
+    from coremerge.cli._output import unmarked
+
+    tasks, own = list(result.rows[0].scores.raw), result.rows[0].scores.raw
+    lines = [["merge", *(unmarked(task.replace("_", " ")) for task in tasks)]]
+    lines.append(["own adapter, raw", *(f"{own[task]:.3f}" for task in tasks)])
+    lines += [[row.label, *(f"{row.scores.normalised[task]:.3f}" for task in tasks)] for row in result.rows[1:]]
+    if len(tasks) <= len(result.rows):
+        return lines
+    turned = [list(line) for line in zip(*lines, strict=True)]
+    return [["task", *turned[0][1:]], *turned[1:]]
 
 
 def _summary(row: Row) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
@@ -38,7 +39,7 @@ class Asked(NamedTuple):
     speech: Speech
 
 
-class _Asking:
+class _Asking(ABC):
     language: ClassVar[bool] = True
 
     def __init__(self, taskset: TaskSet, names: Sequence[str], limits: Mapping[Split, int]) -> None:
@@ -55,8 +56,9 @@ class _Asking:
         """See :class:`~coremerge.evaluation.scorer.Scorer`."""
         return {name: self._one(encoder, name, self._asked(encoder, name, split), intervals) for name in names}
 
+    @abstractmethod
     def _one(self, encoder: Encoder, name: str, asked: Asked, intervals: bool) -> Scored:
-        raise NotImplementedError
+        """The score of a task's rows."""
 
     def _asked(self, encoder: Encoder, name: str, split: Split) -> Asked:
         if (name, split) not in self._known:

@@ -81,14 +81,14 @@ class HeadScorer:
             found[group] = _scored(METRICS["accuracy"], np.concatenate(guesses), np.concatenate(right), intervals)
         return found
 
-    def embeddings(self, encoder: Encoder, split: Split) -> dict[str, Tensor]:
+    def embeddings(self, encoder: Encoder, names: Sequence[str], split: Split) -> dict[str, Tensor]:
         """Task → features: (rows, width), or a row's patches on their own: (rows, patches, width)."""
-        return dict(self._features(encoder, list(self.heads), split))
+        return dict(self._features(encoder, names, split))
 
-    def classifiers(self, encoder: Encoder) -> dict[str, Classifier]:
+    def classifiers(self, encoder: Encoder, names: Sequence[str]) -> dict[str, Classifier]:
         """Task of classification → what it makes of a batch's output: logits (rows, ..., classes); differentiable."""
-        names = [name for name in self.heads if self.taskset.tasks[name].classes]
-        return {name: partial(self._logits, encoder, name) for name in names}
+        classes = [name for name in names if self.taskset.tasks[name].classes]
+        return {name: partial(self._logits, encoder, name) for name in classes}
 
     def _logits(self, encoder: Encoder, name: str, output: Any, batch: Batch) -> Tensor:
         task = self.taskset.tasks[name]

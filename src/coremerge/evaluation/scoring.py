@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,11 @@ class _Measured:
     joint: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, Interval] = field(default_factory=dict)
 
+    def only(self, tasks: Sequence[str]) -> _Measured:
+        """Without the other tasks."""
+        kept = {name: one for name, one in self.tasks.items() if name in tasks}
+        return _Measured(kept, self.joint, {name: self.intervals[name] for name in kept if name in self.intervals})
+
 
 SCORERS: Mapping[str, type[Scorer]] = {
     "classification": HeadScorer,
@@ -152,7 +158,7 @@ class Evaluator:
         self._scorers = _scorers(taskset, limits or {})
         self._device = device
         self.encoder = self._load(base)
-        self._own = cache(self._score_own)
+        self._own: Callable[[Split], _Measured] = cache(self._score_own)
 
     def _load(self, base: str | Path | None) -> Encoder:
         language = any(scorer.language for scorer in self._scorers)
@@ -170,6 +176,18 @@ class Evaluator:
             found = self._measure(split, intervals)
         return self._against_own(found, split)
 
+    def only(self, tasks: Sequence[str]) -> Evaluator:
+        """For these tasks alone: base, rows and the own adapters' scores are this one's.
+
+        Raises:
+            ConfigError: there is no such task.
+        """
+        part = copy(self)
+        part.taskset = self.taskset.only(tasks)
+        part.adapters = {name: adapter for name, adapter in self.adapters.items() if name in tasks}
+        part._own = lambda split: self._own(split).only(tasks)
+        return part
+
     def own(self, split: Split) -> Scores:
         """Scores of each task's own adapter on its task."""
         return replace(self._against_own(self._own(split), split), own=True)
@@ -181,9 +199,8 @@ class Evaluator:
         """
         found: dict[str, Tensor] = {}
         with self.encoder.carrying(updates, scale):
-            for scorer in self._scorers:
-                if isinstance(scorer, HeadScorer):
-                    found |= scorer.embeddings(self.encoder, split)
+            for scorer, names in self._with_heads():
+                found |= scorer.embeddings(self.encoder, names, split)
         return found
 
     def count(self, task: str, split: Split) -> int | None:
@@ -194,16 +211,23 @@ class Evaluator:
     @property
     def heads(self) -> dict[str, Head]:
         """Task → its head, of the tasks that have one."""
-        scorers = [scorer for scorer in self._scorers if isinstance(scorer, HeadScorer)]
-        return {name: head for scorer in scorers for name, head in scorer.heads.items()}
+        return {name: scorer.heads[name] for scorer, names in self._with_heads() for name in names}
 
     def classifiers(self) -> dict[str, Classifier]:
         """Task of classification → the backbone's output and its batch to logits (rows, ..., classes).
 
         For ``learn_weights(..., objective="entropy", heads=evaluator.classifiers())``.
         """
-        scorers = [scorer for scorer in self._scorers if isinstance(scorer, HeadScorer)]
-        return {name: one for scorer in scorers for name, one in scorer.classifiers(self.encoder).items()}
+        found: dict[str, Classifier] = {}
+        for scorer, names in self._with_heads():
+            found |= scorer.classifiers(self.encoder, names)
+        return found
+
+    def _with_heads(self) -> Iterator[tuple[HeadScorer, list[str]]]:
+        """What scores heads, and which tasks."""
+        for scorer, names in self._scorers.items():
+            if isinstance(scorer, HeadScorer):
+                yield scorer, [name for name in names if name in self.taskset.tasks]
 
     @contextmanager
     def _instead(self, model: str | Path) -> Iterator[None]:

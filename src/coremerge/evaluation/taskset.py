@@ -116,16 +116,17 @@ class Base(_Part):
         Raises:
             CoremergeError: the base cannot be made: see :func:`coremerge.bases.make`.
         """
-        from coremerge.bases import make
-        from coremerge.bases.packages import package_folder
-
         if self.converter is not None:
+            from coremerge.bases import make
+
             projector = folder / self.projector if self.projector else None
             made = make(self.converter, package=self.package, requirement=self.requirement, projector=projector)
             return str(made)
-        found = package_folder(self.package) if self.package else None
-        if found is not None:
-            return str(found / self.subfolder)
+        if self.package is not None:
+            from coremerge.bases.packages import package_folder
+
+            if (found := package_folder(self.package)) is not None:
+                return str(found / self.subfolder)
         return str(self.hub_id) if self.path is None else str(folder / self.path)
 
 

@@ -116,12 +116,13 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
         SourceError: it cannot be loaded.
     """
     transformers = optional("transformers", "a base model needs")
-    kind = _with_head(read_config(base)) if head else transformers.AutoModel
+    config = read_config(base)
+    kind = _with_head(config) if head else transformers.AutoModel
     if device not in ("cpu", "auto"):
         check_device(device, torch.float32)
     place, where = base_place(base)
     how = {
-        "dtype": running_dtype(read_config(base), dtype, device),
+        "dtype": running_dtype(config, dtype, device),
         "device_map": None if device == "cpu" else device,
         "use_safetensors": True,
     }
