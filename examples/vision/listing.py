@@ -22,10 +22,14 @@ tasks:
 """
 
 
+def trained(folder: Path) -> list[str]:
+    """The tasks whose adapters are in ``adapters/``."""
+    return [name for name in TASKS if (folder / "adapters" / name / "adapter_model.safetensors").exists()]
+
+
 def write_taskset(folder: Path) -> None:
-    """Lists the tasks whose adapters are in ``adapters/``."""
-    there = [name for name in TASKS if (folder / "adapters" / name / "adapter_model.safetensors").exists()]
-    text = BASE + "".join(f"{line}\n" for name in there for line in _lines(name, TASKS[name]))
+    """Lists the tasks that are trained."""
+    text = BASE + "".join(f"{line}\n" for name in trained(folder) for line in _lines(name, TASKS[name]))
     (folder / "tasks.yaml").write_text(text, encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from domains import TRAINING, Domains
-from listing import write_taskset
+from listing import trained, write_taskset
 from packages import Packages
 from pictures import training_table, write_data
 from score import score_all
@@ -38,7 +38,7 @@ def main() -> None:
     if arguments.data_only:
         return
     base = arguments.base or located()
-    names = arguments.only or list(TASKS)
+    names = arguments.only or (trained(HERE) if arguments.scores_only else list(TASKS))
     if not arguments.scores_only:
         train_all(domains, base, names, arguments.images)
     write_taskset(HERE)

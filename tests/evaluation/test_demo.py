@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from coremerge.bases import CONVERTERS
 from coremerge.cli import demo as command
 from coremerge.demo import CANDIDATES, FITTED, run_demo
 from coremerge.errors import SourceError
+from coremerge.evaluation import read_taskset
 from families import make_adapter
 from speakers import make_speaker, rows_for, write_rows
 
@@ -109,11 +111,18 @@ def test_a_world_is_looked_at_in_the_time_that_there_is(
         return folder
 
     monkeypatch.setattr(command, "find_example", found)
-    shown = command.WORLDS[world]
+    shown = replace(command.WORLDS[world], tasks=())  # of the shipped example
+    monkeypatch.setattr(command, "WORLDS", {**command.WORLDS, world: shown})
     data = json.loads(run("--world", world.value, "--json", "-q"))
     assert asked == [shown.folder]
     assert [row["label"] for row in data["rows"][2:-1]] == list(shown.candidates or CANDIDATES)
     assert set(shown.candidates) <= set(CANDIDATES)
+
+
+@pytest.mark.parametrize("world", [world for world, shown in command.WORLDS.items() if shown.tasks])
+def test_tasks_of_a_quick_look_are_there(world: command.World) -> None:
+    shown = command.WORLDS[world]
+    assert set(shown.tasks) <= set(read_taskset(command.find_example(shown.folder)).tasks)
 
 
 def test_make_installs_what_the_worlds_are_made_of() -> None:
