@@ -125,6 +125,13 @@ def test_tasks_of_a_quick_look_are_there(world: command.World) -> None:
     assert set(shown.tasks) <= set(read_taskset(command.find_example(shown.folder)).tasks)
 
 
+def test_an_example_without_adapters_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples" / "vlm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="no adapters are trained there yet"):
+        command.find_example("vlm")
+
+
 def test_make_installs_what_the_worlds_are_made_of() -> None:
     text = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
     lines = dict(line.split(" := ") for line in text.splitlines() if line.startswith("CARRIERS_"))
@@ -134,7 +141,7 @@ def test_make_installs_what_the_worlds_are_made_of() -> None:
 
 
 def test_the_example_is_found_below_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "examples" / "one").mkdir(parents=True)
+    (tmp_path / "examples" / "one" / "adapters").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert command.find_example("one") == tmp_path / "examples" / "one"
 

@@ -110,8 +110,11 @@ def find_example(name: str) -> Path:
     from coremerge.errors import SourceError
 
     for root in (Path.cwd(), Path(__file__).resolve().parents[3]):
-        if (root / EXAMPLES / name).is_dir():
-            return root / EXAMPLES / name
+        if not (folder := root / EXAMPLES / name).is_dir():
+            continue
+        if not (folder / "adapters").is_dir():
+            raise SourceError("no adapters are trained there yet", file=folder, remedy="Its README says how to")
+        return folder
     raise SourceError(
         "the example is not here", value=str(EXAMPLES / name), remedy="Run it from a clone, or name its folder"
     )
