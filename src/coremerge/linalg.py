@@ -129,6 +129,12 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
+def eigvalsh(x: Tensor) -> Tensor:
+    """Eigenvalues (..., n), ascending, of the symmetric ``x`` (..., n, n)."""
+    values: Tensor = torch.linalg.eigvalsh(x)
+    return values
+
+
 def solve(x: Tensor, y: Tensor) -> Tensor:
     """``x``⁻¹ ``y`` of a square, regular ``x``."""
     found: Tensor = torch.linalg.solve(x, y)
@@ -339,12 +345,6 @@ def _squares(gram: Tensor) -> bool:
     """Whether no entry that counts was lost when ``gram`` was multiplied out."""
     largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
     return bool(((largest > 1 / SQUARES) & (largest < SQUARES)).all())
-
-
-def cholesky(matrix: Tensor) -> Tensor:
-    """The lower triangle L with L Lᵀ = ``matrix``, which is positive definite."""
-    factor: Tensor = torch.linalg.cholesky(matrix)
-    return factor
 
 
 def _triangular_basis(gram: Tensor) -> Basis | None:

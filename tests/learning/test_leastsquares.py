@@ -7,6 +7,7 @@ import torch
 
 from coremerge.learning.leastsquares import (
     Demand,
+    Metric,
     Sums,
     allot,
     cut,
@@ -41,7 +42,7 @@ def asked():
     listed = []
     for seed in range(3):
         z, y = randn(30, Q, seed=10 + seed), randn(30, P, seed=20 + seed)
-        listed.append(Demand(spd(P, seed), z.T @ z / 30, y.T @ z / 30, y.T @ y / 30))
+        listed.append(Demand(metric(randn(P, 3, seed=seed)), z.T @ z / 30, y.T @ z / 30, y.T @ y / 30))
     return listed
 
 
@@ -53,7 +54,7 @@ def objective(asked, core, prior, ridge):
 def test_the_solution_is_that_of_the_normal_equations(asked):
     prior, ridge = randn(P, Q, seed=5), 0.7
     rho = ridge * sum(d.zz for d in asked).diagonal().mean()
-    system = sum(torch.kron(d.metric, d.zz) for d in asked) + rho * torch.eye(P * Q)
+    system = sum(torch.kron(d.metric.dense(), d.zz) for d in asked) + rho * torch.eye(P * Q)
     wanted = sum(d.metric @ d.yz for d in asked) + rho * prior
     expected = torch.linalg.solve(system, wanted.reshape(-1)).reshape(P, Q)
     found = solve(asked, prior, ridge)
@@ -69,19 +70,19 @@ def test_without_a_ridge_what_no_input_shows_stays_as_the_prior():
     z[:, -1] = 0
     core, prior = randn(P, Q, seed=1), randn(P, Q, seed=2)
     y = z @ core.T
-    found = solve([Demand(torch.eye(P).double(), z.T @ z, y.T @ z, y.T @ y)], prior, 0.0)
+    found = solve([Demand(Metric.plain(P), z.T @ z, y.T @ z, y.T @ y)], prior, 0.0)
     assert torch.allclose(found[:, :-1], core[:, :-1], atol=1e-5)  # singular: known to the root of rounding
     assert torch.allclose(found[:, -1], prior[:, -1])
 
 
 def test_without_anything_that_comes_in_the_prior_stays():
-    nothing = Demand(spd(P, 0), torch.zeros(Q, Q), torch.zeros(P, Q), spd(P, 1))
+    nothing = Demand(metric(randn(P, 3)), torch.zeros(Q, Q), torch.zeros(P, Q), spd(P, 1))
     prior = randn(P, Q)
     assert torch.equal(solve([nothing], prior, 0.3), prior) and torch.equal(solve([], prior, 0.3), prior)
 
 
 def test_residuals_are_those_over_the_tokens(asked):
-    z, y, core, size = randn(30, Q, seed=10), randn(30, P, seed=20), randn(P, Q, seed=3), asked[0].metric
+    z, y, core, size = randn(30, Q, seed=10), randn(30, P, seed=20), randn(P, Q, seed=3), asked[0].metric.dense()
     rest = z @ core.T - y
     assert asked[0].residual(core) == pytest.approx(float(torch.einsum("ti,ij,tj->", rest, size, rest)) / 30)
     assert relative(asked, torch.zeros(P, Q, dtype=torch.float64)) == pytest.approx(1.0)
@@ -104,11 +105,11 @@ def test_demands_weigh_each_task_by_what_it_asks():
     sums = {"large": Sums.zero(P, Q), "small": Sums.zero(P, Q), "none": Sums.zero(P, Q)}
     sums["large"].add(randn(20, Q), 10 * randn(20, P, seed=1))
     sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3))
-    metrics = {name: metric(randn(P, P, seed=i) @ randn(P, P, seed=i).T) for i, name in enumerate(sums)}
+    metrics = {name: metric(randn(P, P, seed=i)) for i, name in enumerate(sums)}
     asked = demands(sums, metrics, weights_of(means_of(sums, metrics), {}))
     assert len(asked) == 2 and [d.largest for d in asked] == pytest.approx([1.0, 1.0])
     for demand in asked:
-        values = torch.linalg.eigvals(demand.metric @ demand.yy).real
+        values = torch.linalg.eigvals(demand.metric.dense() @ demand.yy).real
         assert demand.largest == pytest.approx(float(values.max()))
         assert demand.size == pytest.approx(float(values.sum()))
     means = means_of(sums, metrics)
@@ -125,13 +126,24 @@ def test_demands_weigh_each_task_by_what_it_asks():
 
 def test_the_metric_counts_what_the_adapter_writes():
     direction = randn(P, 1)
-    found = metric(direction @ direction.T, aside=0.1, soft=1e-2)
+    found = metric(direction, aside=0.1, soft=1e-2).dense()
     unit = direction / direction.norm()
     assert float(unit.T @ found @ unit) == pytest.approx(0.1 + 0.9 / 1.01)
     across = randn(P, 1, seed=9)
     across -= unit @ (unit.T @ across)
     assert torch.allclose(found @ across, 0.1 * across)
-    assert torch.equal(metric(torch.zeros(P, P, dtype=torch.float64)), torch.eye(P, dtype=torch.float64))
+    assert torch.equal(metric(torch.zeros(P, 2, dtype=torch.float64)).dense(), torch.eye(P, dtype=torch.float64))
+
+
+def test_a_metric_is_what_its_matrix_is():
+    found = metric(randn(P, 3), aside=0.2)
+    dense, x, y = found.dense(), randn(P, Q, seed=1), randn(P, Q, seed=2)
+    assert torch.allclose(found @ x, dense @ x)
+    assert found.between(x, y) == pytest.approx(float((x.T @ dense @ y).trace()))
+    assert found.of(x @ x.T) == pytest.approx(float((dense @ x @ x.T).trace()))
+    root = found.root().dense()
+    assert torch.allclose(root @ root, dense)
+    assert torch.equal(Metric.plain(P).dense(), torch.eye(P, dtype=torch.float64))
 
 
 def test_a_cut_in_the_inputs_metric_is_what_a_numerical_optimiser_finds(asked):

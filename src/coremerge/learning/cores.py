@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coremerge.learning.leastsquares import metric
+from coremerge import linalg
+from coremerge.learning.leastsquares import Metric, metric
 from coremerge.lowrank import LowRank, thin_svd
 from coremerge.merging import read_updates
 from coremerge.plan import Plan
@@ -46,12 +47,13 @@ class Core:
         small = thin_svd(found).cut().lowrank()
         return LowRank(self.left @ small.left, small.right @ self.right)
 
-    def metric(self, task: str, moments: Mapping[str, Tensor], aside: float) -> Tensor:
+    def metric(self, task: str, moments: Mapping[str, Tensor], aside: float) -> Metric:
         """How errors count for the task: by what its adapter adds to the outputs, on its own inputs."""
         held = self.holders.get(task)
         if held is None or task not in moments:
-            return torch.eye(self.shape[0], dtype=torch.float64)
-        return metric(held.left @ (held.right @ moments[task] @ held.right.mT) @ held.left.mT, aside)
+            return Metric.plain(self.shape[0])
+        values, vectors = linalg.eigh(held.right @ moments[task] @ held.right.mT)
+        return metric(held.left @ (vectors * values.clamp_min(0).sqrt()), aside)
 
 
 class Cores:

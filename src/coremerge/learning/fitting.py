@@ -282,7 +282,7 @@ class Fitting:
         for task, found in self._by_task("sums", at, stage):
             for name, folds in found.items():
                 for part, more in zip(sums[name], folds, strict=True):
-                    part[task] = part[task] + more
+                    part[task] += more
         return sums
 
     def _settled(

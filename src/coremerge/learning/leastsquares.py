@@ -66,6 +66,13 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.count + other.count, self.zz + other.zz, self.yz + other.yz, self.yy + other.yy)
 
+    def __iadd__(self, other: Sums) -> Sums:
+        self.count += other.count
+        self.zz += other.zz
+        self.yz += other.yz
+        self.yy += other.yy
+        return self
+
 
 def shared(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
     """The sums of all parts."""
@@ -75,18 +82,57 @@ def shared(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
     return whole
 
 
-def metric(moments: Tensor, aside: float = ASIDE, soft: float = SOFT) -> Tensor:
-    """How errors count for a task (p, p), by the second ``moments`` (p, p) of what its adapter adds to the outputs.
+@dataclass(frozen=True)
+class Metric:
+    """How errors count: the matrix H = ``floor`` I + ``above`` ``above``ᵀ (p, p), which is never formed.
+
+    Attributes:
+        floor: in every direction.
+        above: (p, r) more than that, orthogonal columns; r is the adapter's rank at most.
+    """
+
+    floor: float
+    above: Tensor
+
+    @classmethod
+    def plain(cls, p: int) -> Metric:
+        """All errors count alike."""
+        return cls(1.0, torch.zeros(p, 0, dtype=torch.float64))
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """H ``x`` (p, n)."""
+        return self.floor * x + self.above @ (self.above.mT @ x)
+
+    def between(self, x: Tensor, y: Tensor) -> float:
+        """The trace of ``x``ᵀ H ``y``, both (p, n)."""
+        return self.floor * float((x * y).sum()) + float(((self.above.mT @ x) * (self.above.mT @ y)).sum())
+
+    def of(self, moments: Tensor) -> float:
+        """The trace of H times the ``moments`` (p, p) of errors: their mean size."""
+        return self.floor * float(moments.diagonal().sum()) + float(((self.above.mT @ moments) * self.above.mT).sum())
+
+    def dense(self) -> Tensor:
+        """H."""
+        return self.floor * torch.eye(len(self.above), dtype=torch.float64) + self.above @ self.above.mT
+
+    def root(self) -> Metric:
+        """H^½."""
+        root, more = self.floor**0.5, self.above.square().sum(0)
+        ends = (self.floor + more).sqrt() + root  # √(floor + c) - √floor = c / (√(floor + c) + √floor)
+        return Metric(root, self.above / ends.sqrt())
+
+
+def metric(factor: Tensor, aside: float = ASIDE, soft: float = SOFT) -> Metric:
+    """How errors count for a task, by the second moments C Cᵀ of what its adapter adds, C being ``factor`` (p, r).
 
     With c the moments' eigenvalues: c / (c + soft · max c), brought between ``aside`` and 1.
     """
-    eye = torch.eye(len(moments), dtype=torch.float64)
-    values, vectors = linalg.eigh(moments)
-    values = values.clamp_min(0)
-    if not len(values) or not float(values[-1]):
-        return eye
-    own = (vectors * (values / (values + soft * values[-1]))) @ vectors.mT
-    return aside * eye + (1 - aside) * own
+    vectors, sizes, _ = linalg.svd(factor)
+    values = sizes.square()
+    if not len(values) or not float(values[0]):
+        return Metric.plain(len(factor))
+    own = values / (values + soft * values[0])
+    return Metric(aside, vectors * ((1 - aside) * own).sqrt())
 
 
 @dataclass(frozen=True)
@@ -94,13 +140,13 @@ class Demand:
     """What one task asks of a module's core; means over its tokens times the task's weight.
 
     Attributes:
-        metric: (p, p), see :func:`metric`.
+        metric: of (p, p), see :func:`metric`.
         zz: (q, q).
         yz: (p, q).
         yy: (p, p).
     """
 
-    metric: Tensor
+    metric: Metric
     zz: Tensor
     yz: Tensor
     yy: Tensor
@@ -108,13 +154,13 @@ class Demand:
     @property
     def size(self) -> float:
         """What no update at all would leave."""
-        return float((self.metric * self.yy).sum())
+        return self.metric.of(self.yy)
 
     @property
     def largest(self) -> float:
         """What it would leave in the one direction in which it leaves most."""
-        root = linalg.cholesky(self.metric)
-        values, _ = linalg.eigh(root.mT @ self.yy @ root)
+        root = self.metric.root()
+        values = linalg.eigvalsh(root @ (root @ self.yy).mT)
         return float(values[-1]) if len(values) else 0.0
 
     def __mul__(self, weight: float) -> Demand:
@@ -122,10 +168,10 @@ class Demand:
 
     def residual(self, core: Tensor) -> float:
         """The mean of ‖core z − y‖² in the metric."""
-        return float(((self.metric @ core) * (core @ self.zz - 2 * self.yz)).sum()) + self.size
+        return self.metric.between(core, core @ self.zz - 2 * self.yz) + self.size
 
 
-def means_of(sums: Mapping[str, Sums], metrics: Mapping[str, Tensor]) -> dict[str, Demand]:
+def means_of(sums: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> dict[str, Demand]:
     """What each task that has tokens asks, per token."""
     having = {task: s for task, s in sums.items() if s.count}
     return {task: Demand(metrics[task], s.zz / s.count, s.yz / s.count, s.yy / s.count) for task, s in having.items()}
@@ -142,7 +188,7 @@ def weights_of(means: Mapping[str, Demand], preferences: Mapping[str, float]) ->
     return {task: preferences.get(task, 1.0) / (max(size, least) or 1.0) for task, size in sizes.items()}
 
 
-def demands(sums: Mapping[str, Sums], metrics: Mapping[str, Tensor], weights: Mapping[str, float]) -> list[Demand]:
+def demands(sums: Mapping[str, Sums], metrics: Mapping[str, Metric], weights: Mapping[str, float]) -> list[Demand]:
     """Of the tasks that have tokens, and a weight above zero."""
     means = means_of(sums, metrics)
     return [demand * weights[task] for task, demand in means.items() if weights[task]]
@@ -166,12 +212,13 @@ def solve(asked: Sequence[Demand], prior: Tensor, ridge: float, *, exact: float 
     mean = float(inputs.diagonal().mean())
     rho = max(ridge, linalg.RTOL) * mean
     size = sum(float(d.zz.diagonal().sum()) for d in asked)
-    outputs = sum((d.metric * (float(d.zz.diagonal().sum()) / size) for d in asked), torch.zeros_like(asked[0].metric))
+    outputs = torch.stack([d.metric.dense() * (float(d.zz.diagonal().sum()) / size) for d in asked]).sum(0)
+    floor = sum((d.metric.floor * d.zz for d in asked), rho * torch.eye(len(inputs), dtype=torch.float64))
     (high, left), (wide, right) = linalg.eigh(outputs), linalg.eigh(inputs)
     levels = high.clamp_min(0).unsqueeze(-1) * wide.clamp_min(0) + rho
 
     def applied(core: Tensor) -> Tensor:
-        return sum((d.metric @ core @ d.zz for d in asked), rho * core)
+        return sum((d.metric.above @ (d.metric.above.mT @ core @ d.zz) for d in asked), core @ floor)
 
     def nearly(rest: Tensor) -> Tensor:
         return left @ ((left.mT @ rest @ right) / levels) @ right.mT
