@@ -28,7 +28,7 @@ import torch
 from benchmarks import results
 from benchmarks.accuracy.tables import GRID, untuned
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench
-from coremerge import Recipe
+from coremerge import Adapter, Recipe
 from coremerge.evaluation import Evaluator, Scores
 from coremerge.evaluation.plan import make_plan
 from coremerge.evaluation.scales import Scales, walk
@@ -40,6 +40,7 @@ from coremerge.learning.backbone import Batch
 from coremerge.learning.rows import Example
 
 ROWS: dict[Split, int] = {"validation": 100, "test": 300}
+"""A task, unless the command says otherwise."""
 COUNTS = (2, 4, 8)
 """Numbers of adapters beside all of them."""
 DRAWS, INPUTS, BATCH = 3, 64, 4
@@ -90,6 +91,8 @@ class Cell:
     bench: Bench
     seed: int
     quick: bool = False
+    known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    """Weights that were learned already."""
 
     @property
     def count(self) -> int:
@@ -108,7 +111,13 @@ class Cell:
         return found
 
     def learned(self, **settings: Any) -> dict[str, Any]:
-        """Weights as a recipe takes them."""
+        """Weights as a recipe takes them; what is put before several methods is learned once."""
+        key = repr(sorted(settings.items()))
+        if key not in self.known:
+            self.known[key] = self._learned(**settings)
+        return self.known[key]
+
+    def _learned(self, **settings: Any) -> dict[str, Any]:
         if self.quick:
             settings["steps"] = 2
         if settings.get("objective") == "entropy":
@@ -150,10 +159,29 @@ def of_recipe(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
     """A merge without data."""
 
     def make(cell: Cell) -> tuple[Updates, float]:
-        merged = cell.bench.merged(recipe)
+        merged = cell.bench.merged(recipe.model_copy(update={"seed": cell.seed}))
         return merged.updates, merged.result.report.scale
 
     return make
+
+
+def of_equals(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
+    """A merge of adapters that are brought to one norm: whether a large one drowns the others."""
+
+    def make(cell: Cell) -> tuple[Updates, float]:
+        weights = equalising(cell.bench.adapters)
+        return of_recipe(recipe.model_copy(update={"weights": weights}))(cell)
+
+    return make
+
+
+def equalising(adapters: Mapping[str, Adapter]) -> dict[str, float]:
+    """The weights at which all have the mean of their Frobenius norms, of the whole adapters."""
+    norms = {
+        name: sum(float(update.norm().square()) for update in adapter.values()) ** 0.5
+        for name, adapter in adapters.items()
+    }
+    return {name: statistics.fmean(norms.values()) / norm for name, norm in norms.items()}
 
 
 def constant(value: float | None) -> Callable[[Cell], tuple[Updates, float]]:
@@ -188,6 +216,8 @@ def ways() -> Iterator[Way]:
     for merge in make_plan(GRID).merges:
         drawn = str(merge.recipe.get("method", "")).startswith("dare")
         yield Way(merge.label, of_recipe(untuned(merge)), tuned=True, everywhere=merge.label in few, draws=drawn)
+    for label, recipe in (("core task arithmetic", Recipe(method="sum")), ("core coremerge's default", Recipe())):
+        yield Way(f"{label}, norms made equal", of_equals(recipe), tuned=True)
     summed = Recipe(method="sum", scale=1.0)
     yield Way("task arithmetic at the start of learned weights", constant(None), everywhere=True)
     for objective in ("nsc", "nsc-own", "match"):
@@ -382,12 +412,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="folder of the task set")
     parser.add_argument("--only", action="append", default=[], help="ways whose label has this in it; may be repeated")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of tasks and inputs")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs=2,
+        default=list(ROWS.values()),
+        metavar=("VALIDATION", "TEST"),
+        help="rows a task that are scored, at most",
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run scored")
     parser.add_argument("--page", action="store_true", help="write the tables of what is scored, and score nothing")
     parser.add_argument("--quick", action="store_true", help="a few rows and steps; results go to the work folder")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
-    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    rows: dict[Split, int] = {"validation": given.rows[0], "test": given.rows[1]}
+    bench = open_bench(given.tasks, QUICK if given.quick else rows)
     name, title = bench.taskset.name + ("-quick" if given.quick else ""), f"Accuracy: {bench.taskset.name}"
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     journal = Journal.open(WORK / f"{name}.jsonl", published(folder, title), fresh=given.fresh or given.quick)

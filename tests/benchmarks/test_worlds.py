@@ -103,3 +103,28 @@ def test_errors_under_other_heads_are_turned_round() -> None:
 def test_labels_of_ways_differ() -> None:
     labels = [way.label for way in worlds.ways()]
     assert len(labels) == len(set(labels))
+
+
+def test_random_masks_are_drawn_anew_for_each_draw(cell: Cell) -> None:
+    make = worlds.of_recipe(Recipe(method="dare_ties"))
+    first, again, other = (make(Cell(cell.bench, seed))[0]["a"].dense() for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def test_equal_norms_are_those_of_whole_adapters(cell: Cell) -> None:
+    adapters = {"small": adapter(0), "large": Adapter.from_updates({"a": adapter(1)["a"] * 5.0}, name="large")}
+    weights = worlds.equalising(adapters)
+    norms = [weights[name] * float(one["a"].norm()) for name, one in adapters.items()]
+    assert (
+        norms[0] == pytest.approx(norms[1]) == pytest.approx(sum(float(a["a"].norm()) for a in adapters.values()) / 2)
+    )
+
+
+def test_weights_that_stand_before_several_methods_are_learned_once(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(Cell, "_learned", lambda self, **settings: calls.append(settings) or {"t0": 0.5})
+    for objective in ("nsc", "nsc", "match"):
+        assert cell.learned(objective=objective) == {"t0": 0.5}
+    assert [one["objective"] for one in calls] == ["nsc", "match"]
