@@ -16,9 +16,10 @@ from coremerge.evaluation import TaskSet, read_taskset
 from coremerge.evaluation.taskset import Task
 
 HERE = Path(__file__).parent
-FOLDERS = ("vision", "generation")
+FOLDERS = ("vision", "generation", "vlm", "speech")
 METRICS = {
-    "accuracy": "accuracy", "pearson": "Pearson's r", "r2": "R²", "iou": "IoU", "angular_error": "angle in degrees",
+    "accuracy": "accuracy", "pearson": "Pearson's r", "r2": "R²", "iou": "IoU", "miou": "mean IoU",
+    "angular_error": "angle in degrees",
     "exact_match": "exact match", "chrf": "chrF", "rouge_l": "ROUGE-L",
 }  # fmt: skip
 PARTS = re.compile(r"(\w+?)_?proj$")
@@ -30,11 +31,16 @@ Row = Callable[[TaskSet, str, Task, Scores], list[str]]
 def adapter_of(folder: Path) -> str:
     """Type, rank, alpha and modules, as its config has them."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    modules = ", ".join(PARTS.sub(r"\1", name) for name in sorted(config["target_modules"]))
+    modules = ", ".join(sorted({PARTS.sub(r"\1", name.split(".")[-1]) for name in listed(config["target_modules"])}))
     if config["peft_type"] != "LORA":
         return f"{config['peft_type'].replace('VERA', 'VeRA')}, r {config['r']}; {modules}"
     stabilised = ", rank-stabilised" if config.get("use_rslora") else ""
     return f"r {config['r']}, alpha {config['lora_alpha']}{stabilised}; {modules}"
+
+
+def listed(targets: list[str] | str) -> list[str]:
+    """The names of modules, also where they are a pattern's last choice."""
+    return re.findall(r"\w+", targets.rpartition("(")[2]) if isinstance(targets, str) else targets
 
 
 def answer_of(task: Task) -> str:
@@ -71,6 +77,12 @@ def answered(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[st
     return [named(name, task), METRICS[task.metric], adapter_of(taskset.own()[name]), *values, *likely]
 
 
+def seen(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[str]:
+    """A task that a vision-language model answers."""
+    found = [f"{scores['test'][which]:.3f}" for which in ("own", "no_adapter")]
+    return [named(name, task), METRICS[task.metric], adapter_of(taskset.own()[name]), *found]
+
+
 def trained(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[str]:
     """How far its adapter is."""
     ratios = scores["null_space_ratio"]
@@ -80,6 +92,7 @@ def trained(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[str
 TABLES: Mapping[str, tuple[str, Row]] = {
     "heads": ("task | pictures | kind | adapter | score | own | probe | ω / random", with_head),
     "answers": ("task | metric | adapter | own | base | log-likelihood, own | base", answered),
+    "seen": ("task | metric | adapter | own | base", seen),
     "training": ("task | mean norm | null-space ratio | of random rows", trained),
 }
 """Name of the place in a README → heading, and a task's line."""

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,19 @@ class Frozen:
         return train, validation
 
 
-def fit(model: PeftModel, base: Dinov2Model, head: nn.Linear, prepared: Prepared, schedule: Schedule) -> list[float]:
-    """AdamW, rates warmed up and then falling as a cosine; returns the losses."""
+def fit(
+    model: PeftModel,
+    base: Dinov2Model,
+    head: nn.Linear,
+    prepared: Prepared,
+    schedule: Schedule,
+    *,
+    watch: Callable[[int], bool] | None = None,
+) -> list[float]:
+    """AdamW, rates warmed up and then falling as a cosine; returns the losses.
+
+    ``watch`` is given the number of steps done, 0 first, and says whether to go on.
+    """
     backbone, task = Backbone(base, model), prepared.task
     groups = _groups(model, schedule)
     optimizer = torch.optim.AdamW([*groups, {"params": head.parameters(), "lr": schedule.head, "weight_decay": 0.0}])
@@ -119,8 +131,10 @@ def fit(model: PeftModel, base: Dinov2Model, head: nn.Linear, prepared: Prepared
         optimizer, lambda s: min(1.0, (s + 1) / schedule.warmup) * 0.5 * (1 + math.cos(math.pi * s / steps))
     )
     order = _order(len(prepared.images), steps * schedule.batch)
-    losses = []
+    losses: list[float] = []
     for step in range(steps):
+        if watch and not watch(step):
+            return losses
         places = order[step * schedule.batch : (step + 1) * schedule.batch]
         tokens = backbone(pixels(prepared.images[places]))
         loss = prepared.targets.loss(head(features(task, tokens)), prepared.labels[places])
@@ -130,6 +144,8 @@ def fit(model: PeftModel, base: Dinov2Model, head: nn.Linear, prepared: Prepared
         optimizer.step()
         rate.step()
         losses.append(float(loss))
+    if watch:
+        watch(steps)
     return losses
 
 
