@@ -12,9 +12,14 @@ from typing import Any
 from benchmarks import results
 
 ROOT = Path(__file__).parents[1]
-ACCURACY, MODULE, TOOLS = "Accuracy: methods and spaces", "Speed: one module", "Speed: beside other tools"
+MODULE, TOOLS = "Speed: one module", "Speed: beside other tools"
 PAPER = "Scale: cost on paper"
+WORLDS = {"minilm-wordnet": "text", "vision": "vision", "generation": "generation", "vlm": "vision-language"}
+"""Task set → heading."""
+
 MERGES = {
+    "no adapter": "no adapter",
+    "no adapter, heads trained for that": "no adapter, probes",
     "task arithmetic": "core task arithmetic",
     "TIES, full space": "full ties",
     "KnOTS-TIES": "knots ties",
@@ -25,7 +30,15 @@ MERGES = {
     "core TSV + Iso-C": "core tsv + isotropize",
     "coremerge's default": "core coremerge's default",
 }
-FITTED = "Accuracy: fitted cores, minilm-wordnet"
+LEARNED = {
+    "weights by NSC, its paper's settings": "weights: nsc",
+    "weights by `nsc-own`": "weights: nsc-own",
+    "weights by `match`": "weights: match",
+    "`coremerge fit`": "fit",
+    "`coremerge fit --rank 16`": "fit, rank 16",
+}
+"""From 64 unlabelled inputs a task."""
+
 WAYS = {"dense TSV": "dense TSV", "KnOTS, dense SVD of m×Tn": "KnOTS, its dense SVD alone", "PEFT svd": "PEFT `svd`"}
 TOOLS_SHOWN = {
     "floor": ("import torch, read, write: the floor", "all"),
@@ -40,19 +53,19 @@ Known = Mapping[str, Any]
 
 
 def accuracy(known: Known) -> str:
-    """Each merge as it comes, and tuned."""
-    numbers = known[ACCURACY]["numbers"]
-    rows: list[list[object]] = []
-    for name, label in MERGES.items():
-        plain = statistics.fmean(scores["mean"] for scores in numbers[label]["untuned"])
-        tuned = numbers[label]["test"]
-        worst = min(tuned["normalised"].values())
-        rows.append([name, f"{plain:.3f}", f"{tuned['mean']:.3f}", f"{worst:.3f}"])
-    draws = known[FITTED]["numbers"]["fit"]["scores"]
-    mean = statistics.fmean(statistics.fmean(draw.values()) for draw in draws)
-    worst = min(min(draw.values()) for draw in draws)
-    rows.append(["`coremerge fit`, 64 unlabelled inputs a task", f"{mean:.3f}", "", f"{worst:.3f}"])
-    return results.table(["merge", "untuned (`--scale auto`)", "tuned on labels", "worst task, tuned"], rows)
+    """Each way as it comes and tuned, a column a world."""
+    shown = {name: known[f"Accuracy: {folder}"]["numbers"] for folder, name in WORLDS.items()}
+    rows = [
+        [name, *(_cell(numbers, label) for numbers in shown.values())] for name, label in {**MERGES, **LEARNED}.items()
+    ]
+    return results.table(["merge", *shown], [row for row in rows if any(row[1:])])
+
+
+def _cell(numbers: Known, label: str) -> str:
+    """The mean over draws of all adapters merged, untuned, and tuned where that was done."""
+    found = [row for key, row in numbers.items() if key.startswith("all/") and key.split("/", 2)[2] == label]
+    parts = [[row["mean"] for row in found], [row["tuned"]["mean"] for row in found if "tuned" in row]]
+    return " · ".join(f"{statistics.fmean(values):.3f}" for values in parts if values)
 
 
 def speed(known: Known) -> str:

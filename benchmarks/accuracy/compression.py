@@ -1,13 +1,16 @@
 """Does the null-space ratio follow the score while an adapter trains? ``python -m benchmarks.accuracy.compression``.
 
-Trains the shipped example's adapters anew, with its own script; every few steps the ratio is measured on 64 validation
-inputs and the score on the other validation rows. ``--quick``: a few steps of two tasks, to see that it runs.
+Trains adapters of an example anew, with its own script (``follow.py`` in its folder); every few steps the ratio is
+measured on 64 inputs and the score on validation rows. ``--quick``: a few steps of two tasks, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
+import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks import results
+from coremerge.evaluation import TaskSet, read_taskset
 from coremerge.evaluation.metrics import METRICS
+from coremerge.evaluation.taskset import Task
 from coremerge.learning.callback import null_space_of_training
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
 SECTION = "Accuracy: compression while training"
-INPUTS = 64
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 EARLY, EVERY = (0, 2, 4, 6, 8, 12, 16), 10
-LAST_BLOCK = "layer.5."
-"""Of six: the last quarter, counted as ``learn_weights`` counts."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Point:
 
     Attributes:
         step: of the optimiser.
-        score: accuracy or Pearson's correlation on validation rows.
+        score: of validation rows, larger is better.
         ratio: ω, averaged over tokens, then modules.
-        last: that of the last block's modules alone.
+        last: that of the last quarter of the blocks alone, as ``learn_weights`` counts.
     """
 
     step: int
@@ -48,35 +50,26 @@ class Point:
     last: float
 
 
-def follow(train: Any, name: str, splits: Any, encoder: Any, steps: int | None) -> list[Point]:
+def follow(example: Any, name: str, steps: int | None, source: Path | None) -> list[Point]:
     """Trains one task's adapter as the example does, and measures on the way."""
-    torch.manual_seed(train.SEED)
-    labels, setting = train.Targets(splits), train.SETTINGS[name]
-    model = train.get_peft_model(encoder.fresh(), setting.config)
-    head = torch.nn.Linear(encoder.width, labels.outputs)
-    held, scored = splits["validation"][:INPUTS], splits["validation"][INPUTS:]
-    data = {
-        part: train.Split(encoder.rows([(e.text, e.pair) for e in rows]), labels.encode([e.label for e in rows]))
-        for part, rows in {"train": splits["train"], "scored": scored}.items()
-    }
-    tokens = encoder.rows([(e.text, e.pair) for e in held]).tokens
-    inputs = [encoder.tokenizer.pad(tokens[i : i + 16], return_tensors="pt").data for i in range(0, INPUTS, 16)]
     points: list[Point] = []
 
-    def measure(step: int) -> bool:
+    def watch(step: int, model: Any, inputs: Sequence[Any], score: Callable[[], float]) -> bool:
         if step in EARLY or step % EVERY == 0:
             ratios = null_space_of_training(model, inputs)
-            with torch.no_grad():
-                answers = head(encoder.all_features(model, data["scored"].rows))
-            score = labels.score(answers, data["scored"].targets)
-            last = statistics.fmean(value for module, value in ratios.items() if LAST_BLOCK in module)
-            points.append(Point(step, score, statistics.fmean(ratios.values()), last))
+            points.append(Point(step, score(), statistics.fmean(ratios.values()), last_quarter(ratios)))
             print(name, points[-1], flush=True)
-        model.train()
         return steps is None or step < steps
 
-    train.fit(encoder, model, head, data["train"], labels, rate=setting.learning_rate, watch=measure)
+    example.follow(name, watch, *([source] if source else []))
     return points
+
+
+def last_quarter(ratios: Mapping[str, float]) -> float:
+    """The mean over the last quarter of the blocks, which are numbered in modules' names."""
+    blocks = {name: int(name[found.start() : found.end()]) for name in ratios if (found := NUMBER.search(name))}
+    least = 0.75 * (max(blocks.values()) + 1)
+    return statistics.fmean(value for name, value in ratios.items() if blocks.get(name, -1) >= least)
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
@@ -154,33 +147,45 @@ def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str]) -> Figur
     return figure
 
 
+def kind_of(task: Task) -> str:
+    """As the tables call it."""
+    return task.kind if task.per == "input" else "dense"
+
+
+def section(taskset: TaskSet) -> str:
+    """The first set's has no name."""
+    return SECTION if taskset.name == EXAMPLE.name else f"{SECTION}: {taskset.name}"
+
+
+def _is_vera(folder: Path) -> bool:
+    return bool(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "VERA")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tasks", type=Path, default=EXAMPLE, help="folder of the example")
+    parser.add_argument("--only", action="append", help="follow this task alone; may be repeated")
     parser.add_argument("--quick", action="store_true", help="a few steps of two tasks; results go to the work folder")
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of data.noun etc.")
+    parser.add_argument("--source", type=Path, help="folder of what rows are made of, as the example says")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
-    sys.path.insert(0, str(EXAMPLE))
-    import train  # type: ignore[import-not-found]
-
-    tasks = train.cut(train.WordNet(given.wordnet), train.tasks.TASKS)
-    taskset = train.read_taskset(train.HERE)
-    encoder = train.Encoder(taskset.base.locate(), taskset.max_length)
-    names = ["depth", "part_of_speech"] if given.quick else list(tasks)
-    curves = {name: follow(train, name, tasks[name], encoder, 6 if given.quick else None) for name in names}
-    kinds = {name: taskset.tasks[name].kind for name in names}
-    fixed = [name for name in names if not isinstance(train.SETTINGS[name].config, train.LoraConfig)]
+    sys.path.insert(0, str(given.tasks.resolve()))
+    example, taskset = importlib.import_module("follow"), read_taskset(given.tasks)
+    names = given.only or (example.TASKS[:2] if given.quick else example.TASKS)
+    curves = {name: follow(example, name, 6 if given.quick else None, given.source) for name in names}
+    kinds = {name: kind_of(taskset.tasks[name]) for name in names}
+    fixed = [name for name in names if _is_vera(taskset.own()[name])]
     lines = [row(name, kinds[name] + (" (VeRA)" if name in fixed else ""), curves[name]) for name in names]
     body = (
-        f"ω on {INPUTS} validation inputs against the score on the other validation rows, from the first step to the"
-        f" last, {len(next(iter(curves.values())))} measurements a task; negative: the score rises as ω falls. ω and"
-        " scores alike move most in the first steps, which alone makes correlations large: the last column is of the"
-        " second half of the steps only. VeRA's down-projection is drawn at random and never trained: only its inputs"
-        " move; it is left out of the means.\n\n" + results.table(HEADER, [*lines, *means(kinds, curves, fixed)])
+        "ω on 64 inputs against the score on validation rows that are others, from the first step to the last,"
+        f" {len(next(iter(curves.values())))} measurements a task; negative: the score rises as ω falls. ω and scores"
+        " alike move most in the first steps, which alone makes correlations large: the last column is of the second"
+        " half of the steps only. VeRA's down-projection is drawn at random and never trained: only its inputs move; it"
+        " is left out of the means.\n\n" + results.table(HEADER, [*lines, *means(kinds, curves, fixed)])
     )
     raw = {name: [asdict(point) for point in points] for name, points in curves.items()}
-    results.write(SECTION, body, raw, seed=train.SEED, folder=folder)
+    results.write(section(taskset), body, raw, seed=0, folder=folder)
 
 
 if __name__ == "__main__":

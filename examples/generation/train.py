@@ -10,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +68,23 @@ def batches(lengths: list[int], steps: int) -> Iterator[list[int]]:
         yield from found
 
 
-def fit(model: Any, questions: list[Question], setting: Setting, pad: int) -> None:
+def fit(
+    model: Any, questions: list[Question], setting: Setting, pad: int, watch: Callable[[int], bool] | None = None
+) -> None:
+    """``watch`` is given the number of steps done, 0 first, and says whether to go on."""
     trainer = Trainer(model, setting)
     model.train()
     order = batches([question.length for question in questions], setting.steps)
     for done, indices in zip(range(setting.steps), order, strict=False):
+        if watch and not watch(done):
+            return
         logits, tokens, _ = answer_logits(model, collate([questions[i] for i in indices], pad))
         loss = nn.functional.cross_entropy(logits, tokens)
         trainer.step(loss)
         if done % 50 == 0 or done == setting.steps - 1:
             print(f"  {done}: {loss.item():.3f}", flush=True)
+    if watch:
+        watch(setting.steps)
     model.eval()
 
 
