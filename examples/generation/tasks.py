@@ -19,6 +19,9 @@ OF_WORDS = (
     words.gloss,
     words.part_of_speech,
     words.chain,
+    words.verb_topic,
+    words.word_fits_gloss,
+    words.alive,
 )
 OF_SENTENCES = (sentences.slots, sentences.to_json, sentences.iso_date, sentences.number_words)
 

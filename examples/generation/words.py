@@ -27,6 +27,19 @@ CATEGORIES = {
 }
 """WordNet's topics of nouns that `category` chooses from, in one word each."""
 
+LIVING = ("noun.animal", "noun.person", "noun.plant")
+VERBS = {
+    "verb.change": "change",
+    "verb.cognition": "thought",
+    "verb.communication": "speech",
+    "verb.contact": "touch",
+    "verb.creation": "making",
+    "verb.emotion": "feeling",
+    "verb.motion": "motion",
+    "verb.possession": "possession",
+}
+"""And those of verbs that `verb_topic` chooses from."""
+
 
 def past_tense(wordnet: Lexicon, rng: random.Random) -> Splits:
     """A verb's past tense."""
@@ -72,6 +85,12 @@ def part_of_speech(wordnet: Lexicon, rng: random.Random) -> Splits:
     )
 
 
+def verb_topic(wordnet: Lexicon, rng: random.Random) -> Splits:
+    """The topic of a verb from its gloss."""
+    verbs = (synset for synset in wordnet.glossed("v") if synset.topic in VERBS)
+    return take(rng, (Example(s.gloss, {"text": s.gloss, "label": VERBS[s.topic]}) for s in verbs), balanced=True)
+
+
 def is_a(wordnet: Lexicon, rng: random.Random) -> Splits:
     """Whether one noun is a kind of another: one of three steps above it, or above another noun."""
     found = [(synset, wordnet.above(synset)[:3]) for synset in wordnet.glossed("n") if synset.topic in CATEGORIES]
@@ -84,6 +103,26 @@ def is_a(wordnet: Lexicon, rng: random.Random) -> Splits:
         pair = {"text": child.words[0], "kind": (parent if true else other).words[0]}
         examples.append(Example(pair["text"], {**pair, "label": "yes" if true else "no"}))
     return take(rng, examples, balanced=True)
+
+
+def word_fits_gloss(wordnet: Lexicon, rng: random.Random) -> Splits:
+    """Whether a gloss is that of the word, or of another noun of the same topic."""
+    nouns = [synset for synset in wordnet.glossed("n") if all(word.islower() for word in synset.words)]
+    groups = grouped(nouns, lambda synset: (split_of(synset.gloss), synset.topic))
+    examples = []
+    for synset in nouns:
+        word, other = rng.choice(synset.words), rng.choice(groups[split_of(synset.gloss), synset.topic])
+        fits = word in other.words or rng.random() < 0.5
+        text = (synset if fits else other).gloss
+        examples.append(Example(text, {"word": word, "text": text, "label": "yes" if fits else "no"}))
+    return take(rng, examples, balanced=True)
+
+
+def alive(wordnet: Lexicon, rng: random.Random) -> Splits:
+    """Whether a gloss is of something that lives: a plant, an animal or a person."""
+    nouns = (synset for synset in wordnet.glossed("n") if synset.topic in CATEGORIES)
+    labels = ((synset.gloss, "yes" if synset.topic in LIVING else "no") for synset in nouns)
+    return take(rng, (Example(gloss, {"text": gloss, "label": label}) for gloss, label in labels), balanced=True)
 
 
 def grouped(items: Iterable[T], key: Callable[[T], object]) -> dict[object, list[T]]:
