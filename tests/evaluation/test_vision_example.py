@@ -32,17 +32,14 @@ def images_of(taskset: TaskSet, name: str, split: str) -> list[Path]:
     return [Path(str(row.example.image)) for row in taskset.rows(name, split)]  # type: ignore[arg-type]
 
 
-def test_it_has_fifteen_tasks_of_every_kind_and_stays_small(taskset: TaskSet) -> None:
+def test_it_has_nineteen_tasks_of_every_kind_and_stays_small(taskset: TaskSet) -> None:
     tasks = taskset.tasks.values()
     dense = [task for task in tasks if task.per == "pixel"]
     kinds = [task.kind for task in tasks if task.per == "input"]
-    assert len(tasks) >= 16
-    assert len(dense) >= 4
-    assert kinds.count("classification") >= 7
-    assert kinds.count("regression") >= 5
+    assert (len(dense), kinds.count("classification"), kinds.count("regression")) == (5, 7, 7)
     unshipped = {"work", "__pycache__"}
     shipped = [file for file in FOLDER.rglob("*") if file.is_file() and not unshipped & set(file.parts)]
-    assert sum(file.stat().st_size for file in shipped) < 20e6
+    assert sum(file.stat().st_size for file in shipped) < 25e6
 
 
 def test_every_row_is_read_and_shows_a_picture_of_its_own(taskset: TaskSet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,14 @@ def test_pictures_are_six_patches_a_side() -> None:
             assert picture.size == (84, 84)
 
 
-def test_the_adapters_that_ship_can_be_read(taskset: TaskSet) -> None:
-    """All of the task set's, once they are trained; none of another task."""
-    shipped = {file.parent.name for file in FOLDER.glob("adapters/*/adapter_config.json")}
-    assert shipped <= set(taskset.tasks)
-    for name in shipped:
-        assert any("language_model" in module for module in load(FOLDER / "adapters" / name))
+def test_the_projector_is_there(taskset: TaskSet) -> None:
+    assert taskset.base is not None and taskset.base.projector == "projector.safetensors"
+    assert (FOLDER / "projector.safetensors").stat().st_size < 2e6
+
+
+def test_every_task_has_its_adapter_and_learns_something(taskset: TaskSet) -> None:
+    for folder in taskset.own().values():
+        assert all("language_model" in module for module in load(folder))
+        scores = json.loads((folder / "scores.json").read_text())["test"]
+        assert scores["own"] > scores["no_adapter"]
+        assert f"{scores['own']:.3f}" in (folder / "README.md").read_text()
