@@ -53,11 +53,13 @@ FEW = ("task arithmetic", "core TSV + Iso-C", "coremerge's default")
 TUNED = ("scale: tuned", "raw", "normalised")
 EIGHT = ("position", "light", "normals", "fashion", "mask", "count", "depth", "animal")
 """Of the vision tasks: two classifications, three regressions and three dense ones."""
+ANSWERED = ("past_tense", "slots", "category", "iso_date", "is_a", "number_words", "part_of_speech", "chain")
+"""Of generation's: five with an answer in text, three judgements, and no two that answer one prompt in two ways."""
 
 WORLDS: Mapping[World, Shown] = {
     World.TEXT: Shown("minilm-wordnet"),
     World.VISION: Shown("vision", {"validation": 16, "test": 48}, ("task arithmetic", "core TIES", FEW[-1]), EIGHT),
-    World.GENERATION: Shown("generation", {"test": 12}, FEW),
+    World.GENERATION: Shown("generation", {"test": 12}, FEW, ANSWERED),
     World.VLM: Shown("vlm", {"test": 8}, FEW),
 }
 
