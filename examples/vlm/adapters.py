@@ -31,7 +31,7 @@ class Setting:
     r: int
     alpha: int
     rate: float
-    steps: int = 60
+    steps: int = 120
     modules: tuple[str, ...] = ("q_proj", "v_proj")
 
     def config(self) -> LoraConfig:
@@ -40,14 +40,14 @@ class Setting:
 
 
 SETTINGS = {
-    "colour": Setting(8, 16, 2e-3),
-    "shape": Setting(4, 8, 2e-3, modules=("q_proj", "k_proj", "v_proj", "o_proj")),
-    "position": Setting(8, 16, 2e-3),
-    "size": Setting(8, 16, 2e-3),
-    "count": Setting(8, 16, 2e-3),
-    "scene_caption": Setting(8, 16, 2e-3),
-    "emoji_kind": Setting(8, 8, 2e-3),
-    "emoji_name": Setting(8, 16, 2e-3),
+    "colour": Setting(8, 16, 1e-3),
+    "shape": Setting(4, 8, 1e-3, modules=("q_proj", "k_proj", "v_proj", "o_proj")),
+    "position": Setting(8, 16, 1e-3),
+    "size": Setting(8, 16, 1e-3),
+    "count": Setting(8, 16, 1e-3),
+    "scene_caption": Setting(8, 16, 1e-3),
+    "emoji_kind": Setting(8, 8, 1e-3),
+    "emoji_name": Setting(8, 16, 1e-3),
 }
 
 

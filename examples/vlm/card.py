@@ -43,13 +43,12 @@ Stored in half precision; the scores are of the stored files.
 def write_card(folder: Path, description: str, setting: Setting, scores: dict[str, Any]) -> None:
     """Writes the folder's README.md: the task, how the adapter was trained and what it scores."""
     layers = f"layers {LAYERS.start} to {LAYERS.stop - 1} of the language model"
-    tower = ", and of the vision tower's first nine" if setting.vision else ""
     text = CARD.format(
         name=folder.name,
         description=description,
         r=setting.r,
         alpha=setting.alpha,
-        modules=f"{', '.join(setting.modules)} of {layers}{tower}",
+        modules=f"{', '.join(setting.modules)} of {layers}",
         steps=setting.steps,
         batch=BATCH,
         rate=setting.rate,

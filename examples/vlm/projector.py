@@ -1,7 +1,7 @@
 """The projector between both frozen models: first towards the embeddings of words, then by captions.
 
-Words cost seconds: each patch is to look like the embedding of a word that says what is in its cell. Captions and
-questions, through the whole frozen language model, do the rest.
+Words cost seconds: each patch is to look like the embedding of a word that says what is in its cell. Captions, through
+the whole frozen language model, do the rest. No task's question is among them: answers are for adapters to learn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from world import Pictures
 
 LAYER, SIDE, PATCHES = 9, 84, 36
-STEPS, SCENES, EMOJI, RATE = 60, 5, 3, 3e-4
+STEPS, SCENES, EMOJI, RATE = 320, 6, 4, 5e-4
 WORD_EPOCHS, WORD_BATCH, WORD_RATE, COMMON = 7, 64, 2e-3, 100
 """Words that are there oftener than the last number are told from each other."""
 Family = dict[str, Pictures]
@@ -100,7 +100,7 @@ def _standardise(projector: Any, states: Tensor) -> None:
 
 
 def _batches(families: dict[str, Family]) -> Iterator[list[tuple[Pictures, list[int], list[list[Turn]]]]]:
-    """Scenes with their captions and a question each, then emoji with both of theirs."""
+    """Scenes with their captions, then emoji with theirs."""
     counts = {"scenes": SCENES, "emoji": EMOJI}
     orders: dict[str, list[int]] = {name: [] for name in counts}
     while True:
@@ -110,13 +110,8 @@ def _batches(families: dict[str, Family]) -> Iterator[list[tuple[Pictures, list[
             if len(orders[name]) < count:
                 orders[name] = torch.randperm(len(part.items)).tolist()
             rows, orders[name] = orders[name][:count], orders[name][count:]
-            batch.append((part, rows, [_some(part.items[row].turns) for row in rows]))
+            batch.append((part, rows, [[part.items[row].caption] for row in rows]))
         yield batch
-
-
-def _some(turns: dict[str, Turn]) -> list[Turn]:
-    first, *others = turns.values()
-    return [first, others[int(torch.randint(len(others), ()))]]
 
 
 def _by_captions(model: Any, projector: nn.Module, packer: Packer, families: dict[str, Family], path: Path) -> None:
@@ -150,16 +145,15 @@ def _by_captions(model: Any, projector: nn.Module, packer: Packer, families: dic
 def held_out(
     model: Any, projector: nn.Module, packer: Packer, families: dict[str, Family], rows: int = 12
 ) -> dict[str, dict[str, float]]:
-    """Task → its loss on validation items with their own pictures, and with each other's."""
+    """Family → the loss of captions of validation items with their own pictures, and with each other's."""
     found: dict[str, dict[str, float]] = {}
-    for family in families.values():
+    for name, family in families.items():
         part = family["validation"]
         own = projector(part.states[:rows].float())
-        for task in part.items[0].turns:
-            packed = packer([[item.turns[task]] for item in part.items[:rows]])
-            both = {"own": own, "shuffled": own.roll(1, 0)}
-            found[task] = {
-                name: round(answer_loss(answer_logits(model, packed, embed(model, packed, images)), packed).item(), 3)
-                for name, images in both.items()
-            }
+        packed = packer([[item.caption] for item in part.items[:rows]])
+        both = {"own": own, "shuffled": own.roll(1, 0)}
+        found[name] = {
+            which: round(answer_loss(answer_logits(model, packed, embed(model, packed, images)), packed).item(), 3)
+            for which, images in both.items()
+        }
     return found

@@ -38,7 +38,9 @@ def _picture(family: str, split: str, i: int) -> str:
 
 
 def _row(task: str, split: str, i: int, item: Item) -> dict[str, Any]:
-    """Of inputs without a label: the text by itself, as ``coremerge fit`` reads it."""
+    """Of inputs without a label: the chat by itself, as ``coremerge fit`` reads it."""
     question, answer = item.turns[task]
     picture = {"image": _picture(family_of(task), split, i)}
-    return picture | ({"text": question} if split == "unlabelled" else {"question": question, "answer": answer})
+    if split == "unlabelled":
+        return picture | {"messages": [{"role": "user", "content": question}]}
+    return picture | {"question": question, "answer": answer}

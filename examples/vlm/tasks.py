@@ -27,6 +27,7 @@ TASKS = {
     "count": "How many shapes there are in a scene.",
     "position": "Where in a scene the dot is.",
 }
+LOOK = "What do you see?"
 Turn = tuple[str, str]
 """A question, and its answer."""
 
@@ -40,11 +41,13 @@ class Item:
     Attributes:
         webp: the picture's file.
         turns: task → its question.
+        caption: what the projector learns from, in other words than any task's.
         cells: what each of the four patches of a cell is to tell, cells and patches row by row.
     """
 
     webp: bytes
     turns: dict[str, Turn] = field(repr=False)
+    caption: Turn = field(repr=False)
     cells: tuple[Words, ...]
 
     @property
@@ -75,7 +78,8 @@ def scene_items(training: int) -> dict[str, list[Item]]:
 
 def _emoji_item(emoji: Emoji, rng: Generator) -> Item:
     turns = {"emoji_name": ("Name this emoji.", emoji.name), "emoji_kind": ("What kind of thing is this?", emoji.kind)}
-    return Item(_webp(paint(emoji, rng)), turns, ((emoji.name, emoji.kind) * 2,) * 9)
+    caption = (LOOK, f"I see this: {emoji.name} ({emoji.kind}).")
+    return Item(_webp(paint(emoji, rng)), turns, caption, ((emoji.name, emoji.kind) * 2,) * 9)
 
 
 def _scene_item(scene: Scene) -> Item:
@@ -88,7 +92,8 @@ def _scene_item(scene: Scene) -> Item:
         "count": (f"How many {scene.colour} shapes are there?", scene.number),
         "position": ("Where is the dot?", PLACES[scene.dot]),
     }
-    return Item(_webp(scene.picture), turns, tuple(_words(scene, place) for place in range(9)))
+    caption = (LOOK, f"I see a dot ({PLACES[scene.dot]}) and {scene.number} {scene.size} {scene.colour} {scene.noun}.")
+    return Item(_webp(scene.picture), turns, caption, tuple(_words(scene, place) for place in range(9)))
 
 
 def _words(scene: Scene, place: int) -> Words:

@@ -135,8 +135,9 @@ def test_the_metric_counts_what_the_adapter_writes():
     assert torch.equal(metric(torch.zeros(P, 2, dtype=torch.float64)).dense(), torch.eye(P, dtype=torch.float64))
 
 
-def test_a_metric_is_what_its_matrix_is():
-    found = metric(randn(P, 3), aside=0.2)
+@pytest.mark.parametrize("aside", [0.0, 0.2, 1.0])
+def test_a_metric_is_what_its_matrix_is(aside):
+    found = metric(torch.cat([randn(P, 2), torch.zeros(P, 1)], 1).double(), aside=aside)
     dense, x, y = found.dense(), randn(P, Q, seed=1), randn(P, Q, seed=2)
     assert torch.allclose(found @ x, dense @ x)
     assert found.between(x, y) == pytest.approx(float((x.T @ dense @ y).trace()))

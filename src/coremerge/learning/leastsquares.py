@@ -84,7 +84,7 @@ def shared(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
 
 @dataclass(frozen=True)
 class Metric:
-    """How errors count: the matrix H = ``floor`` I + ``above`` ``above``ᵀ (p, p), which is never formed.
+    """How errors count: the matrix H = ``floor`` I + ``above`` ``above``ᵀ (p, p).
 
     Attributes:
         floor: in every direction.
@@ -119,7 +119,7 @@ class Metric:
         """H^½."""
         root, more = self.floor**0.5, self.above.square().sum(0)
         ends = (self.floor + more).sqrt() + root  # √(floor + c) - √floor = c / (√(floor + c) + √floor)
-        return Metric(root, self.above / ends.sqrt())
+        return Metric(root, self.above / ends.clamp_min(torch.finfo(torch.float64).tiny).sqrt())
 
 
 def metric(factor: Tensor, aside: float = ASIDE, soft: float = SOFT) -> Metric:
