@@ -80,7 +80,8 @@ def answered(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[st
 def seen(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[str]:
     """A task that a vision-language model answers."""
     found = [f"{scores['test'][which]:.3f}" for which in ("own", "no_adapter")]
-    return [named(name, task), METRICS[task.metric], adapter_of(taskset.own()[name]), *found]
+    ratios = " / ".join(f"{scores['null_space_ratio'][which]:.3f}" for which in ("own", "random"))
+    return [named(name, task), METRICS[task.metric], adapter_of(taskset.own()[name]), *found, ratios]
 
 
 def trained(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[str]:
@@ -92,7 +93,7 @@ def trained(taskset: TaskSet, name: str, task: Task, scores: Scores) -> list[str
 TABLES: Mapping[str, tuple[str, Row]] = {
     "heads": ("task | pictures | kind | adapter | score | own | probe | ω / random", with_head),
     "answers": ("task | metric | adapter | own | base | log-likelihood, own | base", answered),
-    "seen": ("task | metric | adapter | own | base", seen),
+    "seen": ("task | metric | adapter | own | base | ω / random", seen),
     "training": ("task | mean norm | null-space ratio | of random rows", trained),
 }
 """Name of the place in a README → heading, and a task's line."""

@@ -32,7 +32,8 @@ Trained by `train.py` of this example, not with anybody's data: scenes drawn by 
 | optimiser | AdamW, linear to zero |
 | learning rate | {rate:g} |
 
-Stored in half precision; the scores are of the stored files.
+Stored in half precision; the scores are of the stored files, in bfloat16. On its own inputs, while it is active, its
+down-projections miss a share of {own:.4f} of their inputs (the null-space ratio); random rows would miss {random:.4f}.
 
 | split | rows | {metric}, with this adapter | {metric}, the base model |
 |---|---|---|---|
@@ -53,6 +54,8 @@ def write_card(folder: Path, description: str, setting: Setting, scores: dict[st
         batch=BATCH,
         rate=setting.rate,
         metric=scores["metric"].replace("_", " "),
+        own=scores["null_space_ratio"]["own"],
+        random=scores["null_space_ratio"]["random"],
         scores="\n".join(
             f"| {split} | {scores[split]['rows']} | {scores[split]['own']:.3f} | {scores[split]['no_adapter']:.3f} |"
             for split in ("validation", "test")

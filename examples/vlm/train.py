@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,11 +21,18 @@ from rows import METRICS, family_of, write_data
 from tasks import SPLITS, TASKS
 from world import load_base, make_items, with_states
 
+from coremerge import Adapter, load
 from coremerge.bases import make
-from coremerge.evaluation import evaluate
+from coremerge.evaluation import Evaluator, read_taskset
+from coremerge.evaluation.encoder import Encoder
+from coremerge.evaluation.unlabelled import read_unlabelled
+from coremerge.learning.measure import measure_null_space
+from coremerge.learning.rows import Example
 
 HERE = Path(__file__).parent
 PROJECTOR = HERE / "projector.safetensors"
+RATIO_ROWS = 32
+"""Unlabelled inputs that null-space ratios are measured on."""
 
 
 def base(projector: Path) -> tuple[Any, Any]:
@@ -50,23 +58,39 @@ def lower_states(family: Family, split: str, count: int | None = None) -> LowerS
 
 
 def make_adapter(task: str, lower: LowerStates) -> None:
-    """Trains, writes and scores one adapter."""
+    """Trains and writes one adapter."""
     folder = HERE / "adapters" / task
     folder.mkdir(parents=True, exist_ok=True)
     seconds = train_adapter(task, base(PROJECTOR)[0], lower, folder)
-    scores = measure(task)
+    print(f"{task}: {seconds:.0f} s", flush=True)
+
+
+def score(task: str) -> None:
+    """Scores the stored adapter, and writes the scores and its card beside it."""
+    scores, folder = measure(task), HERE / "adapters" / task
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     write_card(folder, TASKS[task], SETTINGS[task], scores)
-    print(f"{task}: {seconds:.0f} s, {json.dumps(scores)}", flush=True)
+    print(f"{task}: {json.dumps(scores)}", flush=True)
 
 
 def measure(task: str) -> dict[str, Any]:
-    """The stored adapter's scores and the base model's, as ``coremerge evaluate`` has them."""
+    """The stored adapter's scores and the base model's, as ``coremerge evaluate`` has them, and its ratio."""
+    taskset = read_taskset(HERE)
+    adapter = load(taskset.own()[task])
+    evaluator = Evaluator(taskset.only([task]), {task: adapter})
     scores: dict[str, Any] = {"metric": METRICS.get(task, "exact_match")}
     for split in ("validation", "test"):
-        own, without = (row.scores.raw[task] for row in evaluate([], HERE, split=split, only=[task]).rows)
+        own, without = (found.raw[task] for found in (evaluator.own(split), evaluator.score({}, split)))
         scores[split] = {"rows": SPLITS[split], "own": round(own, 4), "no_adapter": round(without, 4)}
-    return scores
+    return scores | {"null_space_ratio": null_space(adapter, evaluator.encoder, read_unlabelled(taskset, task))}
+
+
+def null_space(adapter: Adapter, encoder: Encoder, inputs: list[Example]) -> dict[str, float]:
+    """The adapter's mean null-space ratio on its own inputs while it is active, and that of random rows."""
+    data = {"own": [batch for _, batch in encoder.placed(inputs[:RATIO_ROWS], 8)]}
+    found = measure_null_space(encoder.model, {"own": adapter}, data, weights={"own": 1.0})["own"]["own"]
+    random_rows = [(1 - adapter[name].rank / adapter[name].shape[-1]) ** 0.5 for name in found]
+    return {"own": round(fmean(found.values()), 4), "random": round(fmean(random_rows), 4)}
 
 
 def main() -> None:
@@ -75,6 +99,7 @@ def main() -> None:
     parser.add_argument("--names", type=Path, required=True, help="Unicode's emoji-test.txt")
     parser.add_argument("--only", action="append", choices=list(TASKS), help="train this task alone")
     parser.add_argument("--data-only", action="store_true", help="write the rows and pictures, train nothing")
+    parser.add_argument("--scores-only", action="store_true", help="train nothing, score what is there")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for what is computed on the way")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -83,11 +108,19 @@ def main() -> None:
     write_data(items, HERE / "data")
     if arguments.data_only:
         return
-    prepare_projector(items, arguments.work)
-    model, processor = base(PROJECTOR)
-    families = with_states(items, model, processor, arguments.work)
-    lower = {name: lower_states(family, "train", TRAINING[name]) for name, family in families.items()}
+    if not arguments.scores_only:
+        train(items, arguments.only or list(TASKS), arguments.work)
     for task in arguments.only or TASKS:
+        score(task)
+
+
+def train(items: dict[str, Any], names: list[str], work: Path) -> None:
+    """The projector, if it is not there, then adapters."""
+    prepare_projector(items, work)
+    model, processor = base(PROJECTOR)
+    families = with_states(items, model, processor, work)
+    lower = {name: lower_states(family, "train", TRAINING[name]) for name, family in families.items()}
+    for task in names:
         make_adapter(task, lower[family_of(task)])
 
 
