@@ -33,7 +33,7 @@ def test_every_row_has_its_picture_a_question_and_an_answer(taskset: TaskSet) ->
         assert (len(validation), len(test)) == (100, 200)
         assert not {row.prompt.image for row in validation} & {row.prompt.image for row in test}
         unlabelled = read_examples(FOLDER / "data" / f"{name}.unlabelled.jsonl", count=64)
-        assert (len(unlabelled), {row.kind for row in unlabelled}) == (64, {"text and image"})
+        assert (len(unlabelled), {row.kind for row in unlabelled}) == (64, {"messages and image"})
 
 
 def test_pictures_are_six_patches_a_side() -> None:
