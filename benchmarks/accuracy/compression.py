@@ -22,12 +22,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import results
+from benchmarks.accuracy.work import EXAMPLE, kind_of
 from coremerge.evaluation import TaskSet, read_taskset
 from coremerge.evaluation.metrics import METRICS
-from coremerge.evaluation.taskset import Task
 from coremerge.learning.callback import null_space_of_training
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "minilm-wordnet"
 SECTION = "Accuracy: compression while training"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 EARLY, EVERY = (0, 2, 4, 6, 8, 12, 16), 10
@@ -50,7 +49,7 @@ class Point:
     last: float
 
 
-def follow(example: Any, name: str, steps: int | None, source: Path | None) -> list[Point]:
+def follow(example: Any, name: str, steps: int | None, source: Path) -> list[Point]:
     """Trains one task's adapter as the example does, and measures on the way."""
     points: list[Point] = []
 
@@ -61,13 +60,13 @@ def follow(example: Any, name: str, steps: int | None, source: Path | None) -> l
             print(name, points[-1], flush=True)
         return steps is None or step < steps
 
-    example.follow(name, watch, *([source] if source else []))
+    example.follow(name, watch, source)
     return points
 
 
 def last_quarter(ratios: Mapping[str, float]) -> float:
     """The mean over the last quarter of the blocks, which are numbered in modules' names."""
-    blocks = {name: int(name[found.start() : found.end()]) for name in ratios if (found := NUMBER.search(name))}
+    blocks = {name: int(found[0]) for name in ratios if (found := NUMBER.search(name))}
     least = 0.75 * (max(blocks.values()) + 1)
     return statistics.fmean(value for name, value in ratios.items() if blocks.get(name, -1) >= least)
 
@@ -147,11 +146,6 @@ def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str]) -> Figur
     return figure
 
 
-def kind_of(task: Task) -> str:
-    """As the tables call it."""
-    return task.kind if task.per == "input" else "dense"
-
-
 def section(taskset: TaskSet) -> str:
     """The first set's has no name."""
     return SECTION if taskset.name == EXAMPLE.name else f"{SECTION}: {taskset.name}"
@@ -173,7 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, str(given.tasks.resolve()))
     example, taskset = importlib.import_module("follow"), read_taskset(given.tasks)
     names = given.only or (example.TASKS[:2] if given.quick else example.TASKS)
-    curves = {name: follow(example, name, 6 if given.quick else None, given.source) for name in names}
+    steps, source = 6 if given.quick else None, given.source or example.SOURCE
+    curves = {name: follow(example, name, steps, source) for name in names}
     kinds = {name: kind_of(taskset.tasks[name]) for name in names}
     fixed = [name for name in names if _is_vera(taskset.own()[name])]
     lines = [row(name, kinds[name] + (" (VeRA)" if name in fixed else ""), curves[name]) for name in names]

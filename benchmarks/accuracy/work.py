@@ -11,7 +11,7 @@ from typing import Any
 
 from coremerge import Adapter, Recipe, load, merge
 from coremerge.evaluation import Evaluator, Scores, TaskSet, read_taskset
-from coremerge.evaluation.taskset import Split
+from coremerge.evaluation.taskset import Split, Task
 from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult
 
@@ -69,6 +69,11 @@ def open_bench(folder: Path = EXAMPLE, rows: Mapping[Split, int] = ROWS) -> Benc
     """A task set whose tasks have adapters of their own."""
     taskset = read_taskset(folder)
     return Bench(taskset, {name: load(path).load() for name, path in taskset.own().items()}, rows)
+
+
+def kind_of(task: Task) -> str:
+    """``classification``, ``regression``, ``dense`` (a label a patch or a pixel), ``generation`` or ``choice``."""
+    return task.kind if task.per == "input" else "dense"
 
 
 def worst(scores: Scores) -> str:

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.accuracy.tables import GRID, untuned
-from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, kind_of, open_bench
 from coremerge import Adapter, Recipe
 from coremerge.evaluation import Evaluator, Scores
 from coremerge.evaluation.plan import make_plan
@@ -38,6 +38,7 @@ from coremerge.evaluation.unlabelled import read_unlabelled
 from coremerge.learning import fit, learn_weights
 from coremerge.learning.backbone import Batch
 from coremerge.learning.rows import Example
+from coremerge.learning.settings import settle
 
 ROWS: dict[Split, int] = {"validation": 100, "test": 300}
 """A task, unless the command says otherwise."""
@@ -54,11 +55,6 @@ AHEAD = {
     "ties": Recipe(method="ties"),
 }
 """Core methods that learned weights are put before."""
-
-
-def kind_of(task: Task) -> str:
-    """``classification``, ``regression``, ``dense`` (a label a patch or a pixel), ``generation`` or ``choice``."""
-    return task.kind if task.per == "input" else "dense"
 
 
 def share(scores: Scores, task: str) -> float:
@@ -159,7 +155,7 @@ def of_recipe(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
     """A merge without data."""
 
     def make(cell: Cell) -> tuple[Updates, float]:
-        merged = cell.bench.merged(recipe.model_copy(update={"seed": cell.seed}))
+        merged = cell.bench.merged(recipe.but(seed=cell.seed))
         return merged.updates, merged.result.report.scale
 
     return make
@@ -169,8 +165,7 @@ def of_equals(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
     """A merge of adapters that are brought to one norm: whether a large one drowns the others."""
 
     def make(cell: Cell) -> tuple[Updates, float]:
-        weights = equalising(cell.bench.adapters)
-        return of_recipe(recipe.model_copy(update={"weights": weights}))(cell)
+        return of_recipe(recipe.but(weights=equalising(cell.bench.adapters)))(cell)
 
     return make
 
@@ -184,21 +179,18 @@ def equalising(adapters: Mapping[str, Adapter]) -> dict[str, float]:
     return {name: statistics.fmean(norms.values()) / norm for name, norm in norms.items()}
 
 
-def constant(value: float | None) -> Callable[[Cell], tuple[Updates, float]]:
-    """A plain sum at one weight for all; None: where learned weights start."""
-
-    def make(cell: Cell) -> tuple[Updates, float]:
-        scale = min(1.0, 2.4 / cell.count) if value is None else value
-        return cell.bench.merged(Recipe(method="sum", scale=scale)).updates, scale
-
-    return make
+def at_start(cell: Cell) -> tuple[Updates, float]:
+    """A plain sum at the weight of all adapters at which learned ones start."""
+    scale = settle("nsc", None, {}, cell.count).start
+    assert scale is not None
+    return cell.bench.merged(Recipe(method="sum", scale=scale)).updates, scale
 
 
 def of_weights(recipe: Recipe, **settings: Any) -> Callable[[Cell], tuple[Updates, float]]:
     """Weights that are learned, then a merge."""
 
     def make(cell: Cell) -> tuple[Updates, float]:
-        merged = cell.bench.merged(recipe.model_copy(update={"weights": cell.learned(**settings)}))
+        merged = cell.bench.merged(recipe.but(weights=cell.learned(**settings)))
         return merged.updates, merged.result.report.scale
 
     return make
@@ -219,7 +211,7 @@ def ways() -> Iterator[Way]:
     for label, recipe in (("core task arithmetic", Recipe(method="sum")), ("core coremerge's default", Recipe())):
         yield Way(f"{label}, norms made equal", of_equals(recipe), tuned=True)
     summed = Recipe(method="sum", scale=1.0)
-    yield Way("task arithmetic at the start of learned weights", constant(None), everywhere=True)
+    yield Way("task arithmetic at the start of learned weights", at_start, everywhere=True)
     for objective in ("nsc", "nsc-own", "match"):
         yield Way(f"weights: {objective}", of_weights(summed, objective=objective), draws=True)
     entropy = of_weights(summed, objective="entropy", modules="all")

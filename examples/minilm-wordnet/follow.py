@@ -31,7 +31,7 @@ def _prepared(source: Path) -> tuple[Any, Encoder]:
     return cut(WordNet(source), tasks.TASKS), Encoder(taskset.base.locate(), taskset.max_length)
 
 
-def follow(name: str, watch: Watch, source: Path = SOURCE) -> None:
+def follow(name: str, watch: Watch, source: Path) -> None:
     """Trains one task's adapter as ``train.py`` does; the score is accuracy, or Pearson's correlation."""
     torch.manual_seed(SEED)
     made, encoder = _prepared(source)

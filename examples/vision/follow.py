@@ -30,7 +30,7 @@ Watch = Callable[[int, Any, Sequence[Any], Callable[[], float]], bool]
 """Steps done, the model, batches of inputs without labels, and what scores the model on other rows → go on."""
 
 
-def follow(name: str, watch: Watch, source: Path = SOURCE) -> None:
+def follow(name: str, watch: Watch, source: Path) -> None:
     """Trains one task's adapter as ``train.py`` does; the score is of the head as it is then, on validation rows."""
     torch.manual_seed(SEED)
     task, base = ALL[name], load_base(located())
