@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from benchmarks.accuracy import worlds
-from benchmarks.accuracy.work import Bench
+from benchmarks.accuracy.work import Bench, kind_of
 from benchmarks.accuracy.worlds import Cell, Journal, Way
 
 from coremerge import Adapter, LowRank, Recipe
@@ -71,7 +71,7 @@ def test_rows_that_are_there_are_not_made_again(tmp_path: Path) -> None:
 def test_dense_tasks_are_a_kind_of_their_own() -> None:
     given = {"metric": "r2", "head": "h", "test": "t"}
     tasks = [Task(kind="regression", **given), Task(kind="regression", per="patch", **given)]
-    assert [worlds.kind_of(task) for task in tasks] == ["regression", "dense"]
+    assert [kind_of(task) for task in tasks] == ["regression", "dense"]
 
 
 def test_the_page_has_kinds_apart_and_fewer_adapters(tmp_path: Path) -> None:
