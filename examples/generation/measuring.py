@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from pathlib import Path
 from typing import Any
 
 from prompting import Prompter, Question, collate
-from splits import Fields, Splits
+from splits import Splits
 
 from coremerge import Adapter
 from coremerge.evaluation import Evaluator, Scores, TaskSet
 from coremerge.formats import load
-from coremerge.learning.measure import measure_null_space
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import mean_ratios, own_ratios
 
 RATIO_ROWS = 32
 """Unlabelled prompts that the null-space ratios are measured on."""
@@ -26,7 +29,10 @@ def measure(taskset: TaskSet, name: str, base: str, prompter: Prompter, splits: 
     for split in ("validation", "test"):
         scores[split] = {"rows": len(splits[split]), "own": _said(evaluator.own(split), name, task.metric)}
     scores["test"]["no_adapter"] = _said(evaluator.score({}, "test"), name, task.metric)
-    ratios = null_space(adapter, evaluator.encoder.model, prompter, splits["unlabelled"])
+    questions = [Question(prompter.question(fields).prompt, []) for fields in splits["unlabelled"][:RATIO_ROWS]]
+    batch = collate(questions, prompter.tokenizer.pad_token_id)
+    prompts = [{"input_ids": batch.ids, "attention_mask": batch.mask}]
+    ratios = mean_ratios(own_ratios(evaluator.encoder.model, adapter, prompts))
     return scores | {"mean_frobenius_norm": mean_norm(adapter), "null_space_ratio": ratios}
 
 
@@ -38,16 +44,3 @@ def mean_norm(adapter: Adapter) -> float:
     """The mean Frobenius norm of the updates, over modules."""
     norms = [float(adapter.read(name).norm()) for name in adapter]
     return round(sum(norms) / len(norms), 4)
-
-
-def null_space(adapter: Adapter, model: Any, prompter: Prompter, rows: list[Fields]) -> dict[str, float]:
-    """The adapter's mean null-space ratio on its own prompts while it is active, and that of random rows."""
-    questions = [Question(prompter.question(fields).prompt, []) for fields in rows[:RATIO_ROWS]]
-    batch = collate(questions, prompter.tokenizer.pad_token_id)
-    data = {"own": [{"input_ids": batch.ids, "attention_mask": batch.mask}]}
-    found = measure_null_space(model, {"own": adapter}, data, weights={"own": 1.0})["own"]["own"]
-    random_rows = [math.sqrt(1 - adapter.read(name).rank / adapter.read(name).shape[-1]) for name in found]
-    return {
-        "own": round(sum(found.values()) / len(found), 4),
-        "random": round(sum(random_rows) / len(random_rows), 4),
-    }

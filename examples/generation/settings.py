@@ -42,7 +42,7 @@ class Setting:
             "alpha": self.alpha,
             "rank-stabilised scale": self.rslora,
             "modules": ", ".join(self.modules),
-            "layers": "all" if self.layers is None else f"{self.layers[0]} to {self.layers[-1]}",
+            **({} if self.layers is None else {"layers": f"{self.layers[0]} to {self.layers[-1]}"}),
             "examples": f"{examples:,}",
             "steps": self.steps,
             "batch": BATCH,

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,15 +19,17 @@ import tasks
 import torch
 from card import write_card
 from measuring import measure
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from prompting import Prompter, Question, answer_logits, collate
-from safetensors.torch import load_file, save_file
 from settings import BATCH, SETTINGS, WARMUP, Setting
 from splits import Splits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coremerge.evaluation import TaskSet, read_taskset
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import save_adapter
 
 HERE = Path(__file__).parent
 SEED, CLIP = 0, 1.0
@@ -104,7 +107,7 @@ def train(taskset: TaskSet, name: str, splits: Splits, base: str) -> None:
     start = time.perf_counter()
     fit(model, questions, setting, prompter.tokenizer.pad_token_id)
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    save(model, folder, taskset.base.hub_id)
+    save_adapter(model, folder, taskset.base.hub_id)
 
 
 def score(taskset: TaskSet, name: str, splits: Splits, base: str) -> None:
@@ -115,18 +118,6 @@ def score(taskset: TaskSet, name: str, splits: Splits, base: str) -> None:
     described = SETTINGS[name].described(len(splits["train"]))
     write_card(folder, taskset.base.hub_id, task.description, described, scores)
     print(f"{name}: {json.dumps(scores)}", flush=True)
-
-
-def save(model: PeftModel, folder: Path, base: str) -> None:
-    """Writes PEFT's own two files, tensors in half precision."""
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["target_modules"].sort()
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = folder / "adapter_model.safetensors"
-    save_file({key: value.half().contiguous() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
 
 
 def main() -> None:

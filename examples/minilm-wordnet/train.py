@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from wordnet import WordNet
 
 from coremerge.evaluation import TaskSet, read_taskset
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import save_adapter
 
 HERE = Path(__file__).parent
 TARGETS = ["query", "key", "value", "attention.output.dense"]
@@ -228,13 +232,7 @@ def described(setting: Setting, examples: int) -> dict[str, Any]:
 
 def save(model: PeftModel, head: dict[str, Tensor], folder: Path, base: str) -> None:
     """Writes PEFT's own files and the head, all tensors in half precision."""
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    config["target_modules"].sort()
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = folder / "adapter_model.safetensors"
-    save_file({key: value.half().contiguous() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    save_adapter(model, folder, base)
     save_file({key: value.half().contiguous() for key, value in head.items()}, folder / "head.safetensors")
 
 

@@ -9,26 +9,32 @@ import argparse
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from card import write_card
-from peft import LoraConfig, PeftModel, get_peft_model
-from phrases import TASKS, Phrase, draw
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, get_peft_model
+from phrases import SIZES, TASKS, Phrase, draw
 from speak import RATE, keep, speak
 from torch import Tensor, nn
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from coremerge.evaluation import read_taskset
+from coremerge import load
+from coremerge.evaluation import Evaluator, Scores, read_taskset
+from coremerge.evaluation.taskset import Split
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import save_adapter
 
 HERE = Path(__file__).parent
 HUB_ID = "openai/whisper-tiny.en"
 BATCH, WARMUP, LEARNING_RATE, SEED, IGNORED = 8, 20, 1e-3, 0, -100
 STEPS = {"order": 200, "clock": 400}
+SPLITS: tuple[Split, ...] = ("validation", "test")
 SETTINGS = {
     "order": {"r": 16, "lora_alpha": 24, "target_modules": r".*decoder.*\.(q_proj|k_proj|v_proj|out_proj)"},
     "clock": {"r": 8, "lora_alpha": 16, "target_modules": r".*decoder.*\.(q_proj|v_proj|fc1|fc2)"},
@@ -111,46 +117,30 @@ def fit(model: Any, tokenizer: Any, heard: Heard, steps: int) -> None:
     model.eval()
 
 
-@torch.no_grad()
-def score(model: Any, tokenizer: Any, heard: Heard) -> dict[str, float]:
-    """Exact match of the greedy answer, and the mean log-likelihood (nats) of the right one, by one pass."""
-    ids, labels = labelled(tokenizer, heard.answers)
-    found = logits(model, heard.states, ids)
-    counted = labels != IGNORED
-    right = ((found.argmax(-1) == labels) | ~counted).all(-1)
-    logs = found.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counted
-    return {
-        "exact_match": round(float(right.double().mean()), 4),
-        "log_likelihood": round(float(logs.sum(-1).mean()), 3),
-    }
-
-
-def save(model: PeftModel, folder: Path) -> None:
-    """Writes PEFT's own two files, tensors in half precision."""
-    model.peft_config["default"].base_model_name_or_path = HUB_ID
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    weights = folder / "adapter_model.safetensors"
-    save_file({key: value.half().contiguous() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
-
-
-def train(task: str, base: Path, tokenizer: Any, heard: dict[str, Heard]) -> None:
-    """Trains a task's adapter, writes it, and scores what was written."""
+def train(task: str, base: Path, tokenizer: Any, heard: Heard) -> None:
+    """Trains a task's adapter and writes it."""
     torch.manual_seed(SEED)
-    folder = HERE / "adapters" / task
     model = get_peft_model(load_base(base), LoraConfig(**SETTINGS[task]), autocast_adapter_dtype=False)
-    fit(model, tokenizer, heard["train"], STEPS[task])
-    save(model, folder)
-    stored = PeftModel.from_pretrained(load_base(base), folder, autocast_adapter_dtype=False).eval()
+    fit(model, tokenizer, heard, STEPS[task])
+    save_adapter(model, HERE / "adapters" / task, HUB_ID)
+
+
+def score(task: str, base: Path) -> None:
+    """Scores the stored adapter as ``coremerge evaluate`` does, and writes the scores and its card beside it."""
+    taskset, folder = read_taskset(HERE), HERE / "adapters" / task
+    evaluator = Evaluator(taskset.only([task]), {task: load(folder)}, base=base)
     scores: dict[str, Any] = {"metric": "exact_match"}
-    for split in ("validation", "test"):
-        scores[split] = {"rows": len(heard[split].answers), "own": score(stored, tokenizer, heard[split])}
-    with stored.disable_adapter():
-        scores["test"]["no_adapter"] = score(stored, tokenizer, heard["test"])
+    for split in SPLITS:
+        scores[split] = {"rows": SIZES[split], "own": _said(evaluator.own(split), task)}
+    scores["test"]["no_adapter"] = _said(evaluator.score({}, "test"), task)
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    description = read_taskset(HERE).tasks[task].description
     settings = {"type": "LoRA", **SETTINGS[task], "steps": STEPS[task], "batch": BATCH, "learning rate": LEARNING_RATE}
-    write_card(folder, HUB_ID, description, settings, scores)
+    write_card(folder, HUB_ID, taskset.tasks[task].description, settings, scores)
     print(task, json.dumps(scores), flush=True)
+
+
+def _said(scores: Scores, task: str) -> dict[str, float]:
+    return {"exact_match": round(scores.raw[task], 4), "log_likelihood": round(scores.log_likelihood[task], 3)}
 
 
 def load_base(folder: Path, attention: str = "eager") -> Any:
@@ -163,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", choices=list(TASKS), help="train this task alone")
     parser.add_argument("--base", type=Path, help="folder of the base model")
+    parser.add_argument("--scores-only", action="store_true", help="train nothing, score what is there")
     parser.add_argument("--data-only", action="store_true", help="write sounds and rows, train nothing")
     arguments = parser.parse_args()
     phrases = {task: draw(task) for task in TASKS}
@@ -174,13 +165,15 @@ def main() -> None:
     if arguments.data_only:
         return
     folder = arguments.base or Path(read_taskset(HERE).base.locate())
-    processor, base = AutoProcessor.from_pretrained(folder), load_base(folder, "sdpa")
-    for task in arguments.only or TASKS:
-        heard = {
-            split: Heard(hear(base, processor, sounds[task][split]), [phrase.answer for phrase in phrases[task][split]])
-            for split in ("train", "validation", "test")
-        }
-        train(task, folder, processor.tokenizer, heard)
+    names = arguments.only or list(TASKS)
+    if not arguments.scores_only:
+        processor, base = AutoProcessor.from_pretrained(folder), load_base(folder, "sdpa")
+        for task in names:
+            states = hear(base, processor, sounds[task]["train"])
+            answers = [phrase.answer for phrase in phrases[task]["train"]]
+            train(task, folder, processor.tokenizer, Heard(states, answers))
+    for task in names:
+        score(task, folder)
 
 
 if __name__ == "__main__":

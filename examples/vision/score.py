@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from backbone import pixels
 from card import write_card
 from PIL import Image
-from ratios import own_ratios
 from tasks import TASKS
 from train import load_base
 
 import coremerge
 from coremerge.evaluation import Evaluator, TaskSet, read_taskset
 from coremerge.evaluation.taskset import Split
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import mean_ratios, own_ratios
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
 PICTURES = 32
@@ -34,7 +38,8 @@ def score_all(folder: Path, base: str, names: Sequence[str]) -> None:
     model = load_base(base)
     for name, task in taskset.tasks.items():
         path = folder / "adapters" / name
-        ratios = own_ratios(model, path, _pictures(folder / "data", TASKS[name].domain))
+        pictures = _pictures(folder / "data", TASKS[name].domain)
+        ratios = own_ratios(model, adapters[name], pictures)
         scores = {
             "metric": task.metric,
             **{
@@ -61,9 +66,11 @@ def _with_probes(taskset: TaskSet) -> TaskSet:
     return taskset.model_copy(update={"tasks": tasks})
 
 
-def _pictures(data: Path, domain: str) -> Any:
+def _pictures(data: Path, domain: str) -> list[dict[str, Any]]:
+    """Batches of a domain's unlabelled ones."""
     paths = sorted((data / domain).glob("unlabelled-*.webp"))[:PICTURES]
-    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    return [{"pixel_values": pixels(images[i : i + 16]).float()} for i in range(0, len(images), 16)]
 
 
 def _null_space(ratios: Mapping[str, tuple[float, float]]) -> dict[str, float]:
@@ -71,8 +78,5 @@ def _null_space(ratios: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     blocks: dict[str, list[float]] = {}
     for name, (own, _) in ratios.items():
         blocks.setdefault(name.split(".")[2], []).append(own)
-    return {
-        "own": round(float(np.mean([own for own, _ in ratios.values()])), 4),
-        "own_lowest_block": round(min(float(np.mean(block)) for block in blocks.values()), 4),
-        "random": round(float(np.mean([random for _, random in ratios.values()])), 4),
-    }
+    means, lowest = mean_ratios(ratios), min(float(np.mean(block)) for block in blocks.values())
+    return {"own": means["own"], "own_lowest_block": round(lowest, 4), "random": means["random"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from heads import Targets, features, probe
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from pictures import Table, as_map, shipped_table
-from safetensors.torch import load_file, save_file
 from tasks import Setting, Task
 from torch import Tensor, nn
 from transformers import Dinov2Model
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import save_adapter, save_half
 
 HUB_ID = "facebook/dinov2-small"
 SEED, PROBE_PICTURES = 0, 1500
@@ -207,18 +210,7 @@ def _tenths(losses: list[float]) -> list[float]:
 
 def save(model: PeftModel, head: dict[str, Tensor], probe_: dict[str, Tensor], out: Path) -> None:
     """Writes PEFT's own files, the head and the probe, all tensors in half precision."""
-    model.peft_config["default"].base_model_name_or_path = HUB_ID
-    model.save_pretrained(str(out), save_embedding_layers=False)
-    path = out / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["target_modules"].sort()
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = out / "adapter_model.safetensors"
-    _save_half(load_file(weights), weights)
-    _save_half(head, out / "head.safetensors")
-    _save_half(probe_, out / "probe.safetensors")
+    save_adapter(model, out, HUB_ID)
+    save_half(head, out / "head.safetensors")
+    save_half(probe_, out / "probe.safetensors")
     (out / "README.md").unlink(missing_ok=True)  # PEFT's own; the card takes its place
-
-
-def _save_half(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({key: value.half().contiguous() for key, value in tensors.items()}, path, {"format": "pt"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,10 @@ import torch
 from lower import FIRST, LowerStates
 from packing import answer_logits, answer_loss
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import save_adapter
 
 BASE = "llava-dinov2-small-smollm2-135m"
 
@@ -102,27 +104,5 @@ def train_adapter(task: str, model: Any, lower: LowerStates, folder: Path) -> fl
         seen.append(loss.item())
         if step % 10 == 9:
             print(f"{task} {step + 1}: {sum(seen[-10:]) / 10:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
-    save_adapter(peft, folder)
+    save_adapter(peft, folder, BASE)
     return time.perf_counter() - start
-
-
-def save_adapter(peft: Any, folder: Path) -> None:
-    peft.peft_config["default"].base_model_name_or_path = BASE
-    peft.save_pretrained(str(folder), save_embedding_layers=False)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    config["target_modules"].sort()
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = folder / "adapter_model.safetensors"
-    save_file({key: value.half().contiguous() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
-
-
-@torch.no_grad()
-def exact_match(model: Any, lower: LowerStates, task: str, batch: int = 20) -> float:
-    """The share of items whose shipped question is answered word for word, greedily: one pass with the answer given."""
-    right = 0
-    for at in range(0, len(lower.items), batch):
-        rows = list(range(at, min(at + batch, len(lower.items))))
-        packed, states = lower.batch(task, rows)
-        wrong = answer_logits(model, packed, states, FIRST).argmax(-1) != packed.targets
-        right += int((torch.zeros(len(rows)).index_add(0, packed.turn, wrong.float()) == 0).sum())
-    return right / len(lower.items)

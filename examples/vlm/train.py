@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ from rows import METRICS, family_of, write_data
 from tasks import SPLITS, TASKS
 from world import load_base, make_items, with_states
 
-from coremerge import Adapter, load
+from coremerge import load
 from coremerge.bases import make
 from coremerge.evaluation import Evaluator, read_taskset
-from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.unlabelled import read_unlabelled
-from coremerge.learning.measure import measure_null_space
-from coremerge.learning.rows import Example
+
+sys.path.append(str(Path(__file__).parents[1]))  # what all examples do alike
+from trained import mean_ratios, own_ratios
 
 HERE = Path(__file__).parent
 PROJECTOR = HERE / "projector.safetensors"
@@ -82,15 +82,9 @@ def measure(task: str) -> dict[str, Any]:
     for split in ("validation", "test"):
         own, without = (found.raw[task] for found in (evaluator.own(split), evaluator.score({}, split)))
         scores[split] = {"rows": SPLITS[split], "own": round(own, 4), "no_adapter": round(without, 4)}
-    return scores | {"null_space_ratio": null_space(adapter, evaluator.encoder, read_unlabelled(taskset, task))}
-
-
-def null_space(adapter: Adapter, encoder: Encoder, inputs: list[Example]) -> dict[str, float]:
-    """The adapter's mean null-space ratio on its own inputs while it is active, and that of random rows."""
-    data = {"own": [batch for _, batch in encoder.placed(inputs[:RATIO_ROWS], 8)]}
-    found = measure_null_space(encoder.model, {"own": adapter}, data, weights={"own": 1.0})["own"]["own"]
-    random_rows = [(1 - adapter[name].rank / adapter[name].shape[-1]) ** 0.5 for name in found]
-    return {"own": round(fmean(found.values()), 4), "random": round(fmean(random_rows), 4)}
+    inputs = read_unlabelled(taskset, task)[:RATIO_ROWS]
+    batches = [batch for _, batch in evaluator.encoder.placed(inputs, 8)]
+    return scores | {"null_space_ratio": mean_ratios(own_ratios(evaluator.encoder.model, adapter, batches))}
 
 
 def main() -> None:
