@@ -164,9 +164,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
+    taskset = read_taskset(given.tasks)
+    if not (given.tasks / "follow.py").exists():
+        parser.error(f"{given.tasks} has no follow.py, which says how its adapters are trained")
     sys.path.insert(0, str(given.tasks.resolve()))
-    example, taskset = importlib.import_module("follow"), read_taskset(given.tasks)
+    example = importlib.import_module("follow")
     names = given.only or (example.TASKS[:2] if given.quick else example.TASKS)
+    if unknown := [name for name in names if name not in taskset.tasks]:
+        parser.error(f"{given.tasks} has no task {unknown[0]}; it has {', '.join(taskset.tasks)}")
     steps, source = 6 if given.quick else None, given.source or example.SOURCE
     curves = {name: follow(example, name, steps, source) for name in names}
     kinds = {name: kind_of(taskset.tasks[name]) for name in names}
