@@ -146,6 +146,17 @@ def test_a_base_in_bfloat16_is_run_in_it(speaker: Callable[[str], Path]) -> None
     assert evaluator.score({}, "test").log_likelihood["task"] == pytest.approx(single, rel=0.05)
 
 
+def test_a_heads_weights_are_not_copied_for_each_row(speaker: Callable[[str], Path]) -> None:
+    """As PyTorch does where positions are not contiguous: seconds for a vocabulary of 49,152."""
+    tasks = taskset(speaker("llama"), "pieces", **PROMPTS["plain"], metric="rouge_l")
+    evaluator = Evaluator(read_taskset(tasks), {})
+    seen = []
+    head = evaluator.encoder.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    evaluator.score({}, "test")
+    assert len(seen) > 2 and all(seen)
+
+
 def test_adapters_and_their_shares(speaker: Callable[[str], Path]) -> None:
     folder = speaker("llama")
     for seed, name in enumerate(("own", "other"), 1):

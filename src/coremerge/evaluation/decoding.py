@@ -26,7 +26,7 @@ def decode(model: Any, chunks: Sequence[Placed], speech: Speech, most: int) -> l
         speech: of the model.
         most: tokens of an answer.
     """
-    with _greedy(model, speech, most):
+    with _greedy(model, speech, most), _in_one_piece(model):
         found = list(local.run(partial(_of_chunk, model, speech), chunks))
     texts = [text for part in found for text in part]
     places = torch.cat([places for places, _ in chunks])
@@ -46,6 +46,24 @@ def _greedy(model: Any, speech: Speech, most: int) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def _in_one_piece(model: Any) -> Iterator[None]:
+    """``model`` with a head that is given contiguous positions.
+
+    ``generate`` cuts a prompt's last position out of all of them, and PyTorch then copies the head's weights once a
+    row before it multiplies: of 32 rows and SmolLM2-135M on a CPU, nine tenths of the time that 24 tokens took.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.inference_mode()
