@@ -90,6 +90,58 @@ def test_a_stack_that_reaches_back_runs_whole():
     assert [segment.stages for segment in stream.segments] == [((name,),) for name in names]
 
 
+class Counted(nn.Linear):
+    """Counts how often it runs."""
+
+    runs = 0
+
+    def forward(self, x):
+        self.runs += 1
+        return super().forward(x)
+
+
+class Looking(nn.Module):
+    """Two stacks; the second begins with what blocks in the middle of the first gave."""
+
+    def __init__(self, taken):
+        super().__init__()
+        self.seeing, self.saying = (nn.ModuleList(Counted(4, 4) for _ in range(count)) for count in (6, 2))
+        self.taken = taken
+
+    def forward(self, x):
+        given = []
+        for block in self.seeing:
+            x = block(x)
+            given.append(x)
+        said = torch.stack([given[i] for i in self.taken]).sum(0)
+        for block in self.saying:
+            said = block(said)
+        return said
+
+
+@pytest.mark.parametrize("taken", [[1], [0, 2]])
+def test_a_stack_of_whose_middle_others_take_is_not_run_again(taken):
+    torch.manual_seed(0)
+    model, x = Looking(taken).eval(), {"x": torch.randn(3, 4)}
+    names = ["saying.0", "saying.1"]
+    adapter = Adapter.from_updates({name: LowRank(torch.randn(4, 1), torch.randn(1, 4)) for name in names})
+    seen, states = {}, {}
+    with frozen(model), torch.no_grad():
+        targets = MergedModel(model, {"a": adapter}).targets
+        stream = Stream(model, targets, [("a", {"x": torch.randn(3, 4)})])
+        before = model.seeing[0].runs
+        for at, segment in enumerate(stream.segments):
+            states[segment.block] = stream.run(x, at, states, {}, lambda n, z, *_: seen.update({n: z}))
+            states = {block: given for block, given in states.items() if block in stream.tail(at)}
+        runs = model.seeing[0].runs - before
+        whole = whole_pass(model, targets, x)
+    assert runs == 1 and not stream.apart and not stream.open
+    kept = taken if len(taken) == 1 else range(6)
+    assert stream.tail(5) == [f"seeing.{i}" for i in sorted({*kept, 4, 5})]
+    for name, z in whole.items():
+        torch.testing.assert_close(seen[name], z, msg=name)
+
+
 def whole_pass(model, targets, batch):
     """Each target's input."""
     seen = {}

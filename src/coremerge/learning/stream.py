@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -89,10 +89,12 @@ class Stream:
     def __init__(self, model: nn.Module, targets: Mapping[str, Target], samples: Sequence[tuple[str, Batch]]) -> None:
         self.model, self.targets = model, targets
         self._blocks = dict(_blocks(model))
+        self._places = {name: self._block(target) for name, target in targets.items()}
         trials = [self._trial(task, sample) for task, sample in samples]
         self.repeated = frozenset(name for calls in trials for name in _twice(calls.targets))
         self._leaving = frozenset[str]().union(*(calls.leaving for calls in trials))
         self.open: set[str] = set()
+        self._kept = frozenset[str]()  # blocks whose outputs other stacks take, as of the middle of a vision tower
         wrong = {self._blocks[path] for calls in trials for path in _twice(calls.blocks)}
         for (_, sample), calls in zip(samples, trials, strict=True):
             wrong |= self._not_replayed(sample, calls, wrong)
@@ -125,7 +127,8 @@ class Stream:
         segment = self.segments[at]
         with ExitStack() as undo:
             self._replay(undo, self.finished(at), states)
-            for target in self.targets.values():
+            for name in self.running(at):
+                target = self.targets[name]
                 undo.callback(target.module.register_forward_hook(_adding(target, updates, watch)).remove)
             if until and not self.repeated & set(until):
                 self._stop_after(undo, until)
@@ -143,21 +146,22 @@ class Stream:
         return [s.block for s in before if s.stack not in self.open or s.stack == self.segments[at].stack]
 
     def running(self, at: int) -> list[str]:
-        """Targets that may run with a segment."""
-        blocks = set(self.finished(at))
-        return [name for name, target in self.targets.items() if self._block(target) not in blocks]
+        """Targets that may run with a segment: a pass ends with the segment's block, so none of the stack's others."""
+        segment = self.segments[at]
+        blocks = {
+            *self.finished(at),
+            *(one.block for one in self.segments if segment.block and one.stack == segment.stack),
+        }
+        return [name for name, block in self._places.items() if block == segment.block or block not in blocks]
 
     def tail(self, at: int) -> list[str]:
         """Blocks whose outputs are needed after a segment."""
-        stacks: dict[str, list[str]] = {}
-        for segment in self.segments[: at + 1]:
-            if segment.block:
-                stacks.setdefault(segment.stack, []).append(segment.block)
-        return [block for blocks in stacks.values() for block in self._needed(blocks)]
+        return self._at_hand([segment.block for segment in self.segments[: at + 1] if segment.block], self._kept)
 
-    def _needed(self, blocks: Sequence[str]) -> list[str]:
+    def _needed(self, blocks: Sequence[str], kept: Collection[str]) -> list[str]:
         """Of a stack's finished blocks, those from whose outputs the others' can be told, or whose later ones need."""
-        return [block for i, block in enumerate(blocks) if i >= len(blocks) - TAIL or block in self._leaving]
+        asked = self._leaving.union(kept)
+        return [block for i, block in enumerate(blocks) if i >= len(blocks) - TAIL or block in asked]
 
     def _block(self, target: Target) -> str:
         place = block_of(self.model, target.path)
@@ -242,19 +246,30 @@ class Stream:
             stack, done = self._blocks[path], order[:at]
             if stack in wrong:
                 continue
-            others = {self._blocks[p] for p in done} - {stack}
-            for opened in (self.open, self.open | others):
+            for opened, kept in self._arrangements(stack, [p for p in done if self._blocks[p] not in wrong]):
                 behind = [p for p in done if self._blocks[p] == stack or self._blocks[p] not in wrong | opened]
-                given = self._behind(behind, path, sample, states)
+                given = self._behind(behind, path, sample, {p: states[p] for p in self._at_hand(behind, kept)})
                 if given and _same(_mark(given[0]), calls.outputs[path]):
-                    states[path], self.open = given, opened
+                    states[path], self.open, self._kept = given, opened, kept
                     break
             else:
                 wrong.add(stack)
-            finished = [p for p in order[: at + 1] if self._blocks[p] == stack]
-            for old in set(finished) - set(self._needed(finished)):
-                states.pop(old, None)
         return wrong
+
+    def _arrangements(self, stack: str, done: Sequence[str]) -> Iterator[tuple[set[str], frozenset[str]]]:
+        """Other stacks that are open and blocks that are kept: as so far, with one block more, with all, or opened."""
+        others = [path for path in done if self._blocks[path] not in {stack, *self.open}]
+        yield self.open, self._kept
+        yield from ((self.open, self._kept | {path}) for path in reversed(others))
+        yield self.open, self._kept.union(others)
+        yield self.open | {self._blocks[path] for path in done} - {stack}, self._kept
+
+    def _at_hand(self, finished: Sequence[str], kept: Collection[str]) -> list[str]:
+        """Of the finished blocks of all stacks, those whose outputs are kept."""
+        stacks: dict[str, list[str]] = {}
+        for path in finished:
+            stacks.setdefault(self._blocks[path], []).append(path)
+        return [path for blocks in stacks.values() for path in self._needed(blocks, kept)]
 
     def _behind(self, finished: Sequence[str], path: str, sample: Batch, states: Mapping[str, Given]) -> Given | None:
         """What a block gives behind stored states; None: it does not run there."""
@@ -276,7 +291,7 @@ class Stream:
         inside: dict[str, list[str]] = {path: [] for path in order}
         loose: list[tuple[int, Segment]] = []
         for name in dict.fromkeys(calls.targets):
-            path = self._block(self.targets[name])
+            path = self._places[name]
             if path in inside:
                 inside[path].append(name)
             else:
