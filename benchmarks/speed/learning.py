@@ -25,6 +25,7 @@ from benchmarks.speed.process import measure
 from coremerge import Adapter, LowRank
 from coremerge.learning import Settings, learn_weights
 from coremerge.learning.backbone import frozen
+from coremerge.learning.blocks import ALL, measured_of
 from coremerge.learning.forward import MergedModel
 from coremerge.learning.objectives import Entropy, Match, NullSpace, Objective
 
@@ -102,9 +103,10 @@ def our_step(quick: bool, count: int, objective: str) -> Iterator[Callable[[], N
         merged = MergedModel(model, adapters)
         values = {name: nn.Parameter(torch.full((count,), 0.3)) for name in merged.targets}
         head = torch.randn(model.get_input_embeddings().embedding_dim, 10)  # type: ignore[operator]
+        measured = measured_of(merged, ALL)
         kinds: Mapping[str, Objective] = {
-            "nsc": NullSpace(merged, list(merged.targets)),
-            "nsc-own": NullSpace(merged, list(merged.targets), own=True),
+            "nsc": NullSpace(merged, measured),
+            "nsc-own": NullSpace(merged, measured, own=True),
             "match": Match(merged, list(merged.targets)),
             "entropy": Entropy(merged, {"task0": lambda output, _: output.last_hidden_state.mean(1) @ head}),
         }

@@ -12,7 +12,7 @@ from coremerge import Recipe, load, merge
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, InputError, UnsupportedError
 from coremerge.learning import PRESETS, Settings, learn_weights, measure_null_space, null_space_ratio, read_weights
-from coremerge.learning.blocks import choose_modules
+from coremerge.learning.blocks import choose_modules, measured_of
 from coremerge.learning.forward import MergedModel
 from coremerge.learning.objectives import Entropy, Match, NullSpace, alone
 from coremerge.learning.result import as_tuple
@@ -41,6 +41,10 @@ def constant(value):
     return lambda target: torch.full((len(target.owner),), value)
 
 
+def everything(adapters):
+    return {name: list(adapter) for name, adapter in adapters.items()}
+
+
 def inputs(model, merged_adapter, batch):
     """Each module's inputs in the model with an update merged into its weights: no hooks on the way."""
     found, hooks = {}, []
@@ -63,7 +67,7 @@ class TestObjectives:
     def test_the_null_space_ratio(self, model, adapters):
         batch = batches("bert")[0]
         names = [name for name in adapters["a"] if ".layer.3." in name]
-        with NullSpace(MergedModel(model, adapters), names)("b", batch, constant(0.4)) as loss:
+        with NullSpace(MergedModel(model, adapters), {"b": names})("b", batch, constant(0.4)) as loss:
             found = loss.item()
         seen = inputs(model, plain_sum(adapters, 0.4), batch)
         ratios = [null_space_ratio(seen[name], adapters["b"][name].right, batch["attention_mask"]) for name in names]
@@ -71,9 +75,9 @@ class TestObjectives:
 
     def test_its_distance_to_the_adapters_own(self, model, adapters):
         batch = batches("bert")[0]
-        with NullSpace(MergedModel(model, adapters), list(adapters["a"]), own=True)("b", batch, alone("b")) as loss:
+        with NullSpace(MergedModel(model, adapters), everything(adapters), own=True)("b", batch, alone("b")) as loss:
             assert loss.item() == 0
-        with NullSpace(MergedModel(model, adapters), list(adapters["a"]), own=True)("b", batch, constant(0.4)) as loss:
+        with NullSpace(MergedModel(model, adapters), everything(adapters), own=True)("b", batch, constant(0.4)) as loss:
             found = loss.item()
         merged, own = inputs(model, plain_sum(adapters, 0.4), batch), inputs(model, adapters["b"], batch)
         rights, mask = {name: adapters["b"][name].right for name in adapters["b"]}, batch["attention_mask"]
@@ -83,7 +87,7 @@ class TestObjectives:
     def test_the_adapters_own_ratio_is_taken_once_a_batch(self, model, adapters):
         passes = []
         model.bert.register_forward_pre_hook(lambda *_: passes.append(1))
-        objective = NullSpace(MergedModel(model, adapters), list(adapters["a"]), own=True)
+        objective = NullSpace(MergedModel(model, adapters), everything(adapters), own=True)
         for batch, expected in zip([*batches("bert", 2)] * 2, (2, 4, 5, 6), strict=True):
             with objective("b", batch, constant(0.4)):
                 assert len(passes) == expected
@@ -114,8 +118,8 @@ class TestObjectives:
         model = model.double()
         exact = {name: adapter.load() for name, adapter in adapters.items()}
         merged = MergedModel(model, exact)
-        kinds = {"match": Match(merged, list(merged.targets)), "nsc": NullSpace(merged, list(merged.targets))}
-        chosen = kinds.get(objective) or NullSpace(merged, list(merged.targets), own=True)
+        kinds = {"match": Match(merged, list(merged.targets)), "nsc": NullSpace(merged, everything(exact))}
+        chosen = kinds.get(objective) or NullSpace(merged, everything(exact), own=True)
         name = next(iter(merged.targets))
 
         def loss_at(value):
@@ -408,6 +412,19 @@ class TestModules:
     def test_in_every_family_and_stack(self, family, stacks, tmp_path):
         merged = MergedModel(make_model(family), {"a": make_adapter(family, tmp_path / "a", 1)})
         assert 4 * len(choose_modules(merged, "last-quarter")) == len(merged.targets)
+
+    def test_an_adapter_without_late_blocks_is_measured_in_its_own(self, model, adapters, data, tmp_path):
+        early = make_adapter("bert", tmp_path / "early", 3, layers_to_transform=[0, 1])
+        both = {"a": adapters["a"], "b": early}
+        found = measured_of(MergedModel(model, both), "last-quarter")
+        assert {adapter: {name.split(".")[3] for name in names} for adapter, names in found.items()} == {
+            "a": {"3"},
+            "b": {"1"},
+        }
+        assert measured_of(MergedModel(model, both), "*.3.*")["b"] == []
+        assert learn_weights(model, both, data, objective="nsc", steps=1).steps == 1
+        with pytest.raises(InputError, match="b: the inputs reach no module that is measured"):
+            learn_weights(model, both, data, objective="nsc", modules="*.3.*", steps=1)
 
 
 class TestMeasure:

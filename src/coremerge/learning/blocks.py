@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -39,6 +40,30 @@ def choose_modules(merged: MergedModel, which: str) -> list[str]:
             remedy=f"Give all, last-quarter or a pattern; the adapters have {names[0]} and {len(names) - 1} more",
         )  # fmt: skip
     return chosen
+
+
+def measured_of(merged: MergedModel, which: str) -> dict[str, list[str]]:
+    """Adapter → those of its modules that :func:`choose_modules` names.
+
+    An adapter that has nothing in the last quarter of the model's blocks is measured in the last quarter of its own.
+    """
+    chosen, found = set(choose_modules(merged, which)), {}
+    for adapter in merged.adapters:
+        own = [name for name, target in merged.targets.items() if adapter in target.adapters]
+        found[adapter] = [name for name in own if name in chosen]
+        if not found[adapter] and which == LAST_QUARTER:
+            found[adapter] = _last_quarter_of(merged, own)
+    return found
+
+
+def _last_quarter_of(merged: MergedModel, names: Sequence[str]) -> list[str]:
+    """Of the blocks that these modules are in, counted in each stack."""
+    places = {name: place[:2] for name in names if (place := block_of(merged.model, merged.targets[name].path))}
+    stacks: dict[str, list[int]] = {}
+    for stack, at in sorted(set(places.values())):
+        stacks.setdefault(stack, []).append(at)
+    first = {stack: blocks[3 * len(blocks) // 4] for stack, blocks in stacks.items()}
+    return [name for name, (stack, at) in places.items() if at >= first[stack]]
 
 
 def _in_last_quarter(model: nn.Module, path: str) -> bool:

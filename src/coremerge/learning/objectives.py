@@ -28,19 +28,20 @@ class NullSpace:
 
     Args:
         merged: the model.
-        measured: names of the target modules that count.
+        measured: adapter → names of its modules that count.
         own: take the distance to the ratio that the adapter reaches alone, instead of the ratio itself. A batch must
             then stay as it is between calls.
 
     Source: Null-Space Compression merging (CVPR 2026); ``own`` is ours.
     """
 
-    def __init__(self, merged: MergedModel, measured: Collection[str], *, own: bool = False) -> None:
+    def __init__(self, merged: MergedModel, measured: Mapping[str, Collection[str]], *, own: bool = False) -> None:
         self.merged, self.own = merged, own
         self._bases = {
-            name: {key: row_basis(target.right_of(key)).float() for key in target.adapters}
+            name: {
+                key: row_basis(target.right_of(key)).float() for key in target.adapters if name in measured.get(key, ())
+            }
             for name, target in merged.targets.items()
-            if name in measured
         }
         self._goals: dict[tuple[str, int], tuple[Batch, Mapping[str, Tensor]]] = {}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from coremerge.adapter import Adapter
 from coremerge.errors import InputError
 from coremerge.learning.backbone import Batch, frozen, inputs_of, seeded
-from coremerge.learning.blocks import choose_modules
+from coremerge.learning.blocks import choose_modules, measured_of
 from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.given import moved
 from coremerge.learning.objectives import Entropy, Match, NullSpace, Objective
@@ -201,7 +201,6 @@ class Slopes:
 def _objective(settings: Settings, merged: MergedModel, heads: Heads) -> Objective:
     if settings.objective == "entropy":
         return Entropy(merged, heads)
-    measured = choose_modules(merged, settings.modules)
     if settings.objective == "match":
-        return Match(merged, measured)
-    return NullSpace(merged, measured, own=settings.objective == "nsc-own")
+        return Match(merged, choose_modules(merged, settings.modules))
+    return NullSpace(merged, measured_of(merged, settings.modules), own=settings.objective == "nsc-own")
