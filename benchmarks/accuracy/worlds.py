@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.accuracy.tables import GRID, untuned
-from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, kind_of, open_bench
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, kind_of, open_bench
 from coremerge import Adapter, Recipe
 from coremerge.evaluation import Evaluator, Scores
 from coremerge.evaluation.plan import make_plan
@@ -44,7 +44,9 @@ ROWS: dict[Split, int] = {"validation": 100, "test": 300}
 """A task, unless the command says otherwise."""
 COUNTS = (2, 4, 8)
 """Numbers of adapters beside all of them."""
-DRAWS, INPUTS, BATCH = 3, 64, 4
+DRAWS, INPUTS = 3, 64
+BATCH = {"weights": 4, "fit": 16}
+"""Inputs that go together; a step of a descent sees one batch a task, sums over inputs do not depend on it."""
 WORK = Path("work/bench/worlds")
 PROBE = "probe.safetensors"
 """Beside a head: one that was learned on the base without an adapter."""
@@ -96,15 +98,22 @@ class Cell:
         return len(self.bench.adapters)
 
     @cached_property
-    def data(self) -> dict[str, list[Batch]]:
-        """Task → batches of inputs of rows that are not test rows, drawn by the seed; labels stay behind."""
-        encoder, draw = self.bench.evaluator.encoder, random.Random(self.seed)
-        found = {}
+    def inputs(self) -> dict[str, list[Example]]:
+        """Task → inputs of rows that are not test rows, drawn by the seed; labels stay behind."""
+        draw, found = random.Random(self.seed), {}
         for name in self.bench.adapters:
-            inputs = pool(self.bench.taskset, name)
-            chosen = draw.sample(inputs, min(BATCH if self.quick else INPUTS, len(inputs)))
-            found[name] = [batch for _, batch in encoder.placed(chosen, BATCH)]
+            known = pool(self.bench.taskset, name)
+            found[name] = draw.sample(known, min(BATCH["weights"] if self.quick else INPUTS, len(known)))
         return found
+
+    def batches(self, size: int) -> dict[str, list[Batch]]:
+        """Task → its inputs, ``size`` at a time."""
+        placed = self.bench.evaluator.encoder.placed
+        return {name: [batch for _, batch in placed(chosen, size)] for name, chosen in self.inputs.items()}
+
+    def merged(self, recipe: Recipe) -> Merged:
+        """Also of adapters that share no module, as a draw may have them."""
+        return self.bench.merged(recipe.but(allow_disjoint=True))
 
     def learned(self, **settings: Any) -> dict[str, Any]:
         """Weights as a recipe takes them; what is put before several methods is learned once."""
@@ -120,11 +129,15 @@ class Cell:
             settings["heads"] = self.bench.evaluator.classifiers()
         model = self.bench.evaluator.encoder.model
         with torch.enable_grad():
-            return dict(learn_weights(model, self.bench.adapters, self.data, seed=self.seed, **settings))
+            data = self.batches(BATCH["weights"])
+            return dict(learn_weights(model, self.bench.adapters, data, seed=self.seed, **settings))
 
     def fitted(self, **settings: Any) -> Mapping[str, Any]:
         """Updates of a fit."""
-        return dict(fit(self.bench.evaluator.encoder.model, self.bench.adapters, self.data, **settings).adapter)
+        data = self.batches(BATCH["fit"])
+        return dict(
+            fit(self.bench.evaluator.encoder.model, self.bench.adapters, data, allow_disjoint=True, **settings).adapter
+        )
 
 
 Updates = Mapping[str, Any]
@@ -155,7 +168,7 @@ def of_recipe(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
     """A merge without data."""
 
     def make(cell: Cell) -> tuple[Updates, float]:
-        merged = cell.bench.merged(recipe.but(seed=cell.seed))
+        merged = cell.merged(recipe.but(seed=cell.seed))
         return merged.updates, merged.result.report.scale
 
     return make
@@ -183,14 +196,14 @@ def at_start(cell: Cell) -> tuple[Updates, float]:
     """A plain sum at the weight of all adapters at which learned ones start."""
     scale = settle("nsc", None, {}, cell.count).start
     assert scale is not None
-    return cell.bench.merged(Recipe(method="sum", scale=scale)).updates, scale
+    return cell.merged(Recipe(method="sum", scale=scale)).updates, scale
 
 
 def of_weights(recipe: Recipe, **settings: Any) -> Callable[[Cell], tuple[Updates, float]]:
     """Weights that are learned, then a merge."""
 
     def make(cell: Cell) -> tuple[Updates, float]:
-        merged = cell.bench.merged(recipe.but(weights=cell.learned(**settings)))
+        merged = cell.merged(recipe.but(weights=cell.learned(**settings)))
         return merged.updates, merged.result.report.scale
 
     return make
