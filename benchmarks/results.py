@@ -78,7 +78,7 @@ def command() -> str:
     """The command that is running, as a person would type it; without the folders of this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
-    words = re.sub(r" --(work|results|findings)[ =]\S+", "", " " + shlex.join(sys.argv[1:]))
+    words = re.sub(r" --(work|results|findings|source)[ =]\S+", "", " " + shlex.join(sys.argv[1:]))
     return f"python {name}{words}".rstrip()
 
 
