@@ -16,7 +16,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, partial
@@ -50,6 +50,9 @@ BATCH = {"weights": 4, "fit": 16}
 WORK = Path("work/bench/worlds")
 PROBE = "probe.safetensors"
 """Beside a head: one that was learned on the base without an adapter."""
+
+BOUNDS = ("own adapters", "no adapter", "no adapter, probes")
+"""Rows that no merge makes."""
 
 AHEAD = {
     "isotropize": Recipe(method="sum", steps=["isotropize"]),
@@ -321,10 +324,11 @@ def shares(found: Mapping[str, float], own: Mapping[str, float], tasks: Mapping[
 def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quick: bool) -> None:
     """Score what is not there yet."""
     everything = list(bench.adapters)
-    journal.keep("all/0/own adapters", lambda: measured(bench.evaluator.own("test")))
-    journal.keep("all/0/no adapter", lambda: measured(bench.evaluator.score({}, "test")))
+    own, none, control = (f"all/0/{label}" for label in BOUNDS)
+    journal.keep(own, lambda: measured(bench.evaluator.own("test")))
+    journal.keep(none, lambda: measured(bench.evaluator.score({}, "test")))
     if (probed := with_probes(bench)) is not None:
-        journal.keep("all/0/no adapter, probes", lambda: measured(probes(bench, probed)))
+        journal.keep(control, lambda: measured(probes(bench, probed)))
     chosen = [way for way in ways() if not only or any(part in way.label for part in only)]
     for cell in cells(bench, draws, quick):
         for way in chosen:
@@ -345,7 +349,7 @@ def page(bench: Bench, journal: Journal) -> str:
     """The tables of all adapters, and of fewer."""
     kinds = {name: kind_of(task) for name, task in bench.taskset.tasks.items()}
     present = list(dict.fromkeys(kinds.values()))
-    labels = list(dict.fromkeys(key.split("/", 2)[2] for key in journal.rows))
+    labels = _ordered({_named(key)[1] for key in journal.rows})
     lines = []
     for label in labels:
         rows = _rows(journal, "all", label)
@@ -362,6 +366,12 @@ def page(bench: Bench, journal: Journal) -> str:
     if fewer:
         parts.append(results.table(["way", *(f"{size}{part}" for size in sizes for part in ("", ", tuned"))], fewer))
     return "\n\n".join(parts)
+
+
+def _ordered(labels: Collection[str]) -> list[str]:
+    """As they are measured, whenever each was; of ways that are gone, in alphabetical order."""
+    known = [*BOUNDS, *(way.label for way in ways())]
+    return [label for label in known if label in labels] + sorted(set(labels) - set(known))
 
 
 def _rows(journal: Journal, count: int | str, label: str) -> list[dict[str, Any]]:

@@ -128,3 +128,7 @@ def test_weights_that_stand_before_several_methods_are_learned_once(
     for objective in ("nsc", "nsc", "match"):
         assert cell.learned(objective=objective) == {"t0": 0.5}
     assert [one["objective"] for one in calls] == ["nsc", "match"]
+
+
+def test_rows_stand_as_they_are_measured_and_old_ones_last() -> None:
+    assert worlds._ordered({"zz", "fit", "no adapter", "core ties"}) == ["no adapter", "core ties", "fit", "zz"]
