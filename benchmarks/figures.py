@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import results
+from benchmarks import readme, results
 from benchmarks.accuracy import compression
+from benchmarks.accuracy.work import EXAMPLE
 from benchmarks.speed import operations
+from coremerge.evaluation import read_taskset
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 STYLE = {
@@ -205,6 +208,39 @@ def methods(known: Numbers) -> Figure:
     return figure
 
 
+def worlds(known: Numbers) -> Figure:
+    """Every way to merge in every world, as it comes and at its best scale."""
+    ways = {name: label for name, label in {**readme.MERGES, **readme.LEARNED}.items() if label not in CONTROLS}
+    figure = Figure(figsize=(9, 0.24 * len(ways) + 1.3))
+    panels = figure.subplots(1, len(readme.WORLDS), sharey=True, sharex=True)
+    for axes, (folder, title) in zip(panels, readme.WORLDS.items(), strict=True):
+        numbers = known[f"Accuracy: {folder}"]
+        for place, label in enumerate(reversed(ways.values())):
+            plain, tuned = readme.means(numbers, label)
+            colour = COLOURS[1] if label in OURS else COLOURS[0]
+            axes.plot([plain, tuned], [place, place], color="0.75", linewidth=1.2, zorder=1)
+            axes.plot(tuned, place, "o", markerfacecolor="white", color=colour, markersize=6)
+            axes.plot(plain, place, "o", color=colour, markersize=6)
+        for label, style in CONTROLS.items():
+            axes.axvline(readme.means(numbers, label)[0], color="0.4", linestyle=style)
+        axes.set_title(title)
+    panels[0].set_yticks(range(len(ways)), [name.replace("`", "") for name in reversed(ways)])
+    panels[0].set_xlim(0, 1)
+    panels[0].set_xticks([0, 0.5, 1])
+    for label, style in CONTROLS.items():
+        panels[0].plot([], [], color="0.4", linestyle=style, label=label)
+    panels[0].plot([], [], "o", color=COLOURS[0], label="as it comes")
+    panels[0].plot([], [], "o", color=COLOURS[0], markerfacecolor="white", label="scale tuned on labels")
+    panels[0].plot([], [], "s", color=COLOURS[1], label="ours")
+    figure.legend(loc="outside upper center", ncols=5)
+    figure.supxlabel("normalised mean score (own adapters: 1)", fontsize=9)
+    return figure
+
+
+CONTROLS = {"no adapter": ":", "no adapter, probes": "--"}
+OURS = ("core coremerge's default", "fit", "fit, rank 16", "weights: nsc-own", "weights: match")
+
+
 def mean(seeds: Sequence[Mapping[str, Any]]) -> float:
     """Of the means of several seeds."""
     return sum(scores["mean"] for scores in seeds) / len(seeds)
@@ -233,13 +269,11 @@ SPELLING = {
 """In this order."""
 
 
-def training(known: Numbers) -> Figure:
-    """The null-space ratio and the score while adapters train."""
-    from benchmarks.accuracy.work import EXAMPLE
-    from coremerge.evaluation import read_taskset
-
-    curves = known[compression.SECTION]
-    metrics = {name: task.metric for name, task in read_taskset(EXAMPLE).tasks.items()}
+def training(known: Numbers, folder: Path = EXAMPLE) -> Figure:
+    """The null-space ratio and the score while adapters of an example train."""
+    taskset = read_taskset(folder)
+    curves = known[compression.section(taskset)]
+    metrics = {name: task.metric for name, task in taskset.tasks.items()}
     return compression.draw(
         {name: [compression.Point(**point) for point in points] for name, points in curves.items()}, metrics
     )
@@ -251,7 +285,9 @@ FIGURES: Mapping[str, Callable[[Numbers], Figure]] = {
     "discarded": discarded,
     "alignment": alignment,
     "distance": distance,
+    "worlds": worlds,
     "compression": training,
+    "compression-vision": partial(training, folder=EXAMPLE.with_name("vision")),
     "output_rank": output_rank,
     "scale": scale,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ MERGES = {
     "no adapter": "no adapter",
     "no adapter, heads trained for that": "no adapter, probes",
     "task arithmetic": "core task arithmetic",
+    "task arithmetic at 2.4 / T": "task arithmetic at the start of learned weights",
     "TIES, full space": "full ties",
     "KnOTS-TIES": "knots ties",
     "core TIES": "core ties",
@@ -34,6 +36,7 @@ LEARNED = {
     "weights by NSC, its paper's settings": "weights: nsc",
     "weights by `nsc-own`": "weights: nsc-own",
     "weights by `match`": "weights: match",
+    "weights by entropy, classification alone": "weights: entropy (AdaMerging; classification alone)",
     "`coremerge fit`": "fit",
     "`coremerge fit --rank 16`": "fit, rank 16",
 }
@@ -62,10 +65,15 @@ def accuracy(known: Known) -> str:
 
 
 def _cell(numbers: Known, label: str) -> str:
-    """The mean over draws of all adapters merged, untuned, and tuned where that was done."""
+    return " · ".join(f"{value:.3f}" for value in means(numbers, label) if not math.isnan(value))
+
+
+def means(numbers: Known, label: str) -> tuple[float, float]:
+    """The mean over draws of all adapters merged, untuned and tuned; NaN where that is not measured."""
     found = [row for key, row in numbers.items() if key.startswith("all/") and key.split("/", 2)[2] == label]
     parts = [[row["mean"] for row in found], [row["tuned"]["mean"] for row in found if "tuned" in row]]
-    return " · ".join(f"{statistics.fmean(values):.3f}" for values in parts if values)
+    plain, tuned = (statistics.fmean(values) if values else math.nan for values in parts)
+    return plain, tuned
 
 
 def speed(known: Known) -> str:
