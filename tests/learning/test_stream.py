@@ -12,7 +12,9 @@ from torch import nn
 import kinds
 from coremerge import Adapter
 from coremerge.errors import OutputError
+from coremerge.learning import fit
 from coremerge.learning.backbone import backbone_output, frozen
+from coremerge.learning.blocks import block_of
 from coremerge.learning.forward import MergedModel
 from coremerge.learning.states import States
 from coremerge.learning.stream import Stream
@@ -247,3 +249,101 @@ def test_a_folder_for_states_that_goes_is_said(tmp_path):
     states = States(tmp_path / "gone")
     with pytest.raises(OutputError, match=r"gone: hidden states do not go there: .*No such file.*--spill"):
         states["a"] = torch.ones(2)
+
+
+class Residual(nn.Module):
+    """A block that works in place, or ends in a norm, and may be given something else besides."""
+
+    def __init__(self, *, in_place=False, normed=False, inner=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4) if inner is None else inner
+        self.norm = nn.LayerNorm(4) if normed else nn.Identity()
+        self.in_place = in_place
+
+    def forward(self, x, more=0):
+        if self.in_place:
+            x += torch.tanh(self.a(x))
+            x += torch.tanh(self.b(x))
+            return x
+        return self.norm(x + self.b(torch.tanh(self.a(x))) + more)
+
+
+class Odd(nn.Module):
+    """Stacks that do not run as a row of blocks, each of which reads the one before it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, shared = how, nn.Linear(4, 4)
+        kinds = {
+            "in place": {"in_place": True},
+            "skip over norms": {"normed": True},
+            "one layer in all": {"inner": shared},
+        }
+        self.first = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(Residual(**kinds.get(how, {})) for _ in range(5))
+        self.later = nn.ModuleList(Residual(normed=True) for _ in range(2))
+        self.end = nn.Sequential(nn.Linear(12 if how == "head of several" else 4, 4))
+
+    def forward(self, x):
+        x, given = self.first(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x, given[0]) if self.how == "skip over norms" and i == 4 else block(x)
+            given.append(x)
+        if self.how == "head of several":
+            return self.end(torch.cat([given[0], given[2], given[4]], -1))
+        x = given[1] if self.how == "norms behind a middle" else x
+        for block in self.later:
+            x = block(x)
+        return self.end(x)
+
+
+def whole_and_by_blocks(model, adapters, data, monkeypatch):
+    """A fit's updates, block by block and with whole passes for every module."""
+    found = [fit(model, adapters, data).adapter]
+    with monkeypatch.context() as patch:
+        patch.setattr("coremerge.learning.stream._blocks", lambda *_: iter(()))
+        found.append(fit(model, adapters, data).adapter)
+    return [{name: update.dense() for name, update in adapter.items()} for adapter in found]
+
+
+def check_the_same(found):
+    for name, update in found[1].items():
+        torch.testing.assert_close(found[0][name], update, msg=name)
+
+
+@pytest.mark.parametrize(
+    "how", ["in place", "skip over norms", "one layer in all", "head of several", "norms behind a middle"]
+)
+def test_a_fit_is_that_of_whole_passes(how, monkeypatch):
+    torch.manual_seed(0)
+    model = Odd(how).eval()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if how == "head of several":
+        names = [name for name in names if not name.startswith("later")]
+    adapters = {
+        key: Adapter.from_updates(
+            {
+                name: LowRank(0.3 * torch.randn(layer.out_features, 1), 0.3 * torch.randn(1, layer.in_features))
+                for name in names
+                for layer in [model.get_submodule(name)]
+            }
+        )
+        for key in "ab"
+    }
+    data = {key: [{"x": torch.randn(5, 3, 4)} for _ in range(3)] for key in "ab"}
+    check_the_same(whole_and_by_blocks(model, adapters, data, monkeypatch))
+
+
+def test_a_stack_within_a_sequence_of_layers_is_one():
+    parts = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])}), nn.Linear(4, 4)
+    model = nn.ModuleDict({"net": nn.Sequential(*parts)})
+    assert block_of(model, "net.0.layers.0") == ("net.0.layers", 0, 1) and block_of(model, "net.1") == ("net", 1, 2)
+
+
+def test_batches_of_several_kinds_in_one_task(tmp_path, monkeypatch):
+    """Texts that run no vision tower do not keep a task's images from it."""
+    model = make_model("llava")
+    adapters = {name: make_adapter("llava", tmp_path / name, seed) for seed, name in enumerate("ab")}
+    images, texts = batches("llava"), batches("bert")
+    data = {"a": [texts[0], images[0], texts[1], images[1]], "b": images}
+    check_the_same(whole_and_by_blocks(model, adapters, data, monkeypatch))

@@ -74,11 +74,13 @@ def _in_last_quarter(model: nn.Module, path: str) -> bool:
 def block_of(model: nn.Module, path: str) -> tuple[str, int, int] | None:
     """The stack that ``path`` is in, its place there, and the stack's length; None for a module outside of any.
 
-    A stack is the outermost list of modules on the way.
+    A stack is the outermost list of modules on the way, or else the outermost sequence of layers.
     """
+    found: dict[type[nn.Module], tuple[str, int, int]] = {}
     for match in re.finditer(r"\.(\d+)(?=\.|$)", path):
         stack = path[: match.start()]
         module = model.get_submodule(stack)
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            return stack, int(match.group(1)), len(module)
-    return None
+        for kind in (nn.ModuleList, nn.Sequential):
+            if isinstance(module, kind):
+                found.setdefault(kind, (stack, int(match.group(1)), len(module)))
+    return found.get(nn.ModuleList, found.get(nn.Sequential))

@@ -167,7 +167,7 @@ class Passes:
     def begin(self, found: Mapping[str, Tensor]) -> None:
         """From the first block on, with what modules carry before they are fitted (:meth:`take`)."""
         self.states.clear()
-        self._unreached: set[tuple[str, str]] = set()  # tasks whose inputs do not run a stack, as texts a vision tower
+        self._unreached: set[tuple[str, int, str]] = set()  # batches that do not run a stack, as texts a vision tower
         self.updates: dict[str, LowRank] = {}
         self.take(found)
 
@@ -208,7 +208,7 @@ class Passes:
 
             given = self.stream.run(batch, at, self._before("own", lot.task, j), alone, _counting(batch, watch))
             if segment.block and given is None:
-                self._unreached.add((lot.task, segment.stack))
+                self._unreached.add((lot.task, j, segment.stack))
             else:
                 self._after("own", lot.task, j, at, given)
             for name, listed in () if self._own_inputs_do else goals.items():
@@ -288,9 +288,9 @@ class Passes:
 
     def _reaching(self, lot: Lot, segment: Segment) -> Iterator[tuple[int, int, Batch]]:
         """The batches that reach the segment, as far as that is known."""
-        for numbered in lot.batches:
-            if (lot.task, segment.stack) not in self._unreached:
-                yield numbered
+        for j, rows, batch in lot.batches:
+            if (lot.task, j, segment.stack) not in self._unreached:
+                yield j, rows, batch
 
 
 def in_basis(x: Tensor, basis: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coremerge.errors import OutputError
+
+Leaf = TypeVar("Leaf")
 
 
 class States:
@@ -69,15 +71,15 @@ class States:
             held[0].unlink()
 
 
-def _taken_apart(tree: Any, tensors: list[Tensor]) -> Any:
-    """``tree`` with places in ``tensors`` for its tensors."""
-    if isinstance(tree, Tensor):
-        tensors.append(tree)
-        return _Place(len(tensors) - 1)
+def mapped(tree: Any, kind: type[Leaf], change: Callable[[Leaf], Any]) -> Any:
+    """``tree`` of tuples, lists and mappings with its leaves of a ``kind`` changed."""
+    if isinstance(tree, kind):
+        return change(tree)
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_taken_apart(part, tensors) for part in tree)
+        parts = [mapped(part, kind, change) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     if isinstance(tree, Mapping):
-        return type(tree)({key: _taken_apart(part, tensors) for key, part in tree.items()})  # type: ignore[call-arg]
+        return type(tree)({key: mapped(part, kind, change) for key, part in tree.items()})  # type: ignore[call-arg]
     return tree
 
 
@@ -85,11 +87,15 @@ class _Place(int):
     pass
 
 
+def _taken_apart(tree: Any, tensors: list[Tensor]) -> Any:
+    """``tree`` with places in ``tensors`` for its tensors."""
+
+    def place(tensor: Tensor) -> _Place:
+        tensors.append(tensor)
+        return _Place(len(tensors) - 1)
+
+    return mapped(tree, Tensor, place)
+
+
 def _put_together(shape: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(shape, _Place):
-        return tensors[shape]
-    if isinstance(shape, (tuple, list)):
-        return type(shape)(_put_together(part, tensors) for part in shape)
-    if isinstance(shape, Mapping):
-        return type(shape)({key: _put_together(part, tensors) for key, part in shape.items()})  # type: ignore[call-arg]
-    return shape
+    return mapped(shape, _Place, lambda place: tensors[place])
