@@ -15,13 +15,14 @@ import torch
 import yaml
 
 from coremerge import load
-from coremerge.errors import ConfigError, MissingExtraError, SourceError
+from coremerge.errors import ConfigError, MissingExtraError, SourceError, UnsupportedError
 from coremerge.evaluation import Evaluator, evaluate, read_taskset
 from coremerge.evaluation.answering import GenerationScorer, untemplated
 from coremerge.evaluation.answers import Speech, speech_of
 from coremerge.evaluation.prompts import read_questions
+from coremerge.learning.backbone import NotFiniteError, StoppedError
 from coremerge.learning.processor import parts_of
-from families import make_adapter
+from families import make_adapter, make_model
 from speakers import make_speaker, rows_for, slow_answer, slow_log_likelihood, write_rows
 from tolerances import SINGLE
 
@@ -144,6 +145,44 @@ def test_a_base_in_bfloat16_is_run_in_it(speaker: Callable[[str], Path]) -> None
     evaluator = Evaluator(read_taskset(tasks), {})
     assert next(evaluator.encoder.model.parameters()).dtype == torch.bfloat16
     assert evaluator.score({}, "test").log_likelihood["task"] == pytest.approx(single, rel=0.05)
+
+
+def test_a_prompt_without_a_token_is_refused(speaker: Callable[[str], Path]) -> None:
+    folder = speaker("llama")
+    (folder / "empty.jsonl").write_text('{"words": "w3", "answer": "w4"}\n{"words": "", "answer": "w4"}\n')
+    tasks = taskset(folder, "none", prompt="{words}", test="empty.jsonl")
+    with pytest.raises(ConfigError, match="line 2: a prompt without a token"):
+        Evaluator(read_taskset(tasks), {}).score({}, "test")
+
+
+def test_answers_beyond_a_models_positions_stop_with_its_own_words(speaker: Callable[[str], Path]) -> None:
+    tasks = taskset(speaker("whisper"), "long", metric="rouge_l", max_new_tokens=500)
+    with pytest.raises(StoppedError, match="on the inputs of task the base model stops here with"):
+        Evaluator(read_taskset(tasks), {}).score({}, "test")
+
+
+def test_choices_of_the_same_tokens_are_refused(speaker: Callable[[str], Path]) -> None:
+    more = {"kind": "choice", "metric": "accuracy", "choices": ["Paris", "Rome"]}  # words that the vocabulary lacks
+    tasks = taskset(speaker("llama"), "same", *["Rome"] * 7, **PROMPTS["plain"] | more)
+    with pytest.raises(ConfigError, match="two choices are the same tokens"):
+        Evaluator(read_taskset(tasks), {}).score({}, "test")
+
+
+@pytest.mark.parametrize("more", [{}, {"kind": "choice", "metric": "accuracy", "choices": ["w3", "w4"]}])
+def test_a_model_of_no_numbers_has_no_score(speaker: Callable[[str], Path], more: dict[str, Any]) -> None:
+    tasks = taskset(speaker("llama"), "nan", *["w3"] * 7, **PROMPTS["plain"] | more)
+    evaluator = Evaluator(read_taskset(tasks), {})
+    next(evaluator.encoder.model.parameters()).fill_(math.nan)
+    with pytest.raises(NotFiniteError, match="on the inputs of task the base model's numbers are not finite"):
+        evaluator.score({}, "test")
+
+
+def test_an_encoder_does_not_answer(speaker: Callable[[str], Path], tmp_path: Path) -> None:
+    """It would see the answer that it is asked for."""
+    tasks = taskset(speaker("llama"), "encoder", **PROMPTS["plain"])
+    make_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"an encoder \(bert\)"):
+        Evaluator(read_taskset(tasks), {}, base=tmp_path)
 
 
 def test_a_heads_weights_are_not_copied_for_each_row(speaker: Callable[[str], Path]) -> None:

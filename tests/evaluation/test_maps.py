@@ -56,6 +56,12 @@ def test_a_mask_of_0_and_255_is_refused_with_what_to_write(tmp_path: Path) -> No
         read_classes(mask, 2, "rows, line 1")
 
 
+def test_no_class_is_below_the_first(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, -1]], np.int32)).save(tmp_path / "below.tiff")
+    with pytest.raises(ConfigError, match=r"label = -1: a pixel of no class"):
+        read_classes(tmp_path / "below.tiff", 2, "rows, line 1")
+
+
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 1), ("RGBA", 3), ("P", 1), ("L", 2)])
 def test_another_kind_of_image_is_refused(tmp_path: Path, mode: str, channels: int) -> None:
     path = tmp_path / "map.png"

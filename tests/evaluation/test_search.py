@@ -15,6 +15,7 @@ from coremerge.errors import ConfigError, InputError
 from coremerge.evaluation import Evaluator, read_taskset
 from coremerge.evaluation.plan import make_plan
 from coremerge.evaluation.search import margin_of, search, search_files, value_of, winner
+from coremerge.learning.backbone import NotFiniteError
 from coremerge.recipe import read_recipe
 from posted import Posted
 
@@ -100,6 +101,13 @@ def test_a_group_that_the_tasks_do_not_have_is_refused_before_any_work(folder: P
         search_files(folder, plan)
     with pytest.raises(ConfigError, match="no such joint group"):
         search(evaluator, {}, plan)
+
+
+def test_a_scale_at_which_nothing_is_a_number_is_no_better_than_any(evaluator: Evaluator) -> None:
+    found = run(evaluator, SUM, scales={"values": [1e30, 0.7]})
+    assert winner(found).tried[0].scale == 0.7 and len(winner(found).tried) == 1
+    with pytest.raises(NotFiniteError, match=r"on the inputs of .* the base model's numbers are not finite"):
+        run(evaluator, SUM, scales={"values": [1e30]})
 
 
 def test_the_winners_recipe_does_it_again(folder: Path, tmp_path: Path) -> None:

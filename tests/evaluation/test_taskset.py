@@ -218,8 +218,36 @@ def test_names_that_no_file_has(own_folder: Path, name: str) -> None:
 def test_rows_that_are_no_text(own_folder: Path) -> None:
     path = own_folder / read_taskset(own_folder).tasks["colour"].test
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(SourceError, match="cannot be read"):
+    with pytest.raises(SourceError, match="is no UTF-8 text"):
         read_taskset(own_folder).rows("colour", "test")
+
+
+def test_rows_are_lines_as_inputs_are(own_folder: Path) -> None:
+    """A mark at the beginning, blank lines, and what other programs take for the end of one."""
+    path = own_folder / read_taskset(own_folder).tasks["colour"].test
+    first = json.loads(path.read_text().splitlines()[0])
+    rows = [json.dumps(first | {"text": text}, ensure_ascii=False) for text in ("a\u2028b", "c\x85d")]
+    path.write_text("\ufeff" + "\n\n".join(rows) + "\n\n", encoding="utf-8")
+    found = read_taskset(own_folder).rows("colour", "test")
+    assert [row.example.text for row in found] == ["a\u2028b", "c\x85d"]
+
+
+def test_a_label_too_long_for_a_number(own_folder: Path) -> None:
+    taskset = read_taskset(own_folder)
+    name = next(name for name, task in taskset.tasks.items() if not task.classes)
+    (own_folder / taskset.tasks[name].test).write_text(f'{{"text": "a", "label": {"9" * 400}}}\n')
+    with pytest.raises(ConfigError, match="not a row of this task"):
+        taskset.rows(name, "test")
+
+
+@pytest.mark.parametrize(
+    ("joint", "why"), [({"colour": ["colour"]}, "is also a task"), ({"both": []}, "names no task")]
+)
+def test_groups_that_cannot_be_told_from_tasks_or_are_empty(own_folder: Path, joint: Any, why: str) -> None:
+    data = yaml.safe_load((own_folder / "tasks.yaml").read_text(encoding="utf-8")) | {"joint": joint}
+    (own_folder / "tasks.yaml").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ConfigError, match=why):
+        read_taskset(own_folder)
 
 
 def test_keys_that_are_no_names(own_folder: Path) -> None:

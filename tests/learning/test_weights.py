@@ -422,6 +422,11 @@ class TestModules:
             "b": {"1"},
         }
         assert measured_of(MergedModel(model, both), "*.3.*")["b"] == []
+        assert {name.split(".")[3] for name in measured_of(MergedModel(model, {"b": early}), "last-quarter")["b"]} == {
+            "1"
+        }
+        with pytest.raises(ConfigError, match="measures none"):
+            measured_of(MergedModel(model, {"b": early}), "*.3.*")
         assert learn_weights(model, both, data, objective="nsc", steps=1).steps == 1
         with pytest.raises(InputError, match="b: the inputs reach no module that is measured"):
             learn_weights(model, both, data, objective="nsc", modules="*.3.*", steps=1)

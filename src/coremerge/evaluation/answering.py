@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from coremerge.errors import ConfigError
-from coremerge.evaluation.answers import Speech, Tokens, speech_of
+from coremerge.evaluation.answers import Speech, Tokens, lengths, speech_of
 from coremerge.evaluation.choices import choice_likelihood, choice_tokens
 from coremerge.evaluation.decoding import decode
 from coremerge.evaluation.encoder import Encoder, Placed
@@ -20,7 +20,7 @@ from coremerge.evaluation.prompts import Question, read_questions
 from coremerge.evaluation.scorer import Groups, Scored
 from coremerge.evaluation.taskset import FILE, Split, TaskSet
 from coremerge.evaluation.text_metrics import TEXT_METRICS, Answered
-from coremerge.learning.backbone import Batch
+from coremerge.learning.backbone import Batch, inputs_of
 from coremerge.learning.processor import Parts, parts_of, usual_length
 from coremerge.learning.rows import Example
 
@@ -54,7 +54,11 @@ class _Asking(ABC):
         self, encoder: Encoder, names: Sequence[str], split: Split, *, groups: Groups, intervals: bool
     ) -> dict[str, Scored]:
         """See :class:`~coremerge.evaluation.scorer.Scorer`."""
-        return {name: self._one(encoder, name, self._asked(encoder, name, split), intervals) for name in names}
+        found = {}
+        for name in names:
+            with inputs_of(name):
+                found[name] = self._one(encoder, name, self._asked(encoder, name, split), intervals)
+        return found
 
     @abstractmethod
     def _one(self, encoder: Encoder, name: str, asked: Asked, intervals: bool) -> Scored:
@@ -74,6 +78,9 @@ class _Asking(ABC):
     def _check_lengths(self, questions: Sequence[Question], chunks: Sequence[Placed], parts: Parts) -> None:
         most = self.taskset.max_length or usual_length(parts.tokenizer)
         for places, batch in chunks:
+            if "input_ids" in batch and 0 in (counts := lengths(batch)):
+                place = questions[places.tolist()[counts.index(0)]].prompt.place
+                raise ConfigError("a prompt without a token", file=place, remedy="Ask something, or leave out the row")
             for place, count in zip(places.tolist(), _text_lengths(batch, parts), strict=False):
                 if count > most:
                     raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from coremerge.errors import ConfigError
 from coremerge.evaluation.answers import Speech, Tokens, with_answers
 from coremerge.evaluation.encoder import Placed
 from coremerge.evaluation.likelihood import Run, log_probabilities, logits_at
@@ -20,8 +21,17 @@ def choice_tokens(choices: Sequence[str], speech: Speech) -> list[Tokens]:
     """Each choice's tokens; with the one that ends an answer where one choice is the beginning of another.
 
     Otherwise they exclude each other as they are, and choices of one token need a single pass.
+
+    Raises:
+        ConfigError: two are the same tokens.
     """
     tokens = [speech.tokens(choice, ended=False) for choice in choices]
+    for at, one in enumerate(tokens):
+        if one in tokens[:at]:
+            raise ConfigError(
+                "two choices are the same tokens to the base model, so that it cannot choose between them",
+                key="choices", value=[choices[tokens.index(one)], choices[at]], remedy="Word one of them otherwise",
+            )  # fmt: skip
     nested = any(a is not b and b[: len(a)] == a for a in tokens for b in tokens)
     return [(*one, speech.end) for one in tokens] if nested else tokens
 

@@ -12,6 +12,7 @@ import torch
 from coremerge.evaluation.answers import Speech, before_answers
 from coremerge.evaluation.encoder import Placed
 from coremerge.executors import local
+from coremerge.learning.backbone import run_model
 
 
 def decode(model: Any, chunks: Sequence[Placed], speech: Speech, most: int) -> list[str]:
@@ -72,7 +73,8 @@ def _of_chunk(model: Any, speech: Speech, chunk: Placed) -> list[str]:
 
     inputs = before_answers(chunk[1], speech)
     before = inputs["decoder_input_ids" if speech.paired else "input_ids"].shape[1]
-    said = GenerationMixin.generate(model, **inputs)[:, before:].tolist()  # not a model's own way, as Whisper's
+    run = partial(GenerationMixin.generate, model, **inputs)  # not a model's own way, as Whisper's
+    said = run_model(model, inputs, run)[:, before:].tolist()
     return [speech.text(_until(row, speech.stops)) for row in said]
 
 

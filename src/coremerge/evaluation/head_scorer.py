@@ -20,7 +20,7 @@ from coremerge.evaluation.metrics import METRICS, Metric, find_metric
 from coremerge.evaluation.resampling import Values
 from coremerge.evaluation.scorer import Groups, Scored
 from coremerge.evaluation.taskset import Split, TaskSet
-from coremerge.learning.backbone import Batch
+from coremerge.learning.backbone import Batch, check_numbers, inputs_of
 from coremerge.learning.rows import Example
 
 MOST_SPECIAL = 8
@@ -163,7 +163,10 @@ class HeadScorer:
                 file=self.taskset.path(str(self.taskset.tasks[name].head)), key="weight",
                 remedy="Give the base model that the head was trained on, or its pooling",
             )  # fmt: skip
-        return head(features)
+        outputs: Tensor = head(features)
+        with inputs_of(name):
+            check_numbers(outputs)
+        return outputs
 
     def _comparable(self, name: str, features: Tensor, labels: Values) -> tuple[Values, Values]:
         """Predictions and labels as metrics take them."""

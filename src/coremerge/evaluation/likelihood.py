@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from coremerge.evaluation.answers import Speech, Tokens, with_answers
 from coremerge.evaluation.encoder import Placed
 from coremerge.executors import local
+from coremerge.learning.backbone import check_numbers, run_model
 
 ROWS = 256
 """Positions whose logits are turned into float32 at a time."""
@@ -72,7 +73,7 @@ def logits_at(model: Any) -> Iterator[Run]:
     @torch.inference_mode()
     def run(inputs: dict[str, Any], mask: Tensor) -> Tensor:
         here.mask = mask
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        logits: Tensor = run_model(model, inputs, partial(model, **inputs, use_cache=False)).logits
         return logits if head is not None else logits[mask]
 
     handle = None if head is None else head.register_forward_pre_hook(pick)
@@ -84,9 +85,15 @@ def logits_at(model: Any) -> Iterator[Run]:
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax (positions, vocabulary) at ``tokens`` (positions, k), in float32: (positions, k)."""
+    """log softmax (positions, vocabulary) at ``tokens`` (positions, k), in float32: (positions, k).
+
+    Raises:
+        NotFiniteError: a logit is no number.
+    """
     parts = (slice(at, at + ROWS) for at in range(0, max(len(logits), 1), ROWS))
-    return torch.cat([_log_softmax(logits[part].float(), tokens[part]) for part in parts]).cpu()
+    found = torch.cat([_log_softmax(logits[part].float(), tokens[part]) for part in parts]).cpu()
+    check_numbers(found)
+    return found
 
 
 def _log_softmax(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -57,10 +57,11 @@ def read_classes(path: Path, classes: int, place: str) -> Values:
             remedy=f"Save it as grey or with a palette, a class's index for each pixel; {place} names it",
         )  # fmt: skip
     indices = pixels.astype(np.int64)
-    if (largest := int(indices.max())) >= classes:
+    outside = [int(index) for index in (indices.min(), indices.max()) if not 0 <= index < classes]
+    if outside:
         raise ConfigError(
             f"a pixel of no class: the {classes} classes are 0 to {classes - 1}", file=path, key="label",
-            value=largest, remedy="Write each pixel's index among the classes (for a mask 1, not 255)",
+            value=outside[0], remedy="Write each pixel's index among the classes (for a mask 1, not 255)",
         )  # fmt: skip
     return indices
 

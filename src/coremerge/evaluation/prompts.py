@@ -43,7 +43,7 @@ def read_questions(taskset: TaskSet, name: str, split: Split, limit: int | None 
     """
     path, lines = taskset.lines(name, split, limit)
     task = taskset.tasks[name]
-    return [_question(line, task, f"{path}, line {number}", path.parent) for number, line in enumerate(lines, 1)]
+    return [_question(line, task, place, path.parent) for line, place in lines]
 
 
 def _question(line: str, task: Task, place: str, folder: Path) -> Question:

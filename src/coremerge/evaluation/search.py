@@ -23,6 +23,7 @@ from coremerge.executors import Executor, remembered
 from coremerge.formats import load
 from coremerge.formats.source import in_full
 from coremerge.inputs import Progress, read_adapters
+from coremerge.learning.backbone import NotFiniteError
 from coremerge.lowrank import LowRank
 from coremerge.merging import MergeResult, merge
 from coremerge.recipe import Recipe, write_recipe
@@ -86,6 +87,7 @@ class _Tuning:
     tried: list[Tried] = field(default_factory=list)
     best: tuple[Tried, MergeResult] | None = None
     results: dict[str, tuple[MergeResult, dict[str, LowRank]]] = field(default_factory=dict)
+    failed: NotFiniteError | None = None
 
     def try_parameters(self, parameters: Mapping[str, Any], scales: Scales) -> None:
         """Score the merge with ``parameters`` at ``scales``."""
@@ -94,7 +96,11 @@ class _Tuning:
 
         def score(scale: float) -> float:
             self._check_budget()
-            found = value_of(self.evaluator.score(updates, "validation", scale / own), self.plan.target)
+            try:
+                found = value_of(self.evaluator.score(updates, "validation", scale / own), self.plan.target)
+            except NotFiniteError as error:  # too strong a scale
+                self.failed = error
+                return -math.inf
             one = Tried(parameters, scale, found)
             self.tried.append(one)
             self.tell(len(self.tried))
@@ -138,7 +144,7 @@ class _Tuning:
 
     def _chosen(self) -> Tried:
         if self.best is None:
-            raise ConfigError("no scale to try", key="scales")
+            raise self.failed or ConfigError("no scale to try", key="scales")
         return self.best[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,10 +21,13 @@ from pydantic import (
 
 from coremerge.errors import ConfigError, SourceError
 from coremerge.evaluation.metrics import Metric, find_metric, names_of
+from coremerge.learning.examples import numbered_lines
 from coremerge.learning.rows import Example, parse_row
 from coremerge.yamlfile import Whole, read_yaml, refusal
 
 FILE = "tasks.yaml"
+MOST_TOKENS = 1 << 16
+"""Of an answer: more than any model generates in a benchmark, and a mistake ends."""
 HARNESS = "lm-eval"
 Split = Literal["validation", "test"]
 
@@ -178,7 +182,7 @@ class Task(_Part):
     prompt: str | None = None
     chat: bool = False
     system: str | None = None
-    max_new_tokens: Whole = Field(default=64, ge=1)
+    max_new_tokens: Whole = Field(default=64, ge=1, le=MOST_TOKENS)
     choices: tuple[str, ...] = ()
 
     @field_validator("metric")
@@ -290,6 +294,8 @@ class TaskSet(_Part):
     @model_validator(mode="after")
     def _joins_what_can_be(self) -> TaskSet:
         for group, names in self.joint.items():
+            if group in self.tasks or not names:
+                raise ValueError(f"joint {group}: {'is also a task' if names else 'names no task'}")
             for name in names:
                 task = self.tasks.get(name)
                 if task is None or task.kind != "classification" or task.per != "input":
@@ -320,10 +326,10 @@ class TaskSet(_Part):
             ConfigError: a line is not a row of this task.
         """
         path, lines = self.lines(task, split, limit)
-        return [_row(line, self.tasks[task], path, number) for number, line in enumerate(lines, 1)]
+        return [_row(line, self.tasks[task], place, path.parent) for line, place in lines]
 
-    def lines(self, task: str, split: Split, limit: int | None = None) -> tuple[Path, list[str]]:
-        """The file of a split, and its first ``limit`` lines.
+    def lines(self, task: str, split: Split, limit: int | None = None) -> tuple[Path, list[tuple[str, str]]]:
+        """The file of a split, and its first ``limit`` lines that are not blank, each with its place.
 
         Raises:
             SourceError: the file is missing, or empty.
@@ -334,10 +340,8 @@ class TaskSet(_Part):
             raise ConfigError(f"has no rows for {split}", file=self.path(FILE), key=f"tasks.{task}.{split}")
         path = self.path(name)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-        except OSError as error:
-            raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
-        except ValueError as error:  # no text, or no name that a file can have
+            lines = list(islice(numbered_lines(path), limit))
+        except ValueError as error:  # no name that a file can have
             raise SourceError(f"cannot be read: {error}", file=path) from None
         if not lines:
             raise SourceError("holds no rows", file=path)
@@ -373,12 +377,11 @@ def _short(error: ConfigError) -> ConfigError:
     return ConfigError(error.what, file=error.file, key=error.key, remedy=error.remedy)
 
 
-def _row(line: str, task: Task, path: Path, number: int) -> Row:
-    place = f"{path}, line {number}"
+def _row(line: str, task: Task, place: str, folder: Path) -> Row:
     try:
         data = json.loads(line)
-        example, label = parse_row(data, place, path.parent), _label(data["label"], task, path.parent)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        example, label = parse_row(data, place, folder), _label(data["label"], task, folder)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         example = None
     if example is None:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,21 @@ class StoppedError(InputError):
     """The model itself stopped: its own exception is the cause."""
 
 
+class NotFiniteError(StoppedError):
+    """What the model gives is no number."""
+
+
+def check_numbers(given: Tensor) -> None:
+    """Whether all of it are numbers: a logarithm of zero is one.
+
+    Raises:
+        NotFiniteError: they are not.
+    """
+    if bool(given.isnan().any()):
+        remedy = "Check the adapters and their scale, or run the base model in float32 or bfloat16"
+        raise NotFiniteError("the base model's numbers are not finite", remedy=remedy)
+
+
 def backbone_output(model: nn.Module, batch: Batch) -> Any:
     """What the model's backbone makes of ``batch``.
 
@@ -55,8 +70,17 @@ def backbone_output(model: nn.Module, batch: Batch) -> Any:
     inputs = {key: value for key, value in batch.items() if key not in _UNREAD}
     if _lacks_decoder_inputs(model, inputs):
         inputs["decoder_input_ids"] = _start_tokens(model, inputs)
+    return run_model(model, inputs, partial(_output, model, inputs))
+
+
+def run_model(model: nn.Module, inputs: Iterable[str], run: Callable[[], Any]) -> Any:
+    """What ``run`` makes of ``model`` and the ``inputs`` of these names.
+
+    Raises:
+        StoppedError: the model stops with an exception of its own.
+    """
     try:
-        return _output(model, _backbone(model, inputs), inputs)
+        return run()
     except (PassEndError, CoremergeError, OSError):
         raise
     except Exception as error:
@@ -75,10 +99,11 @@ def inputs_of(task: str) -> Iterator[None]:
         yield
     except StoppedError as error:
         what = f"on the inputs of {task} {error.what}"
-        raise StoppedError(what, key=error.key, remedy=error.remedy) from error.__cause__
+        raise type(error)(what, key=error.key, remedy=error.remedy) from error.__cause__
 
 
-def _output(model: nn.Module, backbone: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def _output(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    backbone = _backbone(model, inputs)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if backbone is not model or head is None:
         return backbone(**inputs)

@@ -26,20 +26,28 @@ def choose_modules(merged: MergedModel, which: str) -> list[str]:
     Raises:
         ConfigError: none is left.
     """
+    chosen = _chosen(merged, which)
+    if not chosen:
+        raise _nothing(merged, which)
+    return chosen
+
+
+def _chosen(merged: MergedModel, which: str) -> list[str]:
     names = list(merged.targets)
     if which == ALL:
-        chosen = names
-    elif which == LAST_QUARTER:
-        chosen = [name for name in names if _in_last_quarter(merged.model, merged.targets[name].path)]
-    else:
-        patterns = [pattern.strip() for pattern in which.split(",")]
-        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise ConfigError(
-            "measures none of the adapted modules", key="modules", value=which,
-            remedy=f"Give all, last-quarter or a pattern; the adapters have {names[0]} and {len(names) - 1} more",
-        )  # fmt: skip
-    return chosen
+        return names
+    if which == LAST_QUARTER:
+        return [name for name in names if _in_last_quarter(merged.model, merged.targets[name].path)]
+    patterns = [pattern.strip() for pattern in which.split(",")]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _nothing(merged: MergedModel, which: str) -> ConfigError:
+    first, *others = merged.targets
+    return ConfigError(
+        "measures none of the adapted modules", key="modules", value=which,
+        remedy=f"Give all, last-quarter or a pattern; the adapters have {first} and {len(others)} more",
+    )  # fmt: skip
 
 
 def measured_of(merged: MergedModel, which: str) -> dict[str, list[str]]:
@@ -47,12 +55,14 @@ def measured_of(merged: MergedModel, which: str) -> dict[str, list[str]]:
 
     An adapter that has nothing in the last quarter of the model's blocks is measured in the last quarter of its own.
     """
-    chosen, found = set(choose_modules(merged, which)), {}
+    chosen, found = set(_chosen(merged, which)), {}
     for adapter in merged.adapters:
         own = [name for name, target in merged.targets.items() if adapter in target.adapters]
         found[adapter] = [name for name in own if name in chosen]
         if not found[adapter] and which == LAST_QUARTER:
             found[adapter] = _last_quarter_of(merged, own)
+    if not any(found.values()):
+        raise _nothing(merged, which)
     return found
 
 

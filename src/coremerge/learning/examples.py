@@ -90,7 +90,7 @@ def _rows(source: str | Path) -> Sequence[Example | None]:
     return reader(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines that are not blank, each with its place."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -104,11 +104,11 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _text_lines(path: Path) -> list[Example]:
-    return [Example(line, place=place) for line, place in _lines(path)]
+    return [Example(line, place=place) for line, place in numbered_lines(path)]
 
 
 def _json_lines(path: Path) -> list[Example]:
-    rows = (parse_row(_parsed(line, place), place, path.parent) for line, place in _lines(path))
+    rows = (parse_row(_parsed(line, place), place, path.parent) for line, place in numbered_lines(path))
     examples = [example for example in rows if example is not None]
     if examples:
         one_kind(examples)

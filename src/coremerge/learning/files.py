@@ -16,7 +16,7 @@ from torch import nn
 from coremerge import patterns
 from coremerge.adapter import Adapter
 from coremerge.devices import check_device
-from coremerge.errors import SourceError
+from coremerge.errors import SourceError, UnsupportedError
 from coremerge.executors import Executor
 from coremerge.formats.source import in_full
 from coremerge.learning.backbone import Batch
@@ -145,9 +145,19 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
 
 
 def _with_head(config: Any) -> Any:
-    """The class that loads a model which answers with text: an encoder with a decoder, one that sees, or a decoder."""
+    """The class that loads a model which answers with text: an encoder with a decoder, one that sees, or a decoder.
+
+    Raises:
+        UnsupportedError: it reads what comes after a word, too, and so the answers that it is asked for.
+    """
     import transformers
 
+    masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    if masked and not getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False):
+        raise UnsupportedError(
+            f"an encoder ({config.model_type}), which fills in words and does not answer", key="base",
+            remedy="Give a decoder, or tasks with heads",
+        )  # fmt: skip
     pair = getattr(config, "is_encoder_decoder", False)
     seeing = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
     kinds = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq) if pair else seeing
