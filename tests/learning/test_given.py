@@ -9,6 +9,7 @@ from coremerge import Adapter
 from coremerge.errors import InputError
 from coremerge.learning import fit, learn_weights
 from coremerge.lowrank import LowRank
+from families import make_adapter, make_model
 
 ONE = Adapter.from_updates({"0": LowRank(torch.ones(3, 1), torch.ones(1, 3))})
 ROW = {"input": torch.ones(1, 3)}
@@ -59,3 +60,24 @@ def test_what_is_no_adapter(model, function, adapters, said):
 
 def test_batches_may_come_one_by_one(model):
     assert fit(model, {"a": ONE}, {"a": (ROW for _ in range(2))}).report.fits["0"].tokens == 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_decoders_tokens_are_counted_by_its_own_mask(masked, tmp_path):
+    """Also where its inputs are as long as its encoder's."""
+    read, said = torch.ones(3, 7, dtype=torch.long), torch.ones(3, 7, dtype=torch.long)
+    read[0, 4:], said[1, 2:] = 0, 0
+    generator = torch.Generator().manual_seed(0)
+    ids = {key: torch.randint(3, 30, (3, 7), generator=generator) for key in ("input_ids", "decoder_input_ids")}
+    batch = {**ids, "attention_mask": read} | ({"decoder_attention_mask": said} if masked else {})
+    before = {key: value.clone() for key, value in batch.items()}
+    fits = fit(
+        make_model("t5"),
+        {"a": make_adapter("t5", tmp_path / "a", 0)} | {"b": make_adapter("t5", tmp_path / "b", 1)},
+        {"a": [batch], "b": [batch]},
+    ).report.fits
+    counts = {name: one.tokens for name, one in fits.items()}
+    assert {n for name, n in counts.items() if name.startswith("encoder")} == {2 * int(read.sum())}
+    own = {n for name, n in counts.items() if name.startswith("decoder") and "EncDec" not in name}
+    assert own == {2 * int(said.sum()) if masked else 2 * said.numel()}
+    assert batch.keys() == before.keys() and all(torch.equal(batch[key], before[key]) for key in before)

@@ -64,7 +64,21 @@ def listed(batches: Iterable[Batch], task: str) -> list[Batch]:
         raise InputError("no inputs", key=task, remedy="Give at least one batch")
     for i, batch in enumerate(found):
         _check_batch(batch, f"data.{task}[{i}]")
-    return found
+    return [_sides_apart(batch) for batch in found]
+
+
+def _sides_apart(batch: Batch) -> Batch:
+    """With a decoder's tokens of another shape than its encoder's, which tells whose mask a module's inputs have.
+
+    One more is put behind them, which does not count, and which none before it sees.
+    """
+    ids, read = batch.get("decoder_input_ids"), batch.get("attention_mask")
+    if ids is None or read is None or ids.ndim != 2 or ids.shape != read.shape:
+        return batch
+    mask = batch.get("decoder_attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    more = {"decoder_input_ids": (ids, ids[:, -1:]), "decoder_attention_mask": (mask, torch.zeros_like(mask[:, :1]))}
+    return {**batch, **{key: torch.cat(parts, 1) for key, parts in more.items()}}
 
 
 def _check_batch(batch: Any, key: str) -> None:
