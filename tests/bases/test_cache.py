@@ -87,7 +87,7 @@ def test_of_many_at_once_one_works() -> None:
     for worker in workers:
         worker.join()
     assert len(made) == 1
-    assert [file.name for file in place.iterdir()] == ["model.safetensors"]
+    assert {file.name for file in place.iterdir()} == {"model.safetensors", cache.FILES}
 
 
 def test_without_locks_the_second_takes_what_the_first_has_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +97,29 @@ def test_without_locks_the_second_takes_what_the_first_has_made(monkeypatch: pyt
         write(sources, folder)
         place.mkdir()
         write(sources, place)
+        (place / cache.FILES).write_text("model.safetensors")
 
     fill(replace(CONVERTER, write=late), SOURCES, place, "")
     assert [file.name for file in place.parent.iterdir()] == [place.name]
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", cache.FILES])
+def test_a_base_that_lacks_a_file_is_made_again(gone: str) -> None:
+    place = place_of(CONVERTER, ["a"])
+    fill(CONVERTER, SOURCES, place, "")
+    assert cache.is_whole(place)
+    (place / gone).unlink()
+    assert not cache.is_whole(place)
+    fill(CONVERTER, SOURCES, place, "")
+    assert cache.is_whole(place) and (place / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_cache_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for given in (str(tmp_path / "file"), "~nobody-of-this-name/x"):
+        monkeypatch.setenv("COREMERGE_CACHE", given)
+        with pytest.raises(OutputError, match=r"no folder for the cache.*Set COREMERGE_CACHE to a folder"):
+            fill(CONVERTER, SOURCES, place_of(CONVERTER, ["a"]), "")
 
 
 def test_what_killed_processes_left_is_removed() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from coremerge.bases.converter import Converter
 from coremerge.errors import CoremergeError, OutputError, SourceError
 from coremerge.formats.atomic import atomic_directory
-from coremerge.formats.remote_cache import STALE, alone, cache, hash_of
+from coremerge.formats.remote_cache import SET, STALE, alone, cache, hash_of
 from coremerge.formats.safetensors_layout import write_error
 from coremerge.learning.optional import first_line
 
@@ -26,6 +26,19 @@ def place_of(converter: Converter, hashes: Sequence[str]) -> Path:
     """
     key = hash_of(converter.name, converter.version, _written_by(), *hashes)
     return cache() / "bases" / f"{converter.name}-{key[:16]}"
+
+
+FILES = ".files"
+"""In each folder: the names of the others, as who makes room may remove some."""
+
+
+def is_whole(place: Path) -> bool:
+    """Whether a base is there, with all of its files."""
+    try:
+        names = (place / FILES).read_text(encoding="utf-8").split("\n")
+    except OSError:
+        return False
+    return all((place / name).is_file() for name in names)
 
 
 def fill(converter: Converter, sources: Sequence[Path], place: Path, remedy: str) -> None:
@@ -41,16 +54,24 @@ def fill(converter: Converter, sources: Sequence[Path], place: Path, remedy: str
         SourceError: they cannot; nothing is left behind.
         OutputError: the folder cannot be written.
     """
+    try:
+        cache().mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"no folder for the cache: {error.strerror}", file=cache(), remedy=SET) from None
     with alone(place):
-        if place.is_dir():
+        if is_whole(place):
             return
         _tidy(place)
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
         print(f"Making the base model {converter.name} in {place}, once", file=sys.stderr)
         try:
             with atomic_directory(place, needed=converter.size) as partial:
                 _write(converter, sources, partial, remedy)
+                names = sorted(file.name for file in partial.iterdir())
+                (partial / FILES).write_text("\n".join(names), encoding="utf-8")
         except OutputError:
-            if not place.is_dir():  # where there are no locks, another process may have been first
+            if not is_whole(place):  # where there are no locks, another process may have been first
                 raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from coremerge.bases.cache import fill, place_of
+from coremerge.bases.cache import fill, is_whole, place_of
 from coremerge.bases.converter import Converter
 from coremerge.bases.dinov2 import DINOV2
 from coremerge.bases.llava import LLAVA
@@ -61,7 +61,7 @@ def _of_package(converter: Converter, package: str, requirement: str) -> Path:
     files = package_files(package, requirement, converter.files)
     hashes = [_sha256(file) for file in files]  # 0.2 s for 100 MB
     place = place_of(converter, hashes)
-    if not place.is_dir():
+    if not is_whole(place):
         for file, sha256 in zip(files, hashes, strict=True):
             check_bytes(file, sha256, requirement)
         fill(converter, files, place, reinstall(requirement))
@@ -71,7 +71,7 @@ def _of_package(converter: Converter, package: str, requirement: str) -> Path:
 def _of_parts(converter: Converter, projector: Path) -> Path:
     folders = [make(part) for part in converter.parts]
     place = place_of(converter, [*(folder.name for folder in folders), _sha256(projector)])
-    if not place.is_dir():
+    if not is_whole(place):
         fill(converter, [*folders, projector], place, "Give the projector that was trained between these bases")
     return place
 

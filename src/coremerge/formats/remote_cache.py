@@ -12,15 +12,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from coremerge.errors import OutputError
+
 STALE = 86_400.0
 """Seconds after which nobody is at work any more on what was half fetched."""
 
 
+SET = "Set COREMERGE_CACHE to a folder"
+
+
 def cache() -> Path:
-    """``COREMERGE_CACHE``, or ``coremerge`` in the user's folder for caches."""
+    """``COREMERGE_CACHE``, or ``coremerge`` in the user's folder for caches.
+
+    Raises:
+        OutputError: that is no place.
+    """
     given = os.environ.get("COREMERGE_CACHE")
     common = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or Path(common, "coremerge")).expanduser().absolute()
+    place = Path(given or Path(common, "coremerge"))
+    try:
+        return place.expanduser().absolute()
+    except RuntimeError as error:  # ~somebody who is not known
+        raise OutputError(f"no folder for the cache: {error}", file=place, remedy=SET) from None
 
 
 def safe(name: str) -> str:
