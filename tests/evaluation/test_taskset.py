@@ -118,7 +118,8 @@ def test_several_outputs_need_as_many_numbers(own_folder: Path, label: Any) -> N
 def test_labels_per_pixel_are_files_beside_the_rows(own_folder: Path) -> None:
     edit(own_folder, "tasks", "length", "per", value="pixel")
     file = own_folder / "length.test.jsonl"
-    file.write_text(json.dumps({"text": "red", "label": "maps/1.png"}) + "\n" + json.dumps({"text": "red", "label": 1}))
+    rows = [{"image": "red.png", "label": "maps/1.png"}, {"image": "red.png", "label": 1}]
+    file.write_text("\n".join(map(json.dumps, rows)))
     assert read_taskset(own_folder).rows("length", "test", limit=1)[0].label == own_folder / "maps/1.png"
     with pytest.raises(ConfigError, match=r"line 2.*the path of an image, relative to the rows' folder"):
         read_taskset(own_folder).rows("length", "test")
@@ -238,6 +239,17 @@ def test_a_label_too_long_for_a_number(own_folder: Path) -> None:
     (own_folder / taskset.tasks[name].test).write_text(f'{{"text": "a", "label": {"9" * 400}}}\n')
     with pytest.raises(ConfigError, match="not a row of this task"):
         taskset.rows(name, "test")
+
+
+@pytest.mark.parametrize("row", [{"text": "a", "label": [1, 2]}, {"image": "a.png", "label": []}])
+def test_patches_are_of_images_and_have_labels(own_folder: Path, row: Any) -> None:
+    data = yaml.safe_load((own_folder / "tasks.yaml").read_text(encoding="utf-8"))
+    name = next(name for name, task in data["tasks"].items() if task["kind"] == "regression")
+    data["tasks"][name] |= {"per": "patch", "metric": "rmse"}
+    (own_folder / "tasks.yaml").write_text(json.dumps(data), encoding="utf-8")
+    (own_folder / data["tasks"][name]["test"]).write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r'Give \{"image": \.\.\., "label": \.\.\.\}'):
+        read_taskset(own_folder).rows(name, "test")
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,8 @@ def _row(line: str, task: Task, place: str, folder: Path) -> Row:
     try:
         data = json.loads(line)
         example, label = parse_row(data, place, folder), _label(data["label"], task, folder)
+        if task.per != "input" and example is not None and example.image is None:
+            example = None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         example = None
     if example is None:
@@ -388,7 +390,8 @@ def _row(line: str, task: Task, place: str, folder: Path) -> Row:
             "not a row of this task",
             file=place,
             value=line,
-            remedy=f'Give {{"text": ..., "label": ...}}, the label {_expected(task)}',
+            remedy=f'Give {{"{"text" if task.per == "input" else "image"}": ..., "label": ...}}, the label'
+            f" {_expected(task)}",
         )
     return Row(example, label)
 
@@ -407,6 +410,8 @@ def _label(label: Any, task: Task, folder: Path) -> Label:
             raise TypeError("no path")
         return folder / label
     if task.per == "patch":
+        if not label:
+            raise ValueError("no labels")
         return tuple(_one_label(part, task) for part in label)  # type: ignore[return-value]
     return _one_label(label, task)
 

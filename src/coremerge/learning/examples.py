@@ -56,11 +56,18 @@ def check_files(example: Example) -> None:
     """
     for key, what in (("image", "image"), ("audio", "sound")):
         path = getattr(example, key)
-        if isinstance(path, Path) and not path.is_file():
+        if isinstance(path, Path) and not _is_file(path):
             raise SourceError(
                 f"no such {what}", file=example.place, key=key, value=str(path),
                 remedy="Paths are relative to the folder of the file that names them",
             )  # fmt: skip
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _draw(rows: Sequence[Example | None], count: int, seed: int) -> list[Example]:
