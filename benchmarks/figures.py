@@ -196,9 +196,7 @@ def methods(known: Numbers) -> Figure:
     for place, (label, found) in enumerate(rows):
         plain, tuned = mean(found["untuned"]), mean(found["tuned"])
         ours = label.endswith("default")
-        axes.plot([plain, tuned], [place, place], color="0.75", linewidth=1.2, zorder=1)
-        axes.plot(plain, place, "o", color=COLOURS[1] if ours else COLOURS[0], markersize=6)
-        axes.plot(tuned, place, "o", markerfacecolor="white", color=COLOURS[1] if ours else COLOURS[0], markersize=6)
+        pair(axes, place, plain, tuned, COLOURS[1] if ours else COLOURS[0])
     axes.plot([], [], "o", color=COLOURS[0], label="untuned, scale auto")
     axes.plot([], [], "o", color=COLOURS[0], markerfacecolor="white", label="scale and parameters tuned on labels")
     axes.axvline(nothing(known), color="0.4", linestyle=":", label="no adapter")
@@ -206,6 +204,13 @@ def methods(known: Numbers) -> Figure:
     axes.set_xlabel("normalised mean score (own adapters: 1)")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
+
+
+def pair(axes: Axes, place: int, plain: float, tuned: float, colour: str) -> None:
+    """One way's line: as it comes, on a tuned one where both are the same."""
+    axes.plot([plain, tuned], [place, place], color="0.75", linewidth=1.2, zorder=1)
+    axes.plot(tuned, place, "o", markerfacecolor="white", color=colour, markersize=6)
+    axes.plot(plain, place, "o", color=colour, markersize=6)
 
 
 def worlds(known: Numbers) -> Figure:
@@ -218,9 +223,7 @@ def worlds(known: Numbers) -> Figure:
         for place, label in enumerate(reversed(ways.values())):
             plain, tuned = readme.means(numbers, label)
             colour = COLOURS[1] if label in OURS else COLOURS[0]
-            axes.plot([plain, tuned], [place, place], color="0.75", linewidth=1.2, zorder=1)
-            axes.plot(tuned, place, "o", markerfacecolor="white", color=colour, markersize=6)
-            axes.plot(plain, place, "o", color=colour, markersize=6)
+            pair(axes, place, plain, tuned, colour)
         for label, style in CONTROLS.items():
             axes.axvline(readme.means(numbers, label)[0], color="0.4", linestyle=style)
         axes.set_title(title)

@@ -137,10 +137,8 @@ class Cell:
 
     def fitted(self, **settings: Any) -> Mapping[str, Any]:
         """Updates of a fit."""
-        data = self.batches(BATCH["fit"])
-        return dict(
-            fit(self.bench.evaluator.encoder.model, self.bench.adapters, data, allow_disjoint=True, **settings).adapter
-        )
+        model, data = self.bench.evaluator.encoder.model, self.batches(BATCH["fit"])
+        return dict(fit(model, self.bench.adapters, data, allow_disjoint=True, **settings).adapter)
 
 
 Updates = Mapping[str, Any]

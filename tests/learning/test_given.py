@@ -7,7 +7,7 @@ import torch
 
 from coremerge import Adapter
 from coremerge.errors import InputError
-from coremerge.learning import fit, learn_weights
+from coremerge.learning import fit, learn_weights, measure_null_space
 from coremerge.lowrank import LowRank
 from families import make_adapter, make_model
 
@@ -80,4 +80,12 @@ def test_a_decoders_tokens_are_counted_by_its_own_mask(masked, tmp_path):
     assert {n for name, n in counts.items() if name.startswith("encoder")} == {2 * int(read.sum())}
     own = {n for name, n in counts.items() if name.startswith("decoder") and "EncDec" not in name}
     assert own == {2 * int(said.sum()) if masked else 2 * said.numel()}
+    adapters = {"a": make_adapter("t5", tmp_path / "a", 0)}
+    longer = {key: torch.nn.functional.pad(batch[key], (0, 1)) for key in batch if key.startswith("decoder")}
+    if not masked:
+        longer["decoder_attention_mask"] = torch.nn.functional.pad(torch.ones_like(said), (0, 1))
+    (one, other) = (
+        measure_null_space(make_model("t5"), adapters, {"a": [given]})["a"]["a"] for given in (batch, batch | longer)
+    )
+    assert one == pytest.approx(other)
     assert batch.keys() == before.keys() and all(torch.equal(batch[key], before[key]) for key in before)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -54,11 +54,11 @@ def fill(converter: Converter, sources: Sequence[Path], place: Path, remedy: str
         SourceError: they cannot; nothing is left behind.
         OutputError: the folder cannot be written.
     """
-    try:
-        cache().mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"no folder for the cache: {error.strerror}", file=cache(), remedy=SET) from None
-    with alone(place):
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone(place))
+        except OSError as error:
+            raise OutputError(f"no folder for the cache: {error.strerror}", file=cache(), remedy=SET) from None
         if is_whole(place):
             return
         _tidy(place)

@@ -386,12 +386,12 @@ def _row(line: str, task: Task, place: str, folder: Path) -> Row:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         example = None
     if example is None:
+        given = "text" if task.per == "input" else "image"
         raise ConfigError(
             "not a row of this task",
             file=place,
             value=line,
-            remedy=f'Give {{"{"text" if task.per == "input" else "image"}": ..., "label": ...}}, the label'
-            f" {_expected(task)}",
+            remedy=f'Give {{"{given}": ..., "label": ...}}, the label {_expected(task)}',
         )
     return Row(example, label)
 

@@ -242,8 +242,25 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def sides_apart(batch: Batch) -> Batch:
+    """With a decoder's tokens of another shape than its encoder's, which tells whose mask a module's inputs have.
+
+    One more is put behind them, which does not count, and which none before it sees.
+    """
+    ids, read = batch.get("decoder_input_ids"), batch.get("attention_mask")
+    if ids is None or read is None or ids.ndim != 2 or ids.shape != read.shape:
+        return batch
+    mask = batch.get("decoder_attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    more = {"decoder_input_ids": (ids, ids[:, -1:]), "decoder_attention_mask": (mask, torch.zeros_like(mask[:, :1]))}
+    return {**batch, **{key: torch.cat(parts, 1) for key, parts in more.items()}}
+
+
 def token_mask(batch: Batch, x: Tensor) -> Tensor | None:
-    """Which tokens of a module's input ``x`` (batch, tokens, n) count; None: all of them."""
+    """Which tokens of a module's input ``x`` (batch, tokens, n) count, told by their number; None: all of them.
+
+    Of an encoder with a decoder, ``batch`` is one of :func:`sides_apart`.
+    """
     for key in (TOKEN_MASK, "attention_mask", "decoder_attention_mask"):
         mask = batch.get(key)
         if isinstance(mask, Tensor) and mask.ndim == 2:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coremerge.errors import InputError, MismatchError
-from coremerge.learning.backbone import Batch, backbone_output, evaluating, token_mask
+from coremerge.learning.backbone import Batch, backbone_output, evaluating, sides_apart, token_mask
+from coremerge.learning.given import moved
 from coremerge.learning.ratio import MeanRatios, row_basis
 
 PREFIX = "null_space/"
@@ -87,7 +88,7 @@ def null_space_of_training(model: nn.Module, batches: Iterable[Batch]) -> dict[s
             hooks.callback(module.register_forward_pre_hook(see).remove)
         device = next(model.parameters()).device
         for batch in batches:
-            held[0] = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            held[0] = moved(sides_apart(batch), device)
             backbone_output(base, held[0])
     found = {name: mean for name, _, _ in adapted if (mean := means.get(name)) is not None}
     if not found:

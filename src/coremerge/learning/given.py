@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError, InputError
-from coremerge.learning.backbone import Batch
+from coremerge.learning.backbone import Batch, sides_apart
 
 TENSORS = ("input_ids", "attention_mask", "pixel_values", "inputs_embeds", "decoder_input_ids")
 """What must be a tensor, if it is there."""
@@ -64,21 +64,7 @@ def listed(batches: Iterable[Batch], task: str) -> list[Batch]:
         raise InputError("no inputs", key=task, remedy="Give at least one batch")
     for i, batch in enumerate(found):
         _check_batch(batch, f"data.{task}[{i}]")
-    return [_sides_apart(batch) for batch in found]
-
-
-def _sides_apart(batch: Batch) -> Batch:
-    """With a decoder's tokens of another shape than its encoder's, which tells whose mask a module's inputs have.
-
-    One more is put behind them, which does not count, and which none before it sees.
-    """
-    ids, read = batch.get("decoder_input_ids"), batch.get("attention_mask")
-    if ids is None or read is None or ids.ndim != 2 or ids.shape != read.shape:
-        return batch
-    mask = batch.get("decoder_attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    more = {"decoder_input_ids": (ids, ids[:, -1:]), "decoder_attention_mask": (mask, torch.zeros_like(mask[:, :1]))}
-    return {**batch, **{key: torch.cat(parts, 1) for key, parts in more.items()}}
+    return [sides_apart(batch) for batch in found]
 
 
 def _check_batch(batch: Any, key: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
-from coremerge.learning.backbone import Batch, frozen, inputs_of, token_mask
+from coremerge.learning.backbone import Batch, frozen, inputs_of, sides_apart, token_mask
 from coremerge.learning.forward import Coefficients, MergedModel, Target
 from coremerge.learning.ratio import MeanRatios, row_basis
 
@@ -50,7 +50,7 @@ def _measured(
     merged: MergedModel, bases: Mapping[str, Mapping[str, Tensor]], batches: Iterable[Batch], held: Coefficients
 ) -> dict[str, dict[str, float]]:
     means = MeanRatios()
-    for batch in batches:
+    for batch in map(sides_apart, batches):
 
         def watch(target: Target, x: Tensor, batch: Batch = batch) -> None:
             mask = token_mask(batch, x)

@@ -59,6 +59,7 @@ class _Calls:
 
     Attributes:
         blocks: paths of blocks.
+        inside: the block that runs, if one does.
         targets: names.
         inputs: a mark of each target's input: targets of a block whose marks are equal share theirs.
         places: the blocks that each target ran in; an empty path: outside of any.
@@ -68,6 +69,7 @@ class _Calls:
     """
 
     blocks: list[str] = field(default_factory=list)
+    inside: str = ""
     targets: list[str] = field(default_factory=list)
     inputs: dict[str, object] = field(default_factory=dict)
     places: dict[str, set[str]] = field(default_factory=dict)
@@ -222,12 +224,11 @@ class Stream:
         """A pass of the model as it is."""
         calls = _Calls()
         held: list[Tensor] = []
-        inside = [""]
 
         def enter(path: str) -> Callable[..., None]:
             def note(module: nn.Module, args: Any) -> None:
                 calls.blocks.append(path)
-                inside[:] = [path]
+                calls.inside = path
                 held.clear()  # marks are compared within a block: only there must an input live on
 
             return note
@@ -235,7 +236,7 @@ class Stream:
         def leave(path: str) -> Callable[..., None]:
             def note(output: Any, left: Mapping[Any, Mapping[Any, Any]]) -> None:
                 calls.outputs[path] = _sketch(output)
-                inside[:] = [""]
+                calls.inside = ""
                 calls.leaving |= {path} if left else set()
 
             return note
@@ -243,8 +244,8 @@ class Stream:
         def at(name: str) -> Callable[..., None]:
             def note(module: nn.Module, args: Any, output: Any) -> None:
                 calls.targets.append(name)
-                calls.places.setdefault(name, set()).update(inside)
-                if not inside[0]:
+                calls.places.setdefault(name, set()).add(calls.inside)
+                if not calls.inside:
                     calls.seen.setdefault(name, (len(calls.blocks), _sketch(args[0])))
                 held.append(args[0])
                 x = args[0]
@@ -465,15 +466,14 @@ def _sketch(output: Any) -> Tensor:
 
     They are outer products of random signs, so that the difference of two sketches is as large as that of the tensors.
     """
-    found = [torch.zeros(0, 1 + SKETCH, dtype=torch.float64)]
+    tensors: list[Tensor] = []
+    mapped(output, Tensor, tensors.append)
+    rows = [_sketched(one) for one in tensors if one.is_floating_point() and one.numel()]
+    return torch.stack(rows) if rows else torch.zeros(0, 1 + SKETCH, dtype=torch.float64)
 
-    def add(tensor: Tensor) -> None:
-        if not tensor.is_floating_point() or not tensor.numel():
-            return
-        x = tensor.detach().double().cpu().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
-        draw = torch.Generator().manual_seed(0)
-        rows, columns = (torch.randint(0, 2, (SKETCH, n), generator=draw).double() * 2 - 1 for n in x.shape)
-        found.append(torch.cat([x.norm().reshape(1), ((rows @ x) * columns).sum(-1)]).reshape(1, -1))
 
-    mapped(output, Tensor, add)
-    return torch.cat(found)
+def _sketched(tensor: Tensor) -> Tensor:
+    x = tensor.detach().double().cpu().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    draw = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(0, 2, (SKETCH, n), generator=draw).double() * 2 - 1 for n in x.shape)
+    return torch.cat([x.norm().reshape(1), ((rows @ x) * columns).sum(-1)])
