@@ -70,15 +70,19 @@ def _last_quarter_of(merged: MergedModel, names: Sequence[str]) -> list[str]:
     """Of the blocks that these modules are in, counted in each stack."""
     places = {name: place[:2] for name in names if (place := block_of(merged.model, merged.targets[name].path))}
     stacks: dict[str, list[int]] = {}
-    for stack, at in sorted(set(places.values())):
-        stacks.setdefault(stack, []).append(at)
-    first = {stack: blocks[3 * len(blocks) // 4] for stack, blocks in stacks.items()}
-    return [name for name, (stack, at) in places.items() if at >= first[stack]]
+    for stack, block in sorted(set(places.values())):
+        stacks.setdefault(stack, []).append(block)
+    return [n for n, (stack, block) in places.items() if _is_late(stacks[stack].index(block), len(stacks[stack]))]
 
 
 def _in_last_quarter(model: nn.Module, path: str) -> bool:
     place = block_of(model, path)
-    return place is not None and place[1] >= 0.75 * place[2]
+    return place is not None and _is_late(*place[1:])
+
+
+def _is_late(at: int, count: int) -> bool:
+    """Whether a block is in the last quarter of so many: the last one is."""
+    return at >= min(0.75 * count, count - 1)
 
 
 def block_of(model: nn.Module, path: str) -> tuple[str, int, int] | None:
