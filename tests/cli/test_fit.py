@@ -156,3 +156,36 @@ def test_a_base_model_with_a_head_is_loaded_in_silence_and_one_with_holes_is_not
         f"{tmp_path}/", ""
     )
     assert not fit(*DATA, "-o", "TWO", "-q", "--overwrite").stderr
+
+
+@pytest.fixture
+def tasks(fit):
+    """A task set whose tasks are named like the adapters, and one more."""
+    Path("set").mkdir()
+    lines = ["name: set", "base: {path: ../base}", "tasks:"]
+    for name, more in {"A": "unlabelled: ../a.jsonl", "B": "validation: b.jsonl", "C": "validation: b.jsonl"}.items():
+        lines += [
+            f"  {name}: {{kind: classification, metric: accuracy, classes: [x, y], head: none, test: b.jsonl, {more}}}"
+        ]
+    Path("set/tasks.yaml").write_text("\n".join(lines))
+    rows = [{"text": text, "label": "x"} for text in TEXTS]
+    Path("set/b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("given", [["set"], ["set/tasks.yaml"], ["A=set", "B=b.txt"], ["set", "B=b.txt"]])
+def test_a_task_set_brings_its_tasks_inputs(fit, tasks, given):
+    assert fit(*DATA, "-o", "ONE").exit_code == 0
+    result = fit(*(word for text in given for word in ("--data", text)), "-o", "TWO")
+    assert result.exit_code == 0, result.stderr
+    one, two = (load_file(f"{name}/adapter_model.safetensors") for name in ("ONE", "TWO"))
+    assert all((one[key] == two[key]).all() for key in one)
+
+
+def test_a_task_set_that_does_not_fit_is_refused(fit, tasks):
+    assert "no adapter of that name" in fit("--data", "set", "--data", "C=set", "-o", "OUT").stderr
+    file = Path("set/tasks.yaml")
+    file.write_text(file.read_text().replace("  A:", "  D:").replace("  B:", "  E:"))
+    for given, said in {"set": "no task is named like an adapter", "A=set": "no task of that name"}.items():
+        result = fit("--data", given, "-o", "OUT")
+        assert result.exit_code == 1 and not Path("OUT").exists()
+        assert said in result.stderr and "D, E, C" in result.stderr

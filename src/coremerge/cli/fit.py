@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from coremerge.cli import _data
 from coremerge.cli._base import BaseDtype
 from coremerge.cli._cluster import Address, ExecutorName, Gpus
 from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say
@@ -29,14 +30,7 @@ def fit(
     ],
     *,
     base: Annotated[str, typer.Option(help="The base model: a folder or a hub id.", metavar="MODEL")],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="Unlabelled inputs of an adapter's task: JSON lines (text, pair, messages, image), a text file,"
-            " a folder of images, or a data set; once per adapter.",
-            metavar="NAME=PATH",
-        ),
-    ],
+    data: Annotated[list[str], typer.Option(help=_data.HELP, metavar=_data.METAVAR)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="OUT")],
     rank: Annotated[int | None, typer.Option(min=1, help="Of the result, at most. Default: as it comes out.")] = None,
     rank_budget: Annotated[
@@ -135,7 +129,7 @@ def fit(
         )
         prepared = replace(prepared, plan=prepared.plan.spanning())
         labels = prepared.plan.adapters
-        named = by_label(_options.initial(data, [*labels, *adapters], "--data"), labels, adapters)
+        named = _data.inputs_of(data, labels, adapters)
         likes = by_label(_options.numbers(preference, "--preference"), labels, adapters)
         bar("reading inputs", 0, 1)
         batches = read_batches(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coremerge.cli import _data
 from coremerge.cli._base import BaseDtype
 from coremerge.cli._cluster import Address, ExecutorName, Gpus
 from coremerge.cli._output import facts, number, print_json, progress_bar, remark, say, table
@@ -17,6 +18,7 @@ from coremerge.cli._output import facts, number, print_json, progress_bar, remar
 if TYPE_CHECKING:
     from coremerge.adapter import Adapter
     from coremerge.learning import Weights
+    from coremerge.learning.rows import Example
 
 SHOWN = 4
 """Tasks whose objective has room beside the bar; of more, the highest is shown."""
@@ -29,14 +31,7 @@ def learn_weights(
     ],
     *,
     base: Annotated[str, typer.Option(help="The base model: a folder or a hub id.", metavar="MODEL")],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="Unlabelled inputs of an adapter's task: JSON lines (text, pair, messages, image), a text file,"
-            " a folder of images, or a data set; once per adapter.",
-            metavar="NAME=PATH",
-        ),
-    ],
+    data: Annotated[list[str], typer.Option(help=_data.HELP, metavar=_data.METAVAR)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="WEIGHTS.safetensors")],
     objective: Annotated[
         str | None, typer.Option(help="nsc-own (default), match or nsc.", metavar="OBJECTIVE", show_default=False)
@@ -117,7 +112,7 @@ def learn_weights(
         weights = learned(
             read,
             base,
-            by_label(_options.initial(data, [*read, *adapters], "--data"), read, adapters),
+            _data.inputs_of(data, read, adapters),
             bar,
             stopped,
             preferences=by_label(_options.numbers(preference, "--preference"), read, adapters),
@@ -140,7 +135,7 @@ def learn_weights(
 def learned(
     adapters: Mapping[str, Adapter],
     base: str,
-    data: Mapping[str, str],
+    data: Mapping[str, str | list[Example]],
     bar: Callable[[str, int, int], None],
     stopped: Callable[[], bool],
     *,

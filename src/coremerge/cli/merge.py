@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coremerge.cli import _data
 from coremerge.cli._cluster import Address, ExecutorName
 from coremerge.cli._output import Progress, duration, facts, number, print_json, progress_bar, remark, say
 from coremerge.hashing import Hashes
 from coremerge.text import size
 
 if TYPE_CHECKING:
+    from coremerge.learning.rows import Example
     from coremerge.outcome import Report
     from coremerge.pipeline import Merged, Prepared
 
@@ -71,7 +73,7 @@ def merge(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Unlabelled inputs for learned --weights: see coremerge learn-weights.", metavar="NAME=PATH"),
+        typer.Option(help="Unlabelled inputs for learned --weights: see learn-weights.", metavar=_data.METAVAR),
     ] = None,
     normalize: Annotated[
         bool | None,
@@ -166,7 +168,6 @@ def merge(
     with Hashes() as hashes:
         _begin(hashes, [] if dry_run else adapters or [])
         from coremerge.cli import _options
-        from coremerge.inputs import by_label
         from coremerge.pipeline import prepare
 
         most = _options.memory(max_memory, "--max-memory")
@@ -195,8 +196,7 @@ def merge(
             "allow_disjoint": allow_disjoint,
         }
         given = _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None})
-        sources_of = _options.initial(data, sources, "--data")
-        if (weights in LEARNED) != bool(sources_of) or (weights in LEARNED and not base):
+        if (weights in LEARNED) != bool(data) or (weights in LEARNED and not base):
             raise typer.BadParameter(
                 "nsc-own, match and nsc go with --base and --data, and only they", param_hint="--weights"
             )
@@ -218,7 +218,7 @@ def merge(
                 progress=progress,
             )
             if weights in LEARNED and not dry_run:
-                named = by_label(sources_of, prepared.plan.adapters, sources)
+                named = _data.inputs_of(data or (), prepared.plan.adapters, sources)
                 prepared = _learned(prepared, str(base), named, progress, objective=weights, seed=seed or 0)
             if not dry_run:
                 assert out is not None
@@ -259,7 +259,9 @@ def draw(out: Path, weights: str | None, threads: int | None, progress: Progress
     write_file(out / FILE, page, overwrite=True)
 
 
-def _learned(prepared: Prepared, base: str, data: Mapping[str, str], progress: Progress, **settings: Any) -> Prepared:
+def _learned(
+    prepared: Prepared, base: str, data: Mapping[str, str | list[Example]], progress: Progress, **settings: Any
+) -> Prepared:
     from coremerge.cli.learn_weights import learned
 
     return prepared.weighted(learned(prepared.plan.adapters, base, data, progress, lambda: False, **settings))

@@ -17,7 +17,7 @@ from coremerge.learning.rows import GIVE, SOURCES, Example, one_kind, parse_row
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
-def read_examples(source: str | Path, *, count: int = 64, seed: int = 0) -> list[Example]:
+def read_examples(source: str | Path | Sequence[Example], *, count: int = 64, seed: int = 0) -> list[Example]:
     """At most ``count`` inputs, drawn without replacement, in the order of the source.
 
     Labels, and any keys or columns but ``text``, ``pair`` (or ``text_pair``), ``messages``, ``image`` and ``audio``,
@@ -28,7 +28,7 @@ def read_examples(source: str | Path, *, count: int = 64, seed: int = 0) -> list
         source: JSON lines (``.jsonl``, ``.json``), where an image or a sound is a path relative to the file's
             folder; a text file
             (``.txt``), one input a line; a folder of images, with all folders in it; a data set saved on disk; or one
-            of the hub: ``org/name``, ``org/name:split``, ``org/name@revision:split``.
+            of the hub: ``org/name``, ``org/name:split``, ``org/name@revision:split``; or inputs that were read.
         count: all are taken if there are fewer.
         seed: of the draw.
 
@@ -41,7 +41,7 @@ def read_examples(source: str | Path, *, count: int = 64, seed: int = 0) -> list
         raise ConfigError("at least one input is needed", key="count", value=count)
     drawn = _draw(_rows(source), count, seed)
     if not drawn:
-        raise SourceError("holds no input", file=source, remedy=SOURCES)
+        raise SourceError("holds no input", file=source if isinstance(source, (str, Path)) else None, remedy=SOURCES)
     one_kind(drawn)
     for example in drawn:
         check_files(example)
@@ -82,7 +82,9 @@ def _draw(rows: Sequence[Example | None], count: int, seed: int) -> list[Example
     return [drawn[index] for index in sorted(drawn)]
 
 
-def _rows(source: str | Path) -> Sequence[Example | None]:
+def _rows(source: str | Path | Sequence[Example]) -> Sequence[Example | None]:
+    if not isinstance(source, (str, Path)):
+        return source
     path = local_path(source)
     if path is None:
         hub = None if isinstance(source, Path) else parse_hub_id(source)

@@ -25,6 +25,7 @@ from coremerge.learning.examples import read_examples
 from coremerge.learning.optional import first_line, optional
 from coremerge.learning.processor import base_place, load_processor
 from coremerge.learning.result import Weights
+from coremerge.learning.rows import Example
 from coremerge.learning.weights import Progress, check_names, learn_weights
 from coremerge.memory import out_of_memory
 
@@ -32,7 +33,7 @@ from coremerge.memory import out_of_memory
 def learn_files(
     adapters: Mapping[str, Adapter],
     base: str | Path,
-    data: Mapping[str, str | Path],
+    data: Mapping[str, str | Path | Sequence[Example]],
     *,
     count: int = 64,
     size: int = 16,
@@ -50,7 +51,8 @@ def learn_files(
     Args:
         adapters: label → adapter: see :func:`coremerge.inputs.read_adapters`.
         base: the base model: a folder or a hub id.
-        data: an adapter's label → its unlabelled inputs: see :func:`coremerge.learning.examples.read_examples`.
+        data: an adapter's label → its unlabelled inputs, or where they are: see
+            :func:`coremerge.learning.examples.read_examples`.
         count: inputs drawn for each task.
         size: inputs of a batch.
         max_length: tokens of an input.
@@ -74,7 +76,7 @@ Batches = dict[str, list[Batch]]
 def read_batches(
     adapters: Iterable[str],
     base: str | Path,
-    data: Mapping[str, str | Path],
+    data: Mapping[str, str | Path | Sequence[Example]],
     *,
     count: int = 64,
     size: int = 16,
