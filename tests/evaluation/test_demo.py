@@ -51,7 +51,7 @@ def test_without_validation_rows_no_scale_is_tuned(folder: Path) -> None:
 def test_a_quick_look_may_leave_tasks_out(folder: Path) -> None:
     result = run_demo(folder, candidates=TWO, tasks=["colour"])
     assert result.left_out == 1 and set(result["sum"].scores.raw) == {"colour"}
-    assert "and 1 tasks fewer" in str(command.render(result)[-1])
+    assert "1 of 2 adapters are merged" in str(command.render(result)[-1])
     whole = run_demo(folder, candidates=TWO, tasks=["colour"], full=True)
     assert whole.left_out == 0 and set(whole["sum"].scores.raw) == {"colour", "length"}
 
@@ -89,7 +89,7 @@ def run(*arguments: str) -> str:
 def test_the_command_prints_both_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_example", lambda name: folder)
     text = run("-q")
-    for label in ("own adapter", "no adapter", *CANDIDATES, "normalised", "colour", "length", "A quick look"):
+    for label in ("own adapter", "no adapter", *CANDIDATES, "score", "colour", "length", "A quick look"):
         assert label in text
     assert "A quick look" not in run("-q", "--full")
 
@@ -98,6 +98,21 @@ def test_the_command_prints_json(folder: Path) -> None:
     rows = json.loads(run(str(folder), "--json"))["rows"]
     assert [row["label"] for row in rows[2:]] == [*CANDIDATES, FITTED]
     assert rows[0]["scores"]["mean"] == 1.0
+
+
+def test_a_folder_is_looked_at_by_what_its_tasks_are(folder: Path, tmp_path: Path) -> None:
+    assert command.look_at(folder).candidates == ()
+    assert command.look_at(speaking(tmp_path)).candidates == command.FEW
+    for shown in command.WORLDS.values():
+        assert command.look_at(command.find_example(shown.folder)) == shown
+
+
+def test_stages_are_lines_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (True, False):
+        with command.stages(quiet) as progress:
+            for call in (("own adapter", 0, 2), ("no adapter", 1, 2), ("done", 2, 2)) if progress else ():
+                progress(*call)
+    assert capsys.readouterr().err.splitlines() == ["1 of 2: own adapter", "2 of 2: no adapter"]
 
 
 @pytest.mark.parametrize("world", list(command.World))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from coremerge.demo import DemoResult, Row
+    from coremerge.demo import DemoResult, Progress, Row
     from coremerge.evaluation.taskset import Split
 
 EXAMPLES = Path("examples")
@@ -30,6 +31,7 @@ class World(str, Enum):
     VISION = "vision"
     GENERATION = "generation"
     VLM = "vlm"
+    SPEECH = "speech"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Shown:
 
 
 FEW = ("task arithmetic", "core TSV + Iso-C", "coremerge's default")
-TUNED = ("scale: tuned", "raw", "normalised")
+TUNED = ("scale: tuned", "score")
 EIGHT = ("position", "light", "normals", "fashion", "mask", "count", "depth", "animal")
 """Of the vision tasks: two classifications, three regressions and three dense ones."""
 ANSWERED = ("past_tense", "slots", "category", "iso_date", "is_a", "number_words", "part_of_speech", "chain")
@@ -61,6 +63,7 @@ WORLDS: Mapping[World, Shown] = {
     World.VISION: Shown("vision", {"validation": 16, "test": 48}, ("task arithmetic", "core TIES", FEW[-1]), EIGHT),
     World.GENERATION: Shown("generation", {"test": 12}, FEW, ANSWERED),
     World.VLM: Shown("vlm", {"test": 8}, FEW),
+    World.SPEECH: Shown("speech", {"test": 12}, FEW),
 }
 
 
@@ -78,16 +81,12 @@ def demo(
     Merge its adapters in several ways and score what comes out.
     """
     from rich.console import Console
-    from rich.progress import Progress
 
-    from coremerge.cli._output import unmarked
     from coremerge.demo import CANDIDATES, ROWS, run_demo
 
-    shown = WORLDS[world] if folder is None else WORLDS[World.TEXT]
+    shown = WORLDS[world] if folder is None else look_at(folder)
     labels = CANDIDATES if full else shown.candidates or CANDIDATES
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("demo", total=None)
+    with stages(quiet) as progress:
         result = run_demo(
             folder or find_example(shown.folder),
             full=full,
@@ -95,9 +94,7 @@ def demo(
             rows=shown.rows or ROWS,
             tasks=shown.tasks,
             threads=threads,
-            progress=lambda label, done, total: bar.update(
-                task, description=unmarked(label), completed=done, total=total
-            ),
+            progress=progress,
         )
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
@@ -105,6 +102,44 @@ def demo(
     output = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     for part in render(result):
         output.print(part)
+
+
+def look_at(folder: Path) -> Shown:
+    """What is quick for a task set: of the shipped ones as settled; a model that answers itself is slow."""
+    from coremerge.evaluation.taskset import ANSWERED as KINDS
+    from coremerge.evaluation.taskset import read_taskset
+
+    taskset = read_taskset(folder)
+    for shown in WORLDS.values():
+        if taskset.name == shown.folder and {*shown.tasks} <= {*taskset.tasks}:
+            return shown
+    slow = any(task.kind in KINDS for task in taskset.tasks.values())
+    return Shown(taskset.name, {"test": 12}, FEW) if slow else Shown(taskset.name)
+
+
+@contextmanager
+def stages(quiet: bool) -> Iterator[Progress | None]:
+    """A bar on stderr of what is being done, without a guess of its end: stages differ. Lines, if it is no terminal."""
+    from coremerge.cli._output import printable, unmarked
+
+    if quiet:
+        yield None
+    elif not sys.stderr.isatty():
+        yield (
+            lambda label, done, total: (
+                None if done == total else typer.echo(f"{done + 1} of {total}: {printable(label)}", err=True)
+            )
+        )
+    else:
+        from rich import progress
+        from rich.console import Console
+
+        columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
+        with progress.Progress(
+            *columns, progress.TimeElapsedColumn(), console=Console(stderr=True), transient=True
+        ) as bar:
+            task = bar.add_task("demo", total=None)
+            yield lambda label, done, total: bar.update(task, description=unmarked(label), completed=done, total=total)
 
 
 def find_example(name: str) -> Path:
@@ -129,11 +164,12 @@ def render(result: DemoResult) -> list[RenderableType]:
     from coremerge.cli._output import unmarked
 
     summary = Table(
-        title=f"{unmarked(result.name)}: scores on the test rows, averaged over tasks ({result.seconds:.0f} s in all)"
+        title=f"{unmarked(result.name)}: scores on the test rows as shares of each task's own adapter's, averaged over"
+        f" {len(result.rows[0].scores.raw)} tasks ({result.seconds:.0f} s in all)"
     )
     summary.add_column("merge", no_wrap=True)
     tuned = any(row.tuned for row in result.rows)
-    for heading in ("seconds", "scale: auto", "raw", "normalised", *(TUNED if tuned else ())):
+    for heading in ("seconds", "scale: auto", "score", *(TUNED if tuned else ())):
         summary.add_column(heading, justify="right")
     for row in result.rows:
         summary.add_row(*_summary(row))
@@ -146,9 +182,12 @@ def render(result: DemoResult) -> list[RenderableType]:
         detail.add_row(*line)
     if result.used is None:
         return [summary, detail]
-    used = " and ".join(f"{count} {split}" for split, count in result.used.items())
-    fewer = f" and {result.left_out} tasks fewer" if result.left_out else ""
-    return [summary, detail, f"A quick look: the first {used} rows of each task{fewer}. --full uses them all."]
+    used, merged = (
+        " and ".join(f"{count} {split}" for split, count in result.used.items()),
+        len(result.rows[0].scores.raw),
+    )
+    fewer = f"{merged} of {merged + result.left_out} adapters are merged, and " if result.left_out else ""
+    return [summary, detail, f"A quick look: {fewer}the first {used} rows of each task are scored. --full takes all."]
 
 
 def _by_task(result: DemoResult) -> list[list[str]]:
@@ -170,9 +209,8 @@ def _summary(row: Row) -> list[str]:
         row.label,
         "" if row.seconds is None else f"{row.seconds:.2f}",
         "" if row.scale is None else f"{row.scale:.2f}",
-        f"{row.scores.mean_raw:.3f}",
         f"{row.scores.mean:.3f}",
     ]
     if row.tuned and row.tuned_scale is not None:
-        cells += [f"{row.tuned_scale:.2f}", f"{row.tuned.mean_raw:.3f}", f"{row.tuned.mean:.3f}"]
+        cells += [f"{row.tuned_scale:.2f}", f"{row.tuned.mean:.3f}"]
     return cells
