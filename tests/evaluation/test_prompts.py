@@ -44,6 +44,9 @@ def test_messages_come_from_the_row(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     found = read(tmp_path, {"messages": turns, "answer": "x"}, **GENERATION, system="s")
     assert [turn.content for turn in found.prompt.messages or ()] == ["s", "a", "b", "c"]
+    own = [{"role": "system", "content": "r"}, *turns]
+    found = read(tmp_path, {"messages": own, "answer": "x"}, **GENERATION, system="s")
+    assert [turn.content for turn in found.prompt.messages or ()] == ["r", "a", "b", "c"]
     with pytest.raises(ConfigError, match='messages = "b": a chat that ends with an answer'):
         read(tmp_path, {"messages": turns[:2], "answer": "x"}, **GENERATION)
 
@@ -95,8 +98,11 @@ def test_what_is_no_row_is_refused_with_its_line(tmp_path: Path, row: Any, task:
         ({"system": "s", "prompt": "a"}, "add chat: true"),
         ({"choices": ["a", "b"]}, "choices goes with choice alone"),
         ({"max_new_tokens": 0}, "greater than or equal to 1"),
-        ({"kind": "choice", "metric": "accuracy"}, "choices are two different texts"),
-        ({"kind": "choice", "metric": "accuracy", "choices": ["a", " a"]}, "choices are two different texts"),
+        ({"kind": "choice", "metric": "accuracy"}, "choices, for all of its rows, are two different texts"),
+        (
+            {"kind": "choice", "metric": "accuracy", "choices": ["a", " a"]},
+            "choices, for all of its rows, are two different texts",
+        ),
         ({"kind": "regression", "metric": "mae", "prompt": "a"}, "prompt goes with generation, choice alone"),
     ],
 )

@@ -50,7 +50,10 @@ def make(
         raise ConfigError("no such converter", key="converter", value=name, remedy=known)
     if converter.projector != (projector is not None):
         what = "takes no projector" if projector else "needs a projector"
-        raise ConfigError(f"{name} {what}", key="projector", remedy="Correct the base of the task set")
+        raise ConfigError(
+            f"{name} {what}", key="projector",
+            remedy="Leave it out" if projector else "Give the file that holds it: projector: FILE, or --projector FILE",
+        )  # fmt: skip
     if converter.package is None:
         return _of_parts(converter, Path(str(projector)))
     requirement = requirement or package or str(converter.requirement)

@@ -62,7 +62,8 @@ def _answer(row: Mapping[str, Any], task: Task, place: str) -> str:
     key = "label" if task.choices else "answer"
     found = row.get(key)
     if not isinstance(found, (str, int, float)) or isinstance(found, bool) or not str(found).strip():
-        raise ConfigError("a text is needed", file=place, key=key, value=found)
+        remedy = f"A row of this kind has its answer under {key}; its keys: {', '.join(map(str, row)) or 'none'}"
+        raise ConfigError("a text is needed", file=place, key=key, value=found, remedy=remedy)
     if not task.choices:
         return str(found)
     for choice in task.choices:
@@ -91,7 +92,8 @@ def _prompt(row: Mapping[str, Any], task: Task, place: str, folder: Path) -> Exa
 
 
 def _chat(row: Mapping[str, Any], task: Task, place: str) -> tuple[Message, ...]:
-    turns = (*_system(task), *read_messages(row["messages"], place))
+    turns = read_messages(row["messages"], place)
+    turns = turns if turns[0].role == "system" else (*_system(task), *turns)
     if not awaits(turns):
         raise ConfigError(
             "a chat that ends with an answer", file=place, key="messages", value=turns[-1].content,

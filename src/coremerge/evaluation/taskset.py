@@ -254,7 +254,7 @@ def _check_answered_task(task: Task) -> None:
     if task.system is not None and task.prompt is not None and not task.chat:
         raise ValueError("system is the beginning of a chat: add chat: true")
     if task.kind == "choice" and len({choice.strip() for choice in task.choices} - {""}) < max(2, len(task.choices)):
-        raise ValueError("choices are two different texts at least")
+        raise ValueError("choices, for all of its rows, are two different texts at least")
 
 
 _CHECKS: Mapping[str, Callable[[Task], None]] = {

@@ -125,7 +125,9 @@ class Entropy:
     def __init__(self, merged: MergedModel, heads: Mapping[str, Callable[[Any, Batch], Tensor]]) -> None:
         if not heads:
             raise ConfigError(
-                "the objective entropy needs heads", key="heads", remedy="Give one per classification task"
+                "the objective entropy needs heads",
+                key="heads",
+                remedy="In Python: learn_weights(..., heads={task: from output and batch to logits})",
             )
         self.merged, self._heads = merged, heads
 
