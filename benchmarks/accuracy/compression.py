@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import results
 from benchmarks.accuracy.work import EXAMPLE, kind_of
+from coremerge.errors import CoremergeError
 from coremerge.evaluation import TaskSet, read_taskset
 from coremerge.evaluation.metrics import METRICS
 from coremerge.learning.callback import null_space_of_training
@@ -164,7 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
-    taskset = read_taskset(given.tasks)
+    try:
+        taskset = read_taskset(given.tasks)
+    except CoremergeError as error:
+        parser.error(str(error))
     if not (given.tasks / "follow.py").exists():
         parser.error(f"{given.tasks} has no follow.py, which says how its adapters are trained")
     sys.path.insert(0, str(given.tasks.resolve()))

@@ -29,6 +29,7 @@ from benchmarks import results
 from benchmarks.accuracy.tables import GRID, untuned
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, kind_of, open_bench
 from coremerge import Adapter, Recipe
+from coremerge.errors import CoremergeError
 from coremerge.evaluation import Evaluator, Scores
 from coremerge.evaluation.plan import make_plan
 from coremerge.evaluation.scales import Scales, walk
@@ -328,12 +329,16 @@ def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quic
     if (probed := with_probes(bench)) is not None:
         journal.keep(control, lambda: measured(probes(bench, probed)))
     chosen = [way for way in ways() if not only or any(part in way.label for part in only)]
-    for cell in cells(bench, draws, quick):
-        for way in chosen:
-            if not _applies(way, cell, whole=cell.count == len(everything)):
-                continue
-            count = "all" if cell.count == len(everything) else cell.count
-            journal.keep(f"{count}/{cell.seed}/{way.label}", partial(score, cell, way))
+    planned = [
+        (f"{'all' if whole else cell.count}/{cell.seed}/{way.label}", cell, way)
+        for cell in cells(bench, draws, quick)
+        for whole in [cell.count == len(everything)]
+        for way in chosen
+        if _applies(way, cell, whole=whole)
+    ]
+    print(f"{sum(key in journal.rows for key, _, _ in planned)} of {len(planned)} rows are there", flush=True)
+    for key, cell, way in planned:
+        journal.keep(key, partial(score, cell, way))
 
 
 def _applies(way: Way, cell: Cell, *, whole: bool) -> bool:
@@ -439,7 +444,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     rows: dict[Split, int] = {"validation": given.rows[0], "test": given.rows[1]}
-    bench = open_bench(given.tasks, QUICK if given.quick else rows)
+    try:
+        bench = open_bench(given.tasks, QUICK if given.quick else rows)
+    except CoremergeError as error:
+        parser.error(str(error))
     name, title = bench.taskset.name + ("-quick" if given.quick else ""), f"Accuracy: {bench.taskset.name}"
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     journal = Journal.open(WORK / f"{name}.jsonl", published(folder, title), fresh=given.fresh or given.quick)
