@@ -104,6 +104,43 @@ def cart(xs: Sequence[Tensor], k: int = 8, scale: float = 1.0) -> Tensor:
     return result
 
 
+def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:
+    """The top of the sum, the top of each task's residual, polar factors of both sides; rank-counted Iso-CTS."""
+    u, s, vh = thin(sum_(xs))
+    d, t = len(s), len(xs)
+    each = min(round((d - int(common * d)) / t), d // t)
+    k = d - each * t
+    us, ss, vhs = [u[:, :k]], [s[:k]], [vh[:k]]
+    for x in xs:
+        rest = x - u[:, :k] @ u[:, :k].T @ x
+        left, values, right = torch.linalg.svd(rest, full_matrices=False)
+        there = min(each, int((values > CUT * torch.linalg.svdvals(x)[0]).sum()))
+        us, ss, vhs = [*us, left[:, :there]], [*ss, values[:there]], [*vhs, right[:there]]
+    return polar(torch.cat(us, 1)) @ torch.diag(torch.cat(ss)) @ polar(torch.cat(vhs, 0))
+
+
+def wudi(xs: Sequence[Tensor]) -> Tensor:
+    """(Σ c X Xᵀ X)(Σ c Xᵀ X)⁺, c = 1/‖X‖², of the tasks that are not zero."""
+    there = [x for x in xs if x.norm() > 0]
+    if not there:
+        return torch.zeros_like(xs[0])
+    gram = sum(x.T @ x / x.norm() ** 2 for x in there)
+    return sum(x @ x.T @ x / x.norm() ** 2 for x in there) @ torch.linalg.pinv(gram, rtol=CUT**1.5, hermitian=True)
+
+
+def soften(x: Tensor, p: float = 0.5) -> Tensor:
+    """P Sᵖ Qᵀ · tr S / tr Sᵖ over the numerical rank."""
+    left, s, right = thin(x)
+    return left @ torch.diag(s**p * s.sum() / (s**p).sum()) @ right if s.numel() else torch.zeros_like(x)
+
+
+def star(x: Tensor, keep: float = 0.4) -> Tensor:
+    """The fewest directions with the share ``keep`` of the nuclear norm, scaled to the whole of it."""
+    left, s, right = thin(x)
+    k = next((i + 1 for i in range(len(s)) if s[: i + 1].sum() >= keep * s.sum()), 0)
+    return left[:, :k] @ torch.diag(s[:k] * s.sum() / s[:k].sum()) @ right[:k] if k else torch.zeros_like(x)
+
+
 def isotropize(x: Tensor, span: bool = True) -> Tensor:
     """mean(S) · P Qᵀ over the numerical rank, or over all min(p, q) directions."""
     p, s, qh = thin(x) if span else torch.linalg.svd(x, full_matrices=False)

@@ -47,7 +47,8 @@ SPACE_ORACLES = {"core": in_core, "knots": in_knots, "full": in_full}
 STEP_ORACLES: dict[str, Merge | Callable[[Tensor], Tensor]] = {
     "isotropize": oracles.isotropize,
     "truncate": lambda x: oracles.truncate(x, 2),
-    "balance": lambda x: x,  # of the update, below; its core stays what it is
+    "soften": oracles.soften,
+    **dict.fromkeys(("balance", "star"), lambda x: x),  # of the update, below; its core stays what it is
 }
 STEP_SPECS: list[Spec | None] = [
     None,
@@ -66,6 +67,8 @@ def expected(space: str, method: str, step: str | None, name: str, updates: Sequ
     oracle, site = oracle_of(method), Site(0, (name,), tuple(RANKS))
     if step == "balance":
         updates = [LowRank(*oracles.balanced(x.dense())) for x in updates]
+    if step == "star":
+        updates = [LowRank(*oracles.balanced(oracles.star(x.dense()))) for x in updates]
 
     def merged(cores: Sequence[Tensor]) -> Tensor:
         drawn = {"uniforms": [site.uniform(t, core) for t, core in enumerate(cores)]}

@@ -95,7 +95,9 @@ def test_every_combination(recipe: dict) -> None:
 
     # Batches, the order of the tasks and how an absent module is said do not matter; one factor scales the whole merge.
     other, batch = given, 1
-    if {"span": False} not in [options for step in recipe["steps"] for options in step.values()]:  # arbitrary vectors
+    options = [found for spec in (recipe["space"], *recipe["steps"]) for found in spec.values()]
+    anyhow = {"singular": False} in options and not METHODS[recipe["method"]].unitary  # in any basis: it sees the order
+    if {"span": False} not in options and not anyhow:  # arbitrary vectors
         batch = 8
         other = {
             key: Adapter.from_updates({n: a.get(n, LowRank.zeros(*SHAPES[n])) for n in SHAPES}, name=key)

@@ -30,4 +30,4 @@ Step = Before | After
 
 STEPS: Registry[Step] = Registry("step")
 
-from coremerge.steps import balance, isotropize, truncate  # noqa: E402, F401  (each registers itself)
+from coremerge.steps import balance, isotropize, soften, star, truncate  # noqa: E402, F401  (each registers itself)

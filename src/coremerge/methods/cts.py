@@ -1,0 +1,53 @@
+"""CTS: directions that tasks have in common, and some of each task's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from coremerge.linalg import polar
+from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd, total
+from coremerge.methods import METHODS, Method, Site
+
+
+@METHODS.register(
+    "cts",
+    unitary=True,
+    source="Iso-CTS, arXiv 2502.04959: cts, then isotropize",
+    cuts=lambda values: ["keeps as many directions as the sum of the adapters has, its own first"],
+)
+def cts(common: Annotated[float, Field(ge=0, le=1)] = 0.8) -> Method:
+    """The leading directions of the sum, and in place of its last ones some that each task has outside of them.
+
+    X = Σ X_t has d directions, of which U_c, S_c, V_c are about the share ``common``; of each X_t − U_c U_cᵀ X_t as
+    many leading ones as make d together. All left and all right vectors are replaced by their polar factors. With the
+    step ``isotropize`` it is Iso-CTS; d is the numerical rank, not min(m, n).
+
+    Args:
+        common: the share of the d directions that is the sum's own, as near as T equal parts of the rest allow.
+    """
+
+    def merge(cores: Sequence[LowRank], site: Site) -> Matrix:
+        whole = thin_svd(total(cores)).significant()
+        count = whole.values.shape[-1]
+        each = min(round((count - int(common * count)) / len(cores)), count // len(cores))
+        shared = whole.truncate(count - each * len(cores))
+        parts = [shared, *(_outside(core, shared, each) for core in cores if each)]
+        left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1))
+        right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT)
+        values = torch.cat([part.values for part in parts], -1)
+        if left_orthonormal and right_orthonormal:
+            return ThinSVD(left, values, right.mT)
+        return LowRank(left * values.unsqueeze(-2), right.mT)
+
+    return merge
+
+
+def _outside(core: LowRank, shared: ThinSVD, count: int) -> ThinSVD:
+    """The ``count`` leading directions of what ``core`` has outside the left vectors of ``shared``."""
+    rest = core.left - shared.left @ (shared.left.mT @ core.left)
+    largest = core.svd.values.amax(-1) if core.svd.values.shape[-1] else None
+    return LowRank(rest, core.right, core.rounding).svd.significant(largest=largest).truncate(count)
