@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -240,6 +241,41 @@ def worlds(known: Numbers) -> Figure:
     return figure
 
 
+def fewer(known: Numbers) -> Figure:
+    """Some ways in every world, of two adapters to all of them."""
+    figure = Figure(figsize=(9, 5.2))
+    panels = figure.subplots(2, len(readme.WORLDS), sharey=True, sharex="col")
+    for column, (folder, title) in enumerate(readme.WORLDS.items()):
+        numbers = known[f"Accuracy: {folder}"]
+        tasks = len(next(iter(readme.of_all(numbers, "own adapters")))["raw"])
+        counts = [count for count in ("2", "4", "8") if int(count) < tasks] + ["all"]
+        for row, axes in enumerate(panels[:, column]):
+            for i, (name, label) in enumerate(FEWER.items()):
+                values = [readme.means(numbers, label, count) for count in counts]
+                values = [plain if row == 0 or math.isnan(tuned) else tuned for plain, tuned in values]
+                axes.plot(range(len(counts)), values, MARKS[i] + "-", color=COLOURS[i], label=name, markersize=4)
+            for label, style in CONTROLS.items():
+                axes.axhline(readme.means(numbers, label)[0], color="0.4", linestyle=style, label=label)
+            axes.set_xticks(range(len(counts)), [*counts[:-1], str(tasks)])
+        panels[0, column].set_title(title)
+    panels[0, 0].set_ylim(0, 1.02)
+    panels[0, 0].set_ylabel("as it comes")
+    panels[1, 0].set_ylabel("scale tuned on labels")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.supxlabel("adapters", fontsize=9)
+    return figure
+
+
+FEWER = {
+    "task arithmetic": "core task arithmetic",
+    "core TIES": "core ties",
+    "TSV": "core tsv",
+    "core TSV + Iso-C": "core tsv + isotropize",
+    "coremerge's default": "core coremerge's default",
+    "coremerge fit": "fit",
+}
+"""Name → way."""
+
 CONTROLS = {"no adapter": ":", "no adapter, probes": "--"}
 OURS = ("core coremerge's default", "fit", "fit, rank 16", "weights: nsc-own", "weights: match")
 
@@ -289,6 +325,7 @@ FIGURES: Mapping[str, Callable[[Numbers], Figure]] = {
     "alignment": alignment,
     "distance": distance,
     "worlds": worlds,
+    "fewer": fewer,
     "compression": training,
     "compression-vision": partial(training, folder=EXAMPLE.with_name("vision")),
     "output_rank": output_rank,

@@ -6,13 +6,16 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.accuracy.work import kind_of
+from coremerge.evaluation.taskset import read_taskset
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 MODULE, TOOLS = "Speed: one module", "Speed: beside other tools"
 PAPER = "Scale: cost on paper"
 WORLDS = {"minilm-wordnet": "text", "vision": "vision", "generation": "generation", "vlm": "vision-language"}
@@ -68,12 +71,43 @@ def _cell(numbers: Known, label: str) -> str:
     return " · ".join(f"{value:.3f}" for value in means(numbers, label) if not math.isnan(value))
 
 
-def means(numbers: Known, label: str) -> tuple[float, float]:
-    """The mean over draws of all adapters merged, untuned and tuned; NaN where that is not measured."""
-    found = [row for key, row in numbers.items() if key.startswith("all/") and key.split("/", 2)[2] == label]
+def means(numbers: Known, label: str, count: str = "all") -> tuple[float, float]:
+    """The mean over draws of ``count`` adapters merged, untuned and tuned; NaN where that is not measured."""
+    found = of_all(numbers, label, count)
     parts = [[row["mean"] for row in found], [row["tuned"]["mean"] for row in found if "tuned" in row]]
     plain, tuned = (statistics.fmean(values) if values else math.nan for values in parts)
     return plain, tuned
+
+
+def kinds(known: Known) -> str:
+    """Each way as it comes, a column for each world's kinds of tasks; mean over tasks, then draws."""
+    columns: dict[str, tuple[Known, list[str]]] = {}
+    for folder, world in WORLDS.items():
+        tasks = read_taskset(EXAMPLES / folder).tasks
+        numbers = known[f"Accuracy: {folder}"]["numbers"]
+        for kind in dict.fromkeys(map(kind_of, tasks.values())):
+            named = [name for name, task in tasks.items() if kind_of(task) == kind]
+            columns[f"{world}: {SPOKEN.get(kind, kind)}"] = numbers, named
+    rows = [
+        [name, *(_part(numbers, label, tasks) for numbers, tasks in columns.values())]
+        for name, label in {**MERGES, **LEARNED}.items()
+    ]
+    return results.table(["merge", *columns], [row for row in rows if any(row[1:])])
+
+
+SPOKEN = {"dense": "maps", "generation": "answers", "choice": "judgements"}
+"""Kind of a task → heading."""
+
+
+def _part(numbers: Known, label: str, tasks: Sequence[str]) -> str:
+    found = of_all(numbers, label)
+    each = [statistics.fmean(max(0.0, row["normalised"][task]) for task in tasks) for row in found]
+    return f"{statistics.fmean(each):.3f}" if each else ""
+
+
+def of_all(numbers: Known, label: str, count: str = "all") -> list[Mapping[str, Any]]:
+    """The draws of a way, of ``count`` adapters."""
+    return [row for key, row in numbers.items() if (at := key.split("/", 2))[0] == count and at[2] == label]
 
 
 def speed(known: Known) -> str:
@@ -104,6 +138,7 @@ def paper(known: Known) -> str:
 TABLES: Mapping[str, Mapping[str, Callable[[Known], str]]] = {
     "README.md": {"accuracy": accuracy, "speed": speed},
     "docs/scaling.md": {"paper": paper},
+    "docs/evidence.md": {"kinds": kinds},
 }
 
 
