@@ -235,7 +235,7 @@ def worlds(known: Numbers) -> Figure:
         panels[0].plot([], [], color="0.4", linestyle=style, label=label)
     panels[0].plot([], [], "o", color=COLOURS[0], label="as it comes")
     panels[0].plot([], [], "o", color=COLOURS[0], markerfacecolor="white", label="scale tuned on labels")
-    panels[0].plot([], [], "s", color=COLOURS[1], label="ours")
+    panels[0].plot([], [], "s", color=COLOURS[1], label="coremerge's own")
     figure.legend(loc="outside upper center", ncols=5)
     figure.supxlabel("normalised mean score (own adapters: 1)", fontsize=9)
     return figure

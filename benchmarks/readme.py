@@ -23,7 +23,7 @@ WORLDS = {"minilm-wordnet": "text", "vision": "vision", "generation": "generatio
 
 MERGES = {
     "no adapter": "no adapter",
-    "no adapter, heads trained for that": "no adapter, probes",
+    "no adapter, probes": "no adapter, probes",
     "task arithmetic": "core task arithmetic",
     "task arithmetic at 2.4 / T": "task arithmetic at the start of learned weights",
     "TIES, full space": "full ties",

@@ -39,7 +39,7 @@ def learn_weights(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings: nsc-own, match; vision or language: NSC as in its paper, by default as the model reads.",
+            help="Settings: nsc-own, match; NSC as in its paper: language (default where tokens are read) or vision.",
             metavar="PRESET",
             show_default=False,
         ),

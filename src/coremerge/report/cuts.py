@@ -50,8 +50,8 @@ def taken_as_it_is(plan: Plan, report: Report) -> Iterator[str]:
     if report.alone and plan.resolved.idle:
         idle = " and ".join(map(str, plan.resolved.idle))
         yield (
-            f"in {report.alone} of {len(report.modules)} modules there is one update to merge: it is taken as it is,"
-            f" without {idle}, which nobody named"
+            f"in {report.alone} of {len(report.modules)} modules there is one update to merge: it is taken as it is"
+            f" ({idle} would act there only if you named it)"
         )
 
 
