@@ -74,7 +74,9 @@ bench-full: setup
 	$(BIN)/python -m benchmarks.accuracy.scale --tasks examples/minilm-wordnet-16 --only tuned
 	$(BIN)/python -m benchmarks.accuracy.fit
 	$(BIN)/python -m benchmarks.accuracy.fit --tasks examples/minilm-wordnet-16
-	for world in minilm-wordnet vision generation vlm; do $(BIN)/python -m benchmarks.accuracy.worlds --tasks examples/$$world; done
+	for world in minilm-wordnet vision; do $(BIN)/python -m benchmarks.accuracy.worlds --tasks examples/$$world; done
+	$(BIN)/python -m benchmarks.accuracy.worlds --tasks examples/generation --rows 32 100
+	$(BIN)/python -m benchmarks.accuracy.worlds --tasks examples/vlm --rows 50 100
 	$(BIN)/python -m benchmarks.accuracy.geometry
 	$(BIN)/python -m benchmarks.accuracy.weights
 	if test -d /usr/share/wordnet; then $(BIN)/python -m benchmarks.accuracy.compression; fi

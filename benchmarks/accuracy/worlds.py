@@ -4,9 +4,9 @@ Each way to merge, at 2, 4, 8 and all adapters and several draws: as it comes, a
 rows, with weights or cores learned from unlabelled inputs. Test rows are scored once for each. Nothing here knows a
 world's name: what differs stands in its ``tasks.yaml``.
 
-A row is kept (``work/bench/worlds/NAME.jsonl``) as soon as it is scored, and a run that was stopped goes on where it
-was, from that file or from the rows in results.json; each row has its day. ``--fresh`` begins anew. ``--only`` takes
-some of the ways; ``--quick``: a few rows and steps, to see that it runs.
+A row is kept (``work/bench/worlds/NAME-ROWS.jsonl``) as soon as it is scored, and a run that was stopped goes on where
+it was, from that file or from the rows in results.json that were scored on as many rows a task; each has its day.
+``--fresh`` begins anew. ``--only`` takes some of the ways; ``--quick``: a few rows and steps, to see that it runs.
 """
 
 from __future__ import annotations
@@ -239,19 +239,32 @@ def ways() -> Iterator[Way]:
 
 @dataclass
 class Journal:
-    """Rows that are scored already, one JSON object a line."""
+    """Rows that are scored already, one JSON object a line.
+
+    Attributes:
+        scored: validation and test rows a task, at most; what was scored on others is not taken over.
+    """
 
     path: Path
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scored: tuple[int, int] = (ROWS["validation"], ROWS["test"])
 
     @classmethod
-    def open(cls, path: Path, known: Mapping[str, dict[str, Any]] | None = None, *, fresh: bool = False) -> Journal:
+    def open(
+        cls,
+        path: Path,
+        known: Mapping[str, dict[str, Any]] | None = None,
+        *,
+        fresh: bool = False,
+        scored: tuple[int, int] = (ROWS["validation"], ROWS["test"]),
+    ) -> Journal:
         """What an earlier run left there, or published (``known``), or nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and not fresh else []
-        rows = {} if fresh else dict(known or {}) | {row["key"]: row for row in map(json.loads, lines)}
+        known = {key: row for key, row in (known or {}).items() if tuple(row["rows"]) == scored}
+        rows = {} if fresh else known | {row["key"]: row for row in map(json.loads, lines)}
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows.values()), encoding="utf-8")
-        return cls(path, rows)
+        return cls(path, rows, scored)
 
     def keep(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
         """``make`` a row, unless it is there."""
@@ -259,6 +272,7 @@ class Journal:
             return
         start = time.perf_counter()
         row = {"key": key, **make(), "took": round(time.perf_counter() - start, 1), "day": date.today().isoformat()}
+        row["rows"] = list(self.scored)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows[key] = row
@@ -450,9 +464,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     name, title = bench.taskset.name + ("-quick" if given.quick else ""), f"Accuracy: {bench.taskset.name}"
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
-    journal = Journal.open(WORK / f"{name}.jsonl", published(folder, title), fresh=given.fresh or given.quick)
+    fresh, scored = given.fresh or given.quick, (bench.rows["validation"], bench.rows["test"])
+    journal = Journal.open(
+        WORK / f"{name}-{scored[0]}-{scored[1]}.jsonl", published(folder, title), fresh=fresh, scored=scored
+    )
     if not given.page:
         run(bench, journal, draws=1 if given.quick else given.draws, only=given.only, quick=given.quick)
+    if not journal.rows:
+        parser.error(f"nothing is scored on {scored[0]} and {scored[1]} rows yet")
     days = sorted({row["day"] for row in journal.rows.values()})
     body = (
         f"{len(bench.adapters)} adapters; scored from {days[0]} to {days[-1]}; up to {bench.rows['validation']}"

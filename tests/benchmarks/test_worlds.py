@@ -64,8 +64,10 @@ def test_rows_that_are_there_are_not_made_again(tmp_path: Path) -> None:
     again.keep("all/0/sum", lambda: pytest.fail("made again"))
     assert again.rows["all/0/sum"]["mean"] == 0.5
     assert json.loads(path.read_text())["key"] == "all/0/sum"
-    assert Journal.open(path, {"all/0/x": {"mean": 1.0}}, fresh=True).rows == {}
-    assert list(Journal.open(path, {"all/0/x": {"mean": 1.0}}).rows) == ["all/0/x"]
+    published = {"all/0/x": {"mean": 1.0, "rows": [100, 300]}}
+    assert Journal.open(path, published, fresh=True).rows == {}
+    assert list(Journal.open(path, published).rows) == ["all/0/x"]
+    assert Journal.open(tmp_path / "y.jsonl", published, scored=(6, 6)).rows == {}  # other rows, other numbers
 
 
 def test_dense_tasks_are_a_kind_of_their_own() -> None:
