@@ -104,6 +104,55 @@ def cart(xs: Sequence[Tensor], k: int = 8, scale: float = 1.0) -> Tensor:
     return result
 
 
+def magnitude(xs: Sequence[Tensor], density: float = 0.5) -> Tensor:
+    """The sum of each task's largest entries."""
+    total = torch.zeros(xs[0].shape, dtype=xs[0].dtype)
+    for x in xs:
+        order = x.abs().flatten().argsort(descending=True)[: max(1, round(density * x.numel()))]
+        total.flatten()[order] += x.flatten()[order]
+    return total
+
+
+def breadcrumbs(xs: Sequence[Tensor], density: float = 0.9, gamma: float = 0.01) -> Tensor:
+    """The sum of each task's entries between its largest and its smallest ones."""
+    total = torch.zeros(xs[0].shape, dtype=xs[0].dtype)
+    for x in xs:
+        keep = max(1, round(density * x.numel()))
+        top = min(round(gamma * x.numel()), x.numel() - keep)
+        order = x.abs().flatten().argsort(descending=True)[top : top + keep]
+        total.flatten()[order] += x.flatten()[order]
+    return total
+
+
+def della(xs: Sequence[Tensor], uniforms: Sequence[Tensor], density: float = 0.5, epsilon: float = 0.1) -> Tensor:
+    """Row by row, kept by rank, over the probability; then TIES without its trimming."""
+    kept = []
+    for x, u in zip(xs, uniforms, strict=True):
+        y = torch.zeros_like(x)
+        for i, row in enumerate(x):
+            for place, j in enumerate(sorted(range(len(row)), key=lambda j: abs(row[j].item()))):
+                p = density - epsilon + 2 * epsilon * place / max(1, len(row) - 1)
+                y[i, j] = row[j] / p if u[i, j] < p else 0.0
+        kept.append(y)
+    return ties(kept, density=1.0)
+
+
+def sce(xs: Sequence[Tensor], select: float = 0.1) -> Tensor:
+    """Entries of the largest variance over tasks; tasks weighed by squares; those that agree with the sum's sign."""
+    stack = torch.stack(list(xs))
+    variance = ((stack - stack.mean(0)) ** 2).mean(0)
+    mask = torch.zeros_like(variance).flatten()
+    mask[variance.flatten().argsort(descending=True)[: max(1, round(select * variance.numel()))]] = 1
+    stack = stack * mask.reshape(variance.shape)
+    weights, out = (stack**2).sum((1, 2)) / (stack**2).sum(), torch.zeros_like(variance)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            agree = [t for t in range(len(xs)) if stack[t, i, j] * stack[:, i, j].sum() > 0]
+            if agree:
+                out[i, j] = sum(weights[t] * stack[t, i, j] for t in agree) / sum(weights[t] for t in agree)
+    return out
+
+
 def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:
     """The top of the sum, the top of each task's residual, polar factors of both sides; rank-counted Iso-CTS."""
     u, s, vh = thin(sum_(xs))

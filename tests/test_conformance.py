@@ -135,7 +135,8 @@ def test_balanced_factors_leave_no_gauge(method: str, settings: dict) -> None:
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].elementwise])
 def test_elementwise_methods_see_the_gauge_in_the_stacked_basis(method: str) -> None:
-    recipe = {"method": method, "parameters": examples(METHODS[method])}
+    few = {"density": 0.5} if "density" in METHODS[method].parameters else {}  # of cores this small
+    recipe = {"method": method, "parameters": examples(METHODS[method]) | few}
     one, other = (run(g, recipe).adapter["long"].dense() for g in (adapters(), mapped(lambda _, u: regauged(u))))
     assert (one - other).norm() > 1e-3 * one.norm()
 

@@ -147,6 +147,16 @@ def test_mergekits_methods(tmp_path: Path, method: str, ours: str, normalize: bo
     assert not read(tmp_path, f"merge_method: {method}\nparameters: {{normalize: false}}").recipe.normalize
 
 
+@pytest.mark.parametrize(
+    ("method", "ours", "elect"), [("breadcrumbs_ties", "breadcrumbs", True), ("della_linear", "della", False)]
+)
+def test_mergekits_methods_that_are_ours_with_a_parameter(tmp_path: Path, method: str, ours: str, elect: bool) -> None:
+    recipe = read(tmp_path, f"merge_method: {method}\nparameters: {{density: 0.6}}").recipe
+    assert (recipe.method, recipe.parameters) == (ours, {"density": 0.6, "elect": elect})
+    with pytest.raises(ConfigError, match="Say it once"):
+        read(tmp_path, f"merge_method: {method}\nparameters: {{elect: {not elect}}}")
+
+
 def test_our_keys_stand_beside_them(tmp_path: Path) -> None:
     text = (
         "method: ties\nspace: 'knots:scaled=false'\nsteps: [balance, {truncate: {rank: 3}}]\nbasis: balanced\n"

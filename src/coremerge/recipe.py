@@ -343,7 +343,15 @@ class RecipeFile:
     base_model: str | None = None
 
 
-_ALIASES = {"task_arithmetic": "sum", "linear": "sum", "dare_linear": "dare"}
+_ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "task_arithmetic": ("sum", {}),
+    "linear": ("sum", {}),
+    "dare_linear": ("dare", {}),
+    "magnitude_prune": ("magnitude", {}),
+    "breadcrumbs_ties": ("breadcrumbs", {"elect": True}),
+    "della_linear": ("della", {"elect": False}),
+}
+"""mergekit's and PEFT's name → ours, and the parameters that make it so."""
 
 
 def read_recipe(path: str | Path) -> RecipeFile:
@@ -352,7 +360,7 @@ def read_recipe(path: str | Path) -> RecipeFile:
     Keys: ``merge_method``, ``models`` (each ``model`` and ``parameters.weight``), ``parameters`` (the method's, and
     ``normalize``, ``lambda``), ``base_model``, ``dtype`` or ``out_dtype``; ours beside them: ``space``, ``steps``,
     ``basis``, ``scale``, ``rank``, ``seed``, ``extras``, ``allow_disjoint``. mergekit's ``task_arithmetic``, ``linear``
-    (normalised, as there) and ``dare_linear`` are understood.
+    (normalised, as there), ``dare_linear``, ``breadcrumbs_ties`` and ``della_linear`` are understood.
 
     Raises:
         SourceError: the file cannot be read.
@@ -414,7 +422,9 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
     if "lambda" in parameters:
         _say(values, "scale", parameters.pop("lambda"), "parameters.lambda")
     if method is not None:
-        values["method"] = _ALIASES.get(str(method), str(method))
+        values["method"], settled = _ALIASES.get(str(method), (str(method), {}))
+        for key, value in settled.items():
+            _say(parameters, key, value, "merge_method")
     if parameters or method is not None:
         values["parameters"] = parameters
     return values

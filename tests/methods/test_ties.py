@@ -8,7 +8,7 @@ from coremerge.errors import ConfigError
 from coremerge.methods.ties import elect, trim
 from coremerge.recipe import Recipe
 from coremerge.spaces import SPACES
-from laws import LowRank, close, largest, lowrank, merged, normal, stacks
+from laws import LowRank, close, largest, lowrank, make, merged, normal, stacks
 
 GENERIC = ("plain", "same right", "same left", "duplicate")
 densities = st.sampled_from([0.05, 0.2, 0.5, 1.0])
@@ -74,3 +74,12 @@ def test_everything_of_one_adapter_is_itself() -> None:
 def test_a_density_is_a_share(density: object) -> None:
     with pytest.raises(ConfigError, match="density"):
         Recipe(method="ties", parameters={"density": density})
+
+
+def test_a_column_of_next_to_nothing_takes_no_vote_from_the_others() -> None:
+    """Balanced, a deficient update may have a direction that is all error; the others are none the less known."""
+    for seed in (11, 39):
+        deficient = make("deficient", 9, 7, 3, normal(seed), [])
+        updates = [lowrank(9, 7, 3, seed=1), deficient, lowrank(9, 7, 2, seed=2)]
+        found = merged(updates, method="ties", space="full", parameters={"density": 1}, steps=["balance"])
+        close(found, oracles.ties([u.dense() for u in updates], 1.0))

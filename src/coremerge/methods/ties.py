@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from coremerge.linalg import column_norms
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site
 from coremerge.registry import Values
@@ -51,20 +52,33 @@ VOTE = 3.0
 
 def trimmed_and_elected(x: Tensor, cores: Sequence[LowRank], density: float, reduce: Reduce) -> Tensor:
     """TIES of ``x`` (T, ..., p, q), which is written over: the entries of ``cores``, or some of them."""
+    for one, core in zip(x, cores, strict=True):  # one after the other: each needs several copies
+        one.copy_(trim(one, density, least_of(core)))
+    return elect_of(x, cores, reduce)
+
+
+def least_of(core: LowRank) -> Tensor | None:
+    """Below what (...) an entry is an error of the stored numbers; None: they are exact."""
+    errors = _errors(core)
+    return None if errors is None else VOTE * errors[0]
+
+
+def elect_of(x: Tensor, cores: Sequence[LowRank], reduce: Reduce) -> Tensor:
+    """:func:`elect` among what is left of the entries of ``cores``, with the errors of these."""
     errors = [_errors(core) for core in cores]
-    for one, error in zip(x, errors, strict=True):  # one after the other: each needs several copies
-        one.copy_(trim(one, density, None if error is None else VOTE * error[0]))
     return elect(x, reduce, None if None in errors else [error for error in errors if error is not None])
 
 
 def _errors(core: LowRank) -> tuple[Tensor, Tensor] | None:
     """The mean error (...) of an entry, from those of the stored numbers, and next to the entry; None: it is exact.
 
-    Large entries are sums of large products, whose errors are larger than the mean.
+    Large entries are sums of large products, whose errors are larger than the mean: relative ones of columns count by
+    the size of these, as one that is next to nothing may be known badly.
     """
     if core.error is None or core.rounding is None or not core.rank:
         return None if core.rank else (core.left.new_zeros(core.left.shape[:-2]),) * 2
-    return core.error / max(1, math.prod(core.shape)) ** 0.5, 2**0.5 * core.rounding.amax(-1)
+    sizes = column_norms(core.left.double()) * column_norms(core.right.mT.double())
+    return core.error / max(1, math.prod(core.shape)) ** 0.5, (core.error / sizes.square().sum(-1).sqrt()).nan_to_num(0)
 
 
 def entries(cores: Sequence[LowRank]) -> Tensor:

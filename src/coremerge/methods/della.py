@@ -1,0 +1,71 @@
+"""DELLA: drop entries at random, small ones more often, and rescale the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from coremerge.errors import ConfigError
+from coremerge.lowrank import LowRank
+from coremerge.methods import METHODS, Method, Site
+from coremerge.methods.ties import Density, Reduce, elect_of, entries, least_of, trim
+from coremerge.registry import Values
+
+
+def _drops(values: Values) -> list[str]:
+    low, high = (values["density"] + sign * values["epsilon"] for sign in (-1, 1))
+    return [f"keeps entries of each adapter's core with probability {low:g} (smallest) to {high:g} (largest of a row)"]
+
+
+@METHODS.register(
+    "della",
+    elementwise=True,
+    source="DELLA-Merging, arXiv 2406.11617",
+    cuts=_drops,
+    neutral={"density": 1.0, "epsilon": 0.0},
+)
+def della(
+    density: Density = 0.5,
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+    elect: bool = True,
+    reduce: Reduce = "mean",
+) -> Method:
+    """Keep entries with a probability that grows with their rank in the row, divide by it, elect signs and average.
+
+    The probability is ``density`` − ``epsilon`` for a row's smallest entry and ``density`` + ``epsilon`` for its
+    largest, evenly in between. The draw depends on the recipe's seed, the module's and the adapter's name only.
+
+    Args:
+        density: the share of entries that is kept on average, in (0, 1].
+        epsilon: half the range of probabilities.
+        elect: merge as TIES does; false: sum (mergekit's ``della_linear``).
+        reduce: with ``elect``, ``mean`` over the agreeing entries, or their ``sum``.
+
+    Raises:
+        ConfigError: probabilities that are none.
+    """
+    if not (density - epsilon > 0 and density + epsilon <= 1):
+        raise ConfigError(
+            "density ± epsilon are probabilities", key="epsilon", value=epsilon,
+            remedy=f"With density {density:g}, less than {density:g} and at most {1 - density:g}",
+        )  # fmt: skip
+
+    def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
+        x = entries(cores)
+        for t, one in enumerate(x):
+            one.copy_(trim(one, 1.0, least_of(cores[t])))  # what rounding made has no sign to vote with
+            kept = probabilities(one, density, epsilon)
+            one.div_(kept).masked_fill_(site.uniform(t, one) >= kept, 0.0)
+        grown = [core * (1 / (density - epsilon)) for core in cores]  # an entry's errors are at most so large now
+        return elect_of(x, grown, reduce) if elect else x.sum(0)
+
+    return merge
+
+
+def probabilities(x: Tensor, density: float, epsilon: float) -> Tensor:
+    """Of each entry of ``x`` (..., p, q) to be kept, by its place among its row's magnitudes."""
+    places = x.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).to(x.dtype)
+    return density - epsilon + 2 * epsilon * places / max(1, x.shape[-1] - 1)

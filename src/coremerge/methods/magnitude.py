@@ -1,0 +1,86 @@
+"""Magnitude pruning and Breadcrumbs: drop each task's small entries, or its largest, too, and sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from coremerge.lowrank import LowRank
+from coremerge.methods import METHODS, Method, Site
+from coremerge.methods.ties import Density, Reduce, elect_of, entries, least_of, trim, trims
+from coremerge.registry import Values
+
+
+@METHODS.register(
+    "magnitude",
+    elementwise=True,
+    source="magnitude pruning, as PEFT's magnitude_prune",
+    cuts=lambda values: [text.removesuffix(", and of them one sign") for text in trims(values)],
+    neutral={"density": 1.0},
+)
+def magnitude(density: Density = 0.5) -> Method:
+    """Keep each task's largest entries and sum them: TIES without its election of signs.
+
+    Args:
+        density: the share of entries of each core that is kept, in (0, 1].
+    """
+
+    def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
+        x = entries(cores)
+        for one, core in zip(x, cores, strict=True):
+            one.copy_(trim(one, density, least_of(core)))
+        return x.sum(0)
+
+    return merge
+
+
+def _middle(values: Values) -> list[str]:
+    return [
+        f"keeps a share of {values['density']:g} of each adapter's core: without the largest {values['gamma']:g}, and"
+        " without the smallest"
+    ]
+
+
+@METHODS.register(
+    "breadcrumbs",
+    elementwise=True,
+    source="Model Breadcrumbs, arXiv 2312.06795",
+    cuts=_middle,
+    neutral={"density": 1.0, "gamma": 0.0},
+)
+def breadcrumbs(
+    density: Density = 0.9,
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.01,
+    elect: bool = False,
+    reduce: Reduce = "mean",
+) -> Method:
+    """Drop each task's largest entries, then its smallest, and sum what is left.
+
+    Args:
+        density: the share of entries of each core that is kept, in (0, 1].
+        gamma: the share of the largest that is dropped; less where ``density`` leaves less to drop.
+        elect: merge as TIES does: the sign of the sum alone (mergekit's ``breadcrumbs_ties``).
+        reduce: with ``elect``, ``mean`` over the agreeing entries, or their ``sum``.
+    """
+
+    def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
+        x = entries(cores)
+        for one, core in zip(x, cores, strict=True):
+            one.copy_(trim(_without_largest(one, density, gamma), density, least_of(core)))
+        return elect_of(x, cores, reduce) if elect else x.sum(0)
+
+    return merge
+
+
+def _without_largest(x: Tensor, density: float, gamma: float) -> Tensor:
+    """``x`` (..., p, q) with its ⌈gamma · p · q⌋ entries of largest magnitude set to zero, in each matrix."""
+    size = x.shape[-2] * x.shape[-1]
+    drop = min(round(gamma * size), size - max(1, round(density * size))) if size else 0
+    if not drop:
+        return x
+    magnitude = x.abs()
+    largest = magnitude.flatten(-2).kthvalue(size - drop, dim=-1).values
+    return x.masked_fill(magnitude > largest[..., None, None], 0.0)
