@@ -131,32 +131,16 @@ def della(xs: Sequence[Tensor], uniforms: Sequence[Tensor], density: float = 0.5
         y = torch.zeros_like(x)
         for i, row in enumerate(x):
             for place, j in enumerate(sorted(range(len(row)), key=lambda j: abs(row[j].item()))):
-                p = density - epsilon + 2 * epsilon * place / max(1, len(row) - 1)
+                p = density - epsilon + 2 * epsilon * place / (len(row) - 1) if len(row) > 1 else density
                 y[i, j] = row[j] / p if u[i, j] < p else 0.0
         kept.append(y)
     return ties(kept, density=1.0)
 
 
-def sce(xs: Sequence[Tensor], select: float = 0.1) -> Tensor:
-    """Entries of the largest variance over tasks; tasks weighed by squares; those that agree with the sum's sign."""
-    stack = torch.stack(list(xs))
-    variance = ((stack - stack.mean(0)) ** 2).mean(0)
-    mask = torch.zeros_like(variance).flatten()
-    mask[variance.flatten().argsort(descending=True)[: max(1, round(select * variance.numel()))]] = 1
-    stack = stack * mask.reshape(variance.shape)
-    weights, out = (stack**2).sum((1, 2)) / (stack**2).sum(), torch.zeros_like(variance)
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            agree = [t for t in range(len(xs)) if stack[t, i, j] * stack[:, i, j].sum() > 0]
-            if agree:
-                out[i, j] = sum(weights[t] * stack[t, i, j] for t in agree) / sum(weights[t] for t in agree)
-    return out
-
-
 def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:
     """The top of the sum, the top of each task's residual, polar factors of both sides; rank-counted Iso-CTS."""
     u, s, vh = thin(sum_(xs))
-    d, t = len(s), len(xs)
+    d, t = len(s), max(1, sum(bool(x.norm() > 0) for x in xs))
     each = min(round((d - int(common * d)) / t), d // t)
     k = d - each * t
     us, ss, vhs = [u[:, :k]], [s[:k]], [vh[:k]]

@@ -107,8 +107,8 @@ def test_what_is_named_acts_on_one_adapter_too(method: str) -> None:
     flat = merge(one, Recipe(method=method, steps=["isotropize"], scale=1), threads=1).adapter["layer"].svd
     assert flat.rank() == R
     assert float(flat.values[0] / flat.values[R - 1]) == pytest.approx(1, rel=1e-6)  # float32 factors
-    if METHODS[method].neutral and method != "sce":  # of one adapter nothing varies
-        known = {"rank": 2, "drop_rate": 0.5, "density": 0.1, "epsilon": 0.05, "select": 0.1}
+    if METHODS[method].neutral:
+        known = {"rank": 2, "drop_rate": 0.5, "density": 0.1, "epsilon": 0.05}
         acting = {key: value for key, value in known.items() if key in METHODS[method].parameters}
         cut = merged(one, {"method": method, "parameters": acting})
         assert apart(cut, one["a"]["layer"].dense()) > 0.1

@@ -93,10 +93,15 @@ def numerical_rank(values: Tensor, rtol: float = RTOL, largest: Tensor | None = 
     largest = values[..., 0] if largest is None else largest
     if not bool(largest.isfinite().all()):
         raise LinAlgError("singular values that are not finite")
-    return _one_rank((values > rtol * largest.unsqueeze(-1)).sum(-1))
+    return one_rank((values > rtol * largest.unsqueeze(-1)).sum(-1))
 
 
-def _one_rank(counts: Tensor) -> int:
+def one_rank(counts: Tensor) -> int:
+    """The one value of ``counts`` (...), of a batch.
+
+    Raises:
+        RaggedRankError: there are several.
+    """
     rank = int(counts.max())
     if rank != int(counts.min()):
         raise RaggedRankError
@@ -266,7 +271,7 @@ def _above_rounding(stack: Tensor, gram: Tensor | None, rounding: Tensor) -> Bas
     counts = (sigma > level).sum(-1)
     if bool((counts == most).all()):
         return None
-    rank = _one_rank(counts)
+    rank = one_rank(counts)
     values, right = sigma[..., :rank], vh[..., :rank, :]
     transform = scale.unsqueeze(-1) * right.mT / values.unsqueeze(-2)
     return Basis(transform, values.unsqueeze(-1) * right * errors.unsqueeze(-2))

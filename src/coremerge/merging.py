@@ -174,6 +174,8 @@ def _known(adapter: Adapter, name: str, dtype: torch.dtype | None, exact: bool) 
 
 
 def _stacked(updates: Sequence[LowRank]) -> LowRank:
+    if len({u.left.shape for u in updates}) > 1:  # a step before left more of one module's than of another's
+        raise RaggedRankError
     dtypes = {u.dtype for u in updates}
     updates = [u.to(torch.float64) for u in updates] if len(dtypes) > 1 else updates
     roundings = [u.rounding for u in updates if u.rounding is not None]

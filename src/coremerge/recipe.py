@@ -424,7 +424,7 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
     if method is not None:
         values["method"], settled = _ALIASES.get(str(method), (str(method), {}))
         for key, value in settled.items():
-            _say(parameters, key, value, "merge_method")
+            _say(parameters, key, value, f"{method}: {key}")
     if parameters or method is not None:
         values["parameters"] = parameters
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,10 @@ def test_a_task_set_brings_its_tasks_inputs(fit, tasks, given):
 
 
 def test_a_task_set_that_does_not_fit_is_refused(fit, tasks):
-    assert "no adapter of that name" in fit("--data", "set", "--data", "C=set", "-o", "OUT").stderr
+    for given, said in {"C=set": "no adapter of that name", "nowhere": "is not NAME=PATH, nor a task set"}.items():
+        assert said in fit("--data", "set", "--data", given, "-o", "OUT").stderr
+    shutil.copytree("set", "again")
+    assert "two task sets have this task" in fit("--data", "set", "--data", "again", "-o", "OUT").stderr
     file = Path("set/tasks.yaml")
     file.write_text(file.read_text().replace("  A:", "  D:").replace("  B:", "  E:"))
     for given, said in {"set": "no task is named like an adapter", "A=set": "no task of that name"}.items():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 
 import oracles
-from laws import LowRank, close, largest, lowrank, merged, orthogonal, stacks
+from laws import LowRank, close, largest, lowrank, merged, named, orthogonal, run, stacks
 
 
 @pytest.mark.parametrize("space", ["core", "knots", "full"])
@@ -39,3 +39,26 @@ def test_with_isotropize_it_has_one_singular_value_for_all_that_it_kept() -> Non
 
 def test_one_adapter_is_itself() -> None:
     close(merged([lowrank(9, 7, 3)], method="cts"), lowrank(9, 7, 3).dense())
+
+
+def test_adapters_that_are_not_there_change_nothing() -> None:
+    updates = [lowrank(14, 12, 4, seed=s) for s in (0, 1)]
+    plain = merged(updates, method="cts")
+    assert torch.linalg.matrix_rank(plain, rtol=1e-9) == 8
+    for count in (1, 2, 6):
+        close(merged([*updates, *[LowRank.zeros(14, 12)] * count], method="cts"), plain)
+    close(merged([*updates, lowrank(14, 12, 4, seed=7)], method="cts", weights=[1, 1, 0]), plain)
+
+
+def test_what_rounding_left_outside_is_no_direction() -> None:
+    """One task lies in the directions that the sum has first: outside of them are the errors of its bfloat16 alone."""
+    u, v = orthogonal(256)[:, :12], orthogonal(256, 1)[:, :12]
+    left, right = torch.cat([u[:, :4] * 10, u[:, 8:]], 1), torch.cat([v[:, :4], v[:, 8:]], 1).T
+    factors = [(u[:, :8] * 10, v[:, :8].T), (left, right)]
+    turns = [orthogonal(8, seed) for seed in (2, 3)]
+    stored = [
+        LowRank((a @ turn).bfloat16(), (turn.T @ b).bfloat16()) for (a, b), turn in zip(factors, turns, strict=True)
+    ]
+    total = sum(x.dense().double() for x in stored)
+    found = run(named(stored), method="cts", dtype="float64").adapter["layer"].dense()
+    assert (found * total).sum() > 0.999 * found.norm() * total.norm()

@@ -29,3 +29,7 @@ def test_on_average_it_is_the_sum() -> None:
 def test_what_is_no_probability_is_refused(given: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="density ± epsilon are probabilities"):
         merged([lowrank(4, 3, 2)], method="della", parameters=given)
+
+
+def test_a_row_of_one_has_the_density() -> None:
+    assert torch.equal(probabilities(torch.ones(3, 1), 0.5, 0.1), torch.full((3, 1), 0.5))

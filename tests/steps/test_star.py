@@ -1,6 +1,10 @@
+import pytest
 import torch
 
 import oracles
+from coremerge import Adapter, Recipe, merge
+from coremerge.linalg import RaggedRankError
+from coremerge.steps.star import star
 from laws import LowRank, close, lowrank, merged, regauged
 
 
@@ -23,3 +27,24 @@ def test_each_update_by_itself_whatever_its_factors() -> None:
 def test_nothing_stays_nothing() -> None:
     for update in (0.0 * lowrank(4, 3, 2), LowRank.zeros(4, 3)):
         assert merged([update, update], method="sum", steps=["star"]).abs().max() == 0
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_modules_of_one_shape_may_keep_different_numbers_of_directions(batch: int) -> None:
+    flat, steep = (torch.tensor(v, dtype=torch.float64) for v in ([1.2, 1.1, 1.0], [9.0, 0.2, 0.1]))
+    modules = {
+        str(i): LowRank(torch.eye(6, 3).double() * v, torch.eye(3, 5).double()) for i, v in enumerate((flat, steep))
+    }
+    given = {name: Adapter.from_updates(modules) for name in "ab"}
+    merge_of = merge(given, Recipe(method="sum", steps=["star"], scale=1.0), threads=1, batch=batch).adapter
+    assert [merge_of[name].svd.rank() for name in modules] == [2, 1]
+    for name, update in modules.items():
+        close(merge_of[name].dense(), 2 * oracles.star(update.dense()))
+
+
+def test_a_batch_of_different_counts_is_said() -> None:
+    values = torch.tensor([[1.2, 1.1, 1.0], [9.0, 0.2, 0.1]], dtype=torch.float64)
+    batch = LowRank(torch.eye(6, 3).double() * values[:, None], torch.eye(3, 5).double().expand(2, -1, -1))
+    with pytest.raises(RaggedRankError):
+        star(0.4).apply(batch)
+    close(star(0.4).apply(LowRank(batch.left[:1], batch.right[:1])).dense()[0], oracles.star(batch.dense()[0]))

@@ -30,25 +30,43 @@ def inputs_of(given: Sequence[str], labels: Iterable[str], adapters: Sequence[st
         BadParameter: neither of both.
         ConfigError: a task set without a task of an adapter.
     """
-    from coremerge.cli import _options
+    from coremerge.errors import ConfigError
     from coremerge.inputs import by_label
+    from coremerge.learning.weights import check_names
 
     labels = list(labels)
-    sets = [text for text in given if _is_taskset(text)]
-    found = dict(pair for text in sets for pair in _of_all(text, labels))
-    pairs = _options.initial([text for text in given if text not in sets], [*labels, *adapters], "--data")
-    named = by_label(pairs, labels, adapters)
+    found: dict[str, str | list[Example]] = {}
+    for text in filter(_is_taskset, given):
+        for label, examples in _of_all(text, labels):
+            if label in found:
+                raise ConfigError("two task sets have this task", key="data", value=label, remedy="Give it from one")
+            found[label] = examples
+    named = by_label(pairs_of(given, [*labels, *adapters]), labels, adapters)
+    check_names("data", named, labels)
     return found | {label: _of_one(source, label) if _is_taskset(source) else source for label, source in named.items()}
+
+
+def pairs_of(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """What is ``name=path``; the rest are task sets.
+
+    Raises:
+        BadParameter: neither of both.
+    """
+    from coremerge.cli import _options
+
+    return _options.initial(
+        [text for text in given if not _is_taskset(text)], names, "--data", "NAME=PATH, nor a task set"
+    )
 
 
 def _is_taskset(source: str) -> bool:
     """Whether it is a folder with tasks.yaml, or that file."""
     from coremerge.evaluation.taskset import FILE
 
-    path = Path(source)
     try:
+        path = Path(source).expanduser()
         return (path.is_file() and path.name == FILE) or (path / FILE).is_file()
-    except OSError:  # a name that no file can have
+    except (OSError, RuntimeError):  # a name that no file can have, a home that nobody has
         return False
 
 
@@ -56,12 +74,12 @@ def _of_all(source: str, labels: Sequence[str]) -> Iterator[tuple[str, list[Exam
     from coremerge.errors import ConfigError
     from coremerge.evaluation.taskset import HARNESS, read_taskset
 
-    taskset = read_taskset(source)
+    taskset = read_taskset(Path(source).expanduser())
     tasks = [label for label in labels if label in taskset.tasks and taskset.tasks[label].kind != HARNESS]
     if not tasks:
         raise ConfigError(
             "no task is named like an adapter", file=source, key="tasks", value=", ".join(taskset.tasks),
-            remedy=f"Adapters: {', '.join(labels)}; rename them, or give NAME=PATH",
+            remedy=f"Adapters: {', '.join(labels)}; give the files of their inputs, NAME=FILE",
         )  # fmt: skip
     for label in tasks:
         yield label, _inputs(taskset, label)
@@ -70,15 +88,18 @@ def _of_all(source: str, labels: Sequence[str]) -> Iterator[tuple[str, list[Exam
 def _of_one(source: str, label: str) -> list[Example]:
     from coremerge.evaluation.taskset import read_taskset
 
-    return _inputs(read_taskset(source), label)
+    return _inputs(read_taskset(Path(source).expanduser()), label)
 
 
 def _inputs(taskset: TaskSet, name: str) -> list[Example]:
     from coremerge.errors import ConfigError
+    from coremerge.evaluation.taskset import HARNESS
     from coremerge.evaluation.unlabelled import read_unlabelled
 
-    if name not in taskset.tasks:
-        raise ConfigError(
-            "no task of that name", file=taskset.folder, value=name, remedy=f"Tasks: {', '.join(taskset.tasks)}"
+    if name not in taskset.tasks or taskset.tasks[name].kind == HARNESS:
+        what = (
+            "no task of that name" if name not in taskset.tasks else "a task of the harness, which has no inputs here"
         )
+        remedy = f"Tasks: {', '.join(taskset.tasks)}; or give the file of its inputs, {name}=FILE"
+        raise ConfigError(what, file=taskset.folder, value=name, remedy=remedy)
     return read_unlabelled(taskset, name)

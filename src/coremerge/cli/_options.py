@@ -182,10 +182,12 @@ def _weights_in(path: Path) -> Any:
     return found
 
 
-def initial(pairs: Sequence[str] | None, names: Iterable[str], option: str = "--initial") -> dict[str, str]:
+def initial(
+    pairs: Sequence[str] | None, names: Iterable[str], option: str = "--initial", form: str = "NAME=PATH"
+) -> dict[str, str]:
     """``--initial name=path`` …, or of another ``option`` of that form; the longest of ``names`` that fits counts."""
     known = {name for source in names for name in (source, Path(source).name)}
-    return dict(_pairs(pairs or (), option, "NAME=PATH", known))
+    return dict(_pairs(pairs or (), option, form, known))
 
 
 def rename(pairs: Sequence[str] | None) -> dict[str, str]:

@@ -196,6 +196,7 @@ def merge(
             "allow_disjoint": allow_disjoint,
         }
         given = _options.override(file.recipe, {k: v for k, v in overrides.items() if v is not None})
+        _data.pairs_of(data or (), sources)
         if (weights in LEARNED) != bool(data) or (weights in LEARNED and not base):
             raise typer.BadParameter(
                 "nsc-own, match and nsc go with --base and --data, and only they", param_hint="--weights"

@@ -93,7 +93,7 @@ def _prompt(row: Mapping[str, Any], task: Task, place: str, folder: Path) -> Exa
 
 def _chat(row: Mapping[str, Any], task: Task, place: str) -> tuple[Message, ...]:
     turns = read_messages(row["messages"], place)
-    turns = turns if turns[0].role == "system" else (*_system(task), *turns)
+    turns = turns if any(turn.role in ("system", "developer") for turn in turns) else (*_system(task), *turns)
     if not awaits(turns):
         raise ConfigError(
             "a chat that ends with an answer", file=place, key="messages", value=turns[-1].content,

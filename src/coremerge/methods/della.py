@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -67,5 +68,7 @@ def della(
 
 def probabilities(x: Tensor, density: float, epsilon: float) -> Tensor:
     """Of each entry of ``x`` (..., p, q) to be kept, by its place among its row's magnitudes."""
+    if x.shape[-1] == 1:
+        return torch.full_like(x, density)
     places = x.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).to(x.dtype)
     return density - epsilon + 2 * epsilon * places / max(1, x.shape[-1] - 1)

@@ -44,7 +44,7 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
         spectra = torch.cat([svd.values for svd in svds(cores)], -1)
         largest = spectra.amax(-1) if spectra.shape[-1] else None
         parts = [components(core, largest) for core in cores]
-        rounding = _rounding(parts)
+        rounding = rounding_of(parts)
         left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1), rounding=rounding)
         right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT, rounding=rounding)
         values = torch.cat([part.values for part in parts], -1)
@@ -55,7 +55,7 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
     return merge
 
 
-def _rounding(parts: Sequence[ThinSVD]) -> Tensor | None:
+def rounding_of(parts: Sequence[ThinSVD]) -> Tensor | None:
     """The errors of the singular vectors: u_i and v_i are off by what X_t is off by there, over σ_i."""
     known = [(part.noise, part.values) for part in parts if part.noise is not None]
     if len(known) < len(parts):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from coremerge.linalg import one_rank
 from coremerge.lowrank import LowRank, ThinSVD
 from coremerge.registry import Values
 from coremerge.steps import STEPS, Before, Step
@@ -32,8 +33,8 @@ def star(keep: Annotated[float, Field(gt=0, le=1)] = 0.4) -> Step:
         if values.shape[-1] == 0:
             return svd.lowrank()
         whole, so_far = values.sum(-1), values.cumsum(-1)
-        kept = svd.truncate(int((so_far < keep * whole * (1 - 1e-12)).sum()) + 1)
-        grown = whole / kept.values.sum(-1)
+        kept = svd.truncate(one_rank((so_far < keep * whole.unsqueeze(-1) * (1 - 1e-12)).sum(-1)) + 1)
+        grown = (whole / kept.values.sum(-1)).unsqueeze(-1)
         noise = None if kept.noise is None else kept.noise * grown
         return ThinSVD(kept.left, kept.values * grown, kept.right, noise).lowrank()
 
