@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import readme, results
 from benchmarks.accuracy import compression
+from benchmarks.accuracy import worlds as worlds_of
 from benchmarks.accuracy.work import EXAMPLE
 from benchmarks.speed import operations
 from coremerge.evaluation import read_taskset
@@ -249,9 +250,10 @@ def fewer(known: Numbers) -> Figure:
         numbers = known[f"Accuracy: {folder}"]
         tasks = len(next(iter(readme.of_all(numbers, "own adapters")))["raw"])
         counts = [count for count in ("2", "4", "8") if int(count) < tasks] + ["all"]
+        same = {count: worlds_of.common_draws(numbers, count, FEWER.values()) for count in counts}
         for row, axes in enumerate(panels[:, column]):
             for i, (name, label) in enumerate(FEWER.items()):
-                values = [readme.means(numbers, label, count) for count in counts]
+                values = [readme.means(numbers, label, count, same[count]) for count in counts]
                 values = [plain if row == 0 or math.isnan(tuned) else tuned for plain, tuned in values]
                 axes.plot(range(len(counts)), values, MARKS[i] + "-", color=COLOURS[i], label=name, markersize=4)
             for label, style in CONTROLS.items():

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,9 @@ def _cell(numbers: Known, label: str) -> str:
     return " · ".join(f"{value:.3f}" for value in means(numbers, label) if not math.isnan(value))
 
 
-def means(numbers: Known, label: str, count: str = "all") -> tuple[float, float]:
+def means(numbers: Known, label: str, count: str = "all", draws: Collection[str] | None = None) -> tuple[float, float]:
     """The mean over draws of ``count`` adapters merged, untuned and tuned; NaN where that is not measured."""
-    found = of_all(numbers, label, count)
+    found = of_all(numbers, label, count, draws)
     parts = [[row["mean"] for row in found], [row["tuned"]["mean"] for row in found if "tuned" in row]]
     plain, tuned = (statistics.fmean(values) if values else math.nan for values in parts)
     return plain, tuned
@@ -105,9 +105,12 @@ def _part(numbers: Known, label: str, tasks: Sequence[str]) -> str:
     return f"{statistics.fmean(each):.3f}" if each else ""
 
 
-def of_all(numbers: Known, label: str, count: str = "all") -> list[Mapping[str, Any]]:
-    """The draws of a way, of ``count`` adapters."""
-    return [row for key, row in numbers.items() if (at := key.split("/", 2))[0] == count and at[2] == label]
+def of_all(
+    numbers: Known, label: str, count: str = "all", draws: Collection[str] | None = None
+) -> list[Mapping[str, Any]]:
+    """The draws of a way, of ``count`` adapters; some of them."""
+    found = ((*key.split("/", 2), row) for key, row in numbers.items())
+    return [row for size, seed, of, row in found if (size, of) == (count, label) and (draws is None or seed in draws)]
 
 
 def speed(known: Known) -> str:

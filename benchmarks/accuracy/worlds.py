@@ -16,7 +16,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, partial
@@ -375,10 +375,10 @@ def page(bench: Bench, journal: Journal) -> str:
     header = ["way", "mean", *present, "worst task", "tuned: mean", "worst task", "times auto"]
     parts = [results.table(header, lines)]
     sizes = [*COUNTS, "all"]
+    shown = [label for label in labels if _rows(journal, COUNTS[0], label)]
+    same = {size: common_draws(journal.rows, str(size), shown) for size in sizes}
     fewer = [
-        [label, *(cell for size in sizes for cell in _pair(_rows(journal, size, label)))]
-        for label in labels
-        if _rows(journal, COUNTS[0], label)
+        [label, *(cell for size in sizes for cell in _pair(_rows(journal, size, label, same[size])))] for label in shown
     ]
     if fewer:
         parts.append(results.table(["way", *(f"{size}{part}" for size in sizes for part in ("", ", tuned"))], fewer))
@@ -391,8 +391,24 @@ def _ordered(labels: Collection[str]) -> list[str]:
     return [label for label in known if label in labels] + sorted(set(labels) - set(known))
 
 
-def _rows(journal: Journal, count: int | str, label: str) -> list[dict[str, Any]]:
-    return [row for key, row in journal.rows.items() if _named(key) == (str(count), label)]
+def _rows(journal: Journal, count: int | str, label: str, draws: Collection[str] | None = None) -> list[dict[str, Any]]:
+    return [
+        row
+        for key, row in journal.rows.items()
+        if _named(key) == (str(count), label) and (draws is None or key.split("/", 2)[1] in draws)
+    ]
+
+
+def common_draws(keys: Iterable[str], count: str, labels: Collection[str]) -> set[str]:
+    """The draws of ``count`` adapters that all these ways have, but for those with none: others are of other tasks."""
+    found: dict[str, set[str]] = {}
+    for key in keys:
+        size, seed, label = key.split("/", 2)
+        if size == count and label in labels:
+            found.setdefault(label, set()).add(seed)
+    if count == "all":  # ways that no draw changes have one
+        return set().union(*found.values())
+    return set.intersection(*found.values()) if found else set()
 
 
 def _named(key: str) -> tuple[str, str]:
@@ -478,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
         f" validation and {bench.rows['test']} test rows a task. Normalised by each task's own adapter; no task counts"
         " less than 0. Untuned: default parameters, scale auto. Tuned: the scale alone, by factors of √2 on validation"
         f" rows. Learned weights and fits: {INPUTS} inputs a task, drawn without labels; mean ± standard deviation over"
-        " draws.\n\n" + page(bench, journal)
+        " draws. Of fewer adapters, the mean over the draws of tasks that all ways have.\n\n" + page(bench, journal)
     )
     results.write(title, body, journal.rows, seed=0, folder=folder)
 
