@@ -61,7 +61,16 @@ def same(a: MergeResult, b: MergeResult, factor: float = 1.0, tol: float = 1e-8)
         close(left[name], factor * right[name], tol=tol)
 
 
-@pytest.fixture(params=list(product(SPACE_SPECS, list(METHODS), STEP_SPECS)), ids=lambda p: "/".join(map(label, p)))
+PAIRS = [
+    *product(SPACE_SPECS, METHODS, STEP_SPECS[:1]),
+    *product(SPACE_SPECS[:1], METHODS, STEP_SPECS[1:]),
+    *product(SPACE_SPECS[1:], ("tsv", "ties"), STEP_SPECS[1:]),
+]
+"""Each space with each method, each method with each step, and each step in each space after a spectral and an
+element-wise method: all threes of them would take minutes more with every method."""
+
+
+@pytest.fixture(params=PAIRS, ids=lambda p: "/".join(map(label, p)))
 def recipe(request: pytest.FixtureRequest) -> dict:
     space, method, steps = request.param
     return {"space": space, "method": method, "parameters": examples(METHODS[method]), "steps": steps}
