@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import readme, results
 from benchmarks.accuracy import compression
-from benchmarks.accuracy import worlds as worlds_of
 from benchmarks.accuracy.work import EXAMPLE
+from benchmarks.accuracy.worlds import common_draws, rows_of
 from benchmarks.speed import operations
 from coremerge.evaluation import read_taskset
 
@@ -248,9 +248,9 @@ def fewer(known: Numbers) -> Figure:
     panels = figure.subplots(2, len(readme.WORLDS), sharey=True, sharex="col")
     for column, (folder, title) in enumerate(readme.WORLDS.items()):
         numbers = known[f"Accuracy: {folder}"]
-        tasks = len(next(iter(readme.of_all(numbers, "own adapters")))["raw"])
+        tasks = len(next(iter(rows_of(numbers, "all", "own adapters")))["raw"])
         counts = [count for count in ("2", "4", "8") if int(count) < tasks] + ["all"]
-        same = {count: worlds_of.common_draws(numbers, count, FEWER.values()) for count in counts}
+        same = {count: common_draws(numbers, count, FEWER.values()) for count in counts}
         for row, axes in enumerate(panels[:, column]):
             for i, (name, label) in enumerate(FEWER.items()):
                 values = [readme.means(numbers, label, count, same[count]) for count in counts]

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.accuracy.work import kind_of
+from benchmarks.accuracy.worlds import rows_of
 from coremerge.evaluation.taskset import read_taskset
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,7 @@ def _cell(numbers: Known, label: str) -> str:
 
 def means(numbers: Known, label: str, count: str = "all", draws: Collection[str] | None = None) -> tuple[float, float]:
     """The mean over draws of ``count`` adapters merged, untuned and tuned; NaN where that is not measured."""
-    found = of_all(numbers, label, count, draws)
+    found = rows_of(numbers, count, label, draws)
     parts = [[row["mean"] for row in found], [row["tuned"]["mean"] for row in found if "tuned" in row]]
     plain, tuned = (statistics.fmean(values) if values else math.nan for values in parts)
     return plain, tuned
@@ -100,17 +101,9 @@ SPOKEN = {"dense": "maps", "generation": "answers", "choice": "judgements"}
 
 
 def _part(numbers: Known, label: str, tasks: Sequence[str]) -> str:
-    found = of_all(numbers, label)
+    found = rows_of(numbers, "all", label)
     each = [statistics.fmean(max(0.0, row["normalised"][task]) for task in tasks) for row in found]
     return f"{statistics.fmean(each):.3f}" if each else ""
-
-
-def of_all(
-    numbers: Known, label: str, count: str = "all", draws: Collection[str] | None = None
-) -> list[Mapping[str, Any]]:
-    """The draws of a way, of ``count`` adapters; some of them."""
-    found = ((*key.split("/", 2), row) for key, row in numbers.items())
-    return [row for size, seed, of, row in found if (size, of) == (count, label) and (draws is None or seed in draws)]
 
 
 def speed(known: Known) -> str:

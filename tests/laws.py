@@ -199,3 +199,7 @@ def label(value: object) -> str:
 
 
 SPACE_SPECS = list(chain.from_iterable(variants(SPACES[name]) for name in SPACES))
+
+BASIC = ("sum", "mean", "ties", "dare", "dare_ties", "tsv", "cart")
+BASIC_STEPS = ("isotropize", "truncate", "balance")
+"""Methods and steps of whose parts the others are made: these are tried in all combinations, the others in pairs."""

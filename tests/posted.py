@@ -46,12 +46,8 @@ class Posted:
         return PostedGroup(pickle.dumps(make), [pickle.dumps(item) for item in items])
 
 
-LOST = {3, 5, 8, 13, 21, 34, 55, 89}
-"""Calls after which all objects are lost: each loss tells them again all that they had been told."""
-
-
 class PostedGroup:
-    """Objects that are lost now and then."""
+    """Objects that are lost after every third call."""
 
     def __init__(self, make: bytes, items: Sequence[bytes]) -> None:
         self.make, self.items = make, items
@@ -63,7 +59,7 @@ class PostedGroup:
 
     def call(self, method: str, *given: Any) -> Iterator[Any]:
         self.told.append((method, pickle.dumps(given)))
-        if len(self.told) in LOST:
+        if len(self.told) % 3 == 0:
             self.close()
             self.held = [self.made(item) for item in self.items]
             for before in self.told[:-1]:

@@ -13,7 +13,7 @@ from coremerge.methods import METHODS
 from coremerge.recipe import Recipe
 from coremerge.spaces import SPACES
 from coremerge.steps import STEPS, After
-from laws import examples, normal, orthogonal
+from laws import BASIC, examples, normal, orthogonal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 M, N, R = 48, 40, 4
@@ -44,13 +44,8 @@ def error(dtype: torch.dtype) -> float:
 
 
 RECIPES = [{}, *({"method": method} for method in METHODS)]
-ELSEWHERE = ("tsv", "ties", "cart")
-"""Spectral, element-wise and of differences: methods that are tried in every space; the others in core alone."""
 IN_SPACES = [
-    (recipe, space)
-    for recipe in RECIPES
-    for space in SPACES
-    if space == "core" or recipe.get("method", "tsv") in ELSEWHERE
+    (recipe, space) for recipe in RECIPES for space in SPACES if space == "core" or recipe.get("method", "tsv") in BASIC
 ]
 
 

@@ -366,19 +366,20 @@ def page(bench: Bench, journal: Journal) -> str:
     """The tables of all adapters, and of fewer."""
     kinds = {name: kind_of(task) for name, task in bench.taskset.tasks.items()}
     present = list(dict.fromkeys(kinds.values()))
-    labels = _ordered({_named(key)[1] for key in journal.rows})
+    labels = _ordered({named(key)[2] for key in journal.rows})
     lines = []
     for label in labels:
-        rows = _rows(journal, "all", label)
+        rows = rows_of(journal.rows, "all", label)
         if rows:
             lines.append([label, *_summary(rows, kinds, present), *_tuned(rows, kinds)])
     header = ["way", "mean", *present, "worst task", "tuned: mean", "worst task", "times auto"]
     parts = [results.table(header, lines)]
     sizes = [*COUNTS, "all"]
-    shown = [label for label in labels if _rows(journal, COUNTS[0], label)]
+    shown = [label for label in labels if rows_of(journal.rows, COUNTS[0], label)]
     same = {size: common_draws(journal.rows, str(size), shown) for size in sizes}
     fewer = [
-        [label, *(cell for size in sizes for cell in _pair(_rows(journal, size, label, same[size])))] for label in shown
+        [label, *(cell for size in sizes for cell in _pair(rows_of(journal.rows, size, label, same[size])))]
+        for label in shown
     ]
     if fewer:
         parts.append(results.table(["way", *(f"{size}{part}" for size in sizes for part in ("", ", tuned"))], fewer))
@@ -391,11 +392,13 @@ def _ordered(labels: Collection[str]) -> list[str]:
     return [label for label in known if label in labels] + sorted(set(labels) - set(known))
 
 
-def _rows(journal: Journal, count: int | str, label: str, draws: Collection[str] | None = None) -> list[dict[str, Any]]:
+def rows_of(
+    rows: Mapping[str, Mapping[str, Any]], count: int | str, label: str, draws: Collection[str] | None = None
+) -> list[Mapping[str, Any]]:
+    """The draws of a way, of ``count`` adapters; some of them."""
+    parts = ((*named(key), row) for key, row in rows.items())
     return [
-        row
-        for key, row in journal.rows.items()
-        if _named(key) == (str(count), label) and (draws is None or key.split("/", 2)[1] in draws)
+        row for size, seed, of, row in parts if (size, of) == (str(count), label) and (draws is None or seed in draws)
     ]
 
 
@@ -403,7 +406,7 @@ def common_draws(keys: Iterable[str], count: str, labels: Collection[str]) -> se
     """The draws of ``count`` adapters that all these ways have, but for those with none: others are of other tasks."""
     found: dict[str, set[str]] = {}
     for key in keys:
-        size, seed, label = key.split("/", 2)
+        size, seed, label = named(key)
         if size == count and label in labels:
             found.setdefault(label, set()).add(seed)
     if count == "all":  # ways that no draw changes have one
@@ -411,9 +414,10 @@ def common_draws(keys: Iterable[str], count: str, labels: Collection[str]) -> se
     return set.intersection(*found.values()) if found else set()
 
 
-def _named(key: str) -> tuple[str, str]:
-    count, _, label = key.split("/", 2)
-    return count, label
+def named(key: str) -> tuple[str, str, str]:
+    """How many adapters, which draw, and the way's label."""
+    count, seed, label = key.split("/", 2)
+    return count, seed, label
 
 
 def _over(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -360,7 +360,8 @@ def read_recipe(path: str | Path) -> RecipeFile:
     Keys: ``merge_method``, ``models`` (each ``model`` and ``parameters.weight``), ``parameters`` (the method's, and
     ``normalize``, ``lambda``), ``base_model``, ``dtype`` or ``out_dtype``; ours beside them: ``space``, ``steps``,
     ``basis``, ``scale``, ``rank``, ``seed``, ``extras``, ``allow_disjoint``. mergekit's ``task_arithmetic``, ``linear``
-    (normalised, as there), ``dare_linear``, ``breadcrumbs_ties`` and ``della_linear`` are understood.
+    (normalised, as there), ``dare_linear``, ``breadcrumbs_ties``, ``della_linear`` and PEFT's ``magnitude_prune`` are
+    understood.
 
     Raises:
         SourceError: the file cannot be read.

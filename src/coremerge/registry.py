@@ -6,6 +6,8 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -64,7 +66,7 @@ class Entry(Generic[P]):
     @property
     def parameters(self) -> dict[str, Any]:
         """Parameter names and their defaults."""
-        return {name: p.default for name, p in inspect.signature(self.factory).parameters.items()}
+        return dict(_defaults(self.factory))
 
     def validated(self, parameters: Values | None = None) -> dict[str, Any]:
         """``parameters`` as the annotated types (strings are converted); those that are not given are not added.
@@ -86,18 +88,29 @@ class Entry(Generic[P]):
         return self.factory(**self.validated(parameters))
 
     def _value(self, key: str, value: object) -> Any:
-        if key not in self.parameters:
+        if key not in _defaults(self.factory):
             raise ConfigError(
                 f"{self.kind} {self.name!r} has no parameter {key!r}",
                 remedy=f"It takes: {', '.join(self.parameters) or 'none'}",
             )
-        hint = get_type_hints(self.factory, include_extras=True)[key]
         try:
             strict = isinstance(value, bool) or None  # a truth is no number, though Python takes it for one
-            return TypeAdapter(hint).validate_python(_null(value), strict=strict)
+            return _type(self.factory, key).validate_python(_null(value), strict=strict)
         except ValidationError as error:
             detail = error.errors()[0]["msg"]
         raise ConfigError(f"not a value that {self.kind} {self.name!r} takes: {detail}", key=key, value=value)
+
+
+@cache
+def _defaults(factory: Callable[..., Any]) -> Mapping[str, Any]:
+    """Of its parameters."""
+    return MappingProxyType({name: p.default for name, p in inspect.signature(factory).parameters.items()})
+
+
+@cache
+def _type(factory: Callable[..., Any], parameter: str) -> TypeAdapter[Any]:
+    """What validates it: made once, as that takes longer than many a merge."""
+    return TypeAdapter(get_type_hints(factory, include_extras=True)[parameter])
 
 
 def _null(value: object) -> object:

@@ -84,3 +84,11 @@ def test_what_the_package_logs_is_a_warning_unless_quiet(quiet, capsys):
         logging.getLogger("coremerge.learning.files").warning("base %s", "\x1b[31mis odd")
     assert not logging.getLogger("coremerge").handlers
     assert capsys.readouterr().err == ("" if quiet else "warning: base \\x1b[31mis odd\n")
+
+
+def test_stages_are_lines_where_stderr_is_no_terminal(capsys):
+    for quiet in (True, False):
+        with progress_bar(quiet, stages=True) as tell:
+            for call in (("own adapter", 0, 2), ("no adapter", 1, 2), ("done", 2, 2)):
+                tell(*call)
+    assert capsys.readouterr().err.splitlines() == ["1 of 2: own adapter", "2 of 2: no adapter"]

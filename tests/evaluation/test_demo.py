@@ -107,14 +107,6 @@ def test_a_folder_is_looked_at_by_what_its_tasks_are(folder: Path, tmp_path: Pat
         assert command.look_at(command.find_example(shown.folder)) == shown
 
 
-def test_stages_are_lines_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    for quiet in (True, False):
-        with command.stages(quiet) as progress:
-            for call in (("own adapter", 0, 2), ("no adapter", 1, 2), ("done", 2, 2)) if progress else ():
-                progress(*call)
-    assert capsys.readouterr().err.splitlines() == ["1 of 2: own adapter", "2 of 2: no adapter"]
-
-
 @pytest.mark.parametrize("world", list(command.World))
 def test_a_world_is_looked_at_in_the_time_that_there_is(
     world: command.World, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -166,19 +166,31 @@ def number(value: float) -> str:
 
 
 @contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    """A bar on stderr while the block runs; none where stderr is no terminal, or when ``quiet``."""
+def progress_bar(quiet: bool = False, *, stages: bool = False) -> Iterator[Progress]:
+    """A bar on stderr while the block runs; none where stderr is no terminal, or when ``quiet``.
+
+    ``stages``: what is told of takes minutes, and each its own time: no guess of the end, and lines where there is no
+    terminal.
+    """
     _hush_hub(quiet)
     if quiet or not sys.stderr.isatty():
         with _warnings(quiet):
-            yield lambda label, done, total: None
+            yield _tell_stage if stages and not quiet else lambda label, done, total: None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import Progress as Bar
 
-    with _warnings(quiet), Bar(console=Console(stderr=True), transient=True) as bar:
+    columns = progress.Progress.get_default_columns()
+    if stages:
+        columns = (*columns[:2], progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
+    with _warnings(quiet), progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda label, done, total: bar.update(task, description=unmarked(label), completed=done, total=total)
+
+
+def _tell_stage(label: str, done: int, total: int) -> None:
+    if done < total:
+        typer.echo(f"{done + 1} of {total}: {printable(label)}", err=True)
 
 
 @contextmanager

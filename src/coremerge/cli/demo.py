@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coremerge.cli._output import progress_bar
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from coremerge.demo import DemoResult, Progress, Row
+    from coremerge.demo import DemoResult, Row
     from coremerge.evaluation.taskset import Split
 
 EXAMPLES = Path("examples")
@@ -86,7 +87,7 @@ def demo(
 
     shown = WORLDS[world] if folder is None else look_at(folder)
     labels = CANDIDATES if full else shown.candidates or CANDIDATES
-    with stages(quiet) as progress:
+    with progress_bar(quiet, stages=True) as progress:
         result = run_demo(
             folder or find_example(shown.folder),
             full=full,
@@ -115,31 +116,6 @@ def look_at(folder: Path) -> Shown:
             return shown
     slow = any(task.kind in KINDS for task in taskset.tasks.values())
     return Shown(taskset.name, {"test": 12}, FEW) if slow else Shown(taskset.name)
-
-
-@contextmanager
-def stages(quiet: bool) -> Iterator[Progress | None]:
-    """A bar on stderr of what is being done, without a guess of its end: stages differ. Lines, if it is no terminal."""
-    from coremerge.cli._output import printable, unmarked
-
-    if quiet:
-        yield None
-    elif not sys.stderr.isatty():
-        yield (
-            lambda label, done, total: (
-                None if done == total else typer.echo(f"{done + 1} of {total}: {printable(label)}", err=True)
-            )
-        )
-    else:
-        from rich import progress
-        from rich.console import Console
-
-        columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
-        with progress.Progress(
-            *columns, progress.TimeElapsedColumn(), console=Console(stderr=True), transient=True
-        ) as bar:
-            task = bar.add_task("demo", total=None)
-            yield lambda label, done, total: bar.update(task, description=unmarked(label), completed=done, total=total)
 
 
 def find_example(name: str) -> Path:

@@ -9,10 +9,10 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from coremerge.linalg import one_rank, polar
+from coremerge.linalg import one_rank
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, thin_svd, total
 from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.tsv import rounding_of
+from coremerge.methods.tsv import orthogonalized
 
 
 @METHODS.register(
@@ -39,14 +39,7 @@ def cts(common: Annotated[float, Field(ge=0, le=1)] = 0.8) -> Method:
         tasks = max(1, one_rank(torch.stack([core.norm() > 0 for core in cores]).sum(0)))
         each = min(round((count - int(common * count)) / tasks), count // tasks)
         shared = whole.truncate(count - each * tasks)
-        parts = [shared, *(_outside(core, shared, each) for core in cores if each)]
-        rounding = rounding_of(parts)
-        left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1), rounding=rounding)
-        right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT, rounding=rounding)
-        values = torch.cat([part.values for part in parts], -1)
-        if left_orthonormal and right_orthonormal:
-            return ThinSVD(left, values, right.mT)
-        return LowRank(left * values.unsqueeze(-2), right.mT)
+        return orthogonalized([shared, *(_outside(core, shared, each) for core in cores if each)])
 
     return merge
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from coremerge.errors import ConfigError
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, elect_of, entries, least_of, trim
+from coremerge.methods.ties import Density, Reduce, entries, errors_of, trim_each
+from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
 
 
@@ -55,13 +56,14 @@ def della(
         )  # fmt: skip
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        x = entries(cores)
+        x = trim_each(entries(cores), errors_of(cores))  # what rounding made has no sign to vote with
         for t, one in enumerate(x):
-            one.copy_(trim(one, 1.0, least_of(cores[t])))  # what rounding made has no sign to vote with
             kept = probabilities(one, density, epsilon)
             one.div_(kept).masked_fill_(site.uniform(t, one) >= kept, 0.0)
+        if not elect:
+            return x.sum(0)
         grown = [core * (1 / (density - epsilon)) for core in cores]  # an entry's errors are at most so large now
-        return elect_of(x, grown, reduce) if elect else x.sum(0)
+        return elect_signs(x, reduce, errors_of(grown))
 
     return merge
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, elect_of, entries, least_of, trim, trims
+from coremerge.methods.ties import Density, Reduce, entries, errors_of, kept, trim_each
+from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
 
 
@@ -18,7 +19,7 @@ from coremerge.registry import Values
     "magnitude",
     elementwise=True,
     source="magnitude pruning, as PEFT's magnitude_prune",
-    cuts=lambda values: [text.removesuffix(", and of them one sign") for text in trims(values)],
+    cuts=lambda values: [kept(values)],
     neutral={"density": 1.0},
 )
 def magnitude(density: Density = 0.5) -> Method:
@@ -29,10 +30,7 @@ def magnitude(density: Density = 0.5) -> Method:
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        x = entries(cores)
-        for one, core in zip(x, cores, strict=True):
-            one.copy_(trim(one, density, least_of(core)))
-        return x.sum(0)
+        return trim_each(entries(cores), errors_of(cores), density).sum(0)
 
     return merge
 
@@ -67,10 +65,11 @@ def breadcrumbs(
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        x = entries(cores)
-        for one, core in zip(x, cores, strict=True):
-            one.copy_(trim(_without_largest(one, density, gamma), density, least_of(core)))
-        return elect_of(x, cores, reduce) if elect else x.sum(0)
+        x, errors = entries(cores), errors_of(cores)
+        for one in x:
+            one.copy_(_without_largest(one, density, gamma))
+        trim_each(x, errors, density)
+        return elect_signs(x, reduce, errors) if elect else x.sum(0)
 
     return merge
 

@@ -21,8 +21,12 @@ Reduce = Literal["mean", "sum"]
 
 def trims(values: Values) -> list[str]:
     """What is left out, in words."""
-    share = values["density"]
-    return [f"keeps the largest entries of each adapter's core, a share of {share:g}, and of them one sign"]
+    return [f"{kept(values)}, and of them one sign"]
+
+
+def kept(values: Values) -> str:
+    """What trimming keeps, in words."""
+    return f"keeps the largest entries of each adapter's core, a share of {values['density']:g}"
 
 
 @METHODS.register(
@@ -50,31 +54,26 @@ VOTE = 3.0
 """Nor has one that is no larger than so many times the mean error of an entry: the largest is √6 = 2.45 times that."""
 
 
+Errors = Sequence[tuple[Tensor, Tensor] | None]
+"""Of the entries of each core: see :func:`errors_of`."""
+
+
 def trimmed_and_elected(x: Tensor, cores: Sequence[LowRank], density: float, reduce: Reduce) -> Tensor:
     """TIES of ``x`` (T, ..., p, q), which is written over: the entries of ``cores``, or some of them."""
-    for one, core in zip(x, cores, strict=True):  # one after the other: each needs several copies
-        one.copy_(trim(one, density, least_of(core)))
-    return elect_of(x, cores, reduce)
+    errors = errors_of(cores)
+    return elect(trim_each(x, errors, density), reduce, errors)
 
 
-def least_of(core: LowRank) -> Tensor | None:
-    """Below what (...) an entry is an error of the stored numbers; None: they are exact."""
-    errors = _errors(core)
-    return None if errors is None else VOTE * errors[0]
+def errors_of(cores: Sequence[LowRank]) -> Errors:
+    """Of each core the mean error (...) of an entry, from those of the stored numbers, and next to the entry.
 
-
-def elect_of(x: Tensor, cores: Sequence[LowRank], reduce: Reduce) -> Tensor:
-    """:func:`elect` among what is left of the entries of ``cores``, with the errors of these."""
-    errors = [_errors(core) for core in cores]
-    return elect(x, reduce, None if None in errors else [error for error in errors if error is not None])
+    None: it is exact. Large entries are sums of large products, whose errors are larger than the mean: relative ones of
+    columns count by the size of these, as one that is next to nothing may be known badly.
+    """
+    return [_errors(core) for core in cores]
 
 
 def _errors(core: LowRank) -> tuple[Tensor, Tensor] | None:
-    """The mean error (...) of an entry, from those of the stored numbers, and next to the entry; None: it is exact.
-
-    Large entries are sums of large products, whose errors are larger than the mean: relative ones of columns count by
-    the size of these, as one that is next to nothing may be known badly.
-    """
     if core.error is None or core.rounding is None or not core.rank:
         return None if core.rank else (core.left.new_zeros(core.left.shape[:-2]),) * 2
     sizes = column_norms(core.left.double()) * column_norms(core.right.mT.double())
@@ -88,6 +87,13 @@ def entries(cores: Sequence[LowRank]) -> Tensor:
     for core, place in zip(cores, found, strict=True):
         torch.matmul(core.left, core.right, out=place)
     return found
+
+
+def trim_each(x: Tensor, errors: Errors, density: float = 1.0) -> Tensor:
+    """``x`` (T, ..., p, q), which is written over, each core's entries trimmed; with a density of 1 of errors alone."""
+    for one, error in zip(x, errors, strict=True):  # one after the other: each needs several copies
+        one.copy_(trim(one, density, None if error is None else VOTE * error[0]))
+    return x
 
 
 def trim(x: Tensor, density: float, least: Tensor | None = None) -> Tensor:
@@ -107,15 +113,16 @@ def trim(x: Tensor, density: float, least: Tensor | None = None) -> Tensor:
     return x.masked_fill(magnitude < threshold[..., None, None], 0.0)
 
 
-def elect(x: Tensor, reduce: Reduce, errors: Sequence[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+def elect(x: Tensor, reduce: Reduce, errors: Errors = ()) -> Tensor:
     """``x`` (T, ..., p, q) → (..., p, q): the entries whose sign is that of the sum over T, averaged or summed.
 
-    A sum that is no larger than the errors of its terms is zero: ``errors`` of each, (...), even and relative.
+    A sum that is no larger than the ``errors`` of its terms is zero, where all of them are known.
     """
     elected = x.sum(0)
-    if errors is not None:
+    known = [error for error in errors if error is not None]
+    if len(known) == len(x):
         variance = torch.zeros_like(elected)
-        for one, (even, relative) in zip(x, errors, strict=True):
+        for one, (even, relative) in zip(x, known, strict=True):
             variance += (relative[..., None, None] * one).square_().add_(even[..., None, None] ** 2)
         elected.masked_fill_(elected.abs() <= VOTE * variance.sqrt_(), 0.0)
     elected.sign_()

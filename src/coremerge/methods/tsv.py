@@ -43,19 +43,23 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
     def merge(cores: Sequence[LowRank], site: Site) -> Matrix:
         spectra = torch.cat([svd.values for svd in svds(cores)], -1)
         largest = spectra.amax(-1) if spectra.shape[-1] else None
-        parts = [components(core, largest) for core in cores]
-        rounding = rounding_of(parts)
-        left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1), rounding=rounding)
-        right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT, rounding=rounding)
-        values = torch.cat([part.values for part in parts], -1)
-        if left_orthonormal and right_orthonormal:
-            return ThinSVD(left, values, right.mT)
-        return LowRank(left * values.unsqueeze(-2), right.mT)
+        return orthogonalized([components(core, largest) for core in cores])
 
     return merge
 
 
-def rounding_of(parts: Sequence[ThinSVD]) -> Tensor | None:
+def orthogonalized(parts: Sequence[ThinSVD]) -> Matrix:
+    """polar([U_1 … U_T]) · diag(S_1 … S_T) · polar([V_1 … V_T])ᵀ."""
+    rounding = _rounding(parts)
+    left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1), rounding=rounding)
+    right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT, rounding=rounding)
+    values = torch.cat([part.values for part in parts], -1)
+    if left_orthonormal and right_orthonormal:
+        return ThinSVD(left, values, right.mT)
+    return LowRank(left * values.unsqueeze(-2), right.mT)
+
+
+def _rounding(parts: Sequence[ThinSVD]) -> Tensor | None:
     """The errors of the singular vectors: u_i and v_i are off by what X_t is off by there, over σ_i."""
     known = [(part.noise, part.values) for part in parts if part.noise is not None]
     if len(known) < len(parts):

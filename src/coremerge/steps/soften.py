@@ -21,9 +21,11 @@ def soften(p: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Step:
     """
 
     def apply(core: Matrix) -> Matrix:
+        if p == 1:
+            return core
         svd = thin_svd(core).significant()
-        if p == 1 or svd.values.shape[-1] == 0:
-            return core if p == 1 else svd
+        if svd.values.shape[-1] == 0:
+            return svd
         softer = (svd.values / svd.values.amax(-1, keepdim=True)).pow(p)
         return ThinSVD(svd.left, softer * (svd.values.sum(-1) / softer.sum(-1)).unsqueeze(-1), svd.right, svd.noise)
 
