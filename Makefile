@@ -39,7 +39,7 @@ demo: setup
 	$(BIN)/coremerge demo --world $(WORLD)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-kernels: setup
 	$(BIN)/python tests/kernels.py
@@ -48,7 +48,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 format: setup
 	$(BIN)/ruff format .
