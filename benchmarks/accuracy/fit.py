@@ -39,7 +39,7 @@ INPUTS, BATCH, SEEDS, RANK = 64, 16, (0, 1, 2), 16
 ROWS: dict[Split, int] = {"validation": 200, "test": 400}
 TITLE = "Accuracy: fitted cores"
 ALONE = math.inf
-COUNTS, RIDGES = (8, 16, 64, 256, 1024), (0.1, 1.0)
+COUNTS, RIDGES = (8, 16, 64, 256, 1024), (0.3, 1.0)
 """Inputs of a task, and ridges beside what is the default."""
 PRIORS = ("merge", "router", "regmean", "zero")
 CROSSED: tuple[tuple[str, ...], tuple[float, ...], tuple[int, ...]] = (

@@ -40,7 +40,7 @@ def fit(run):
 def test_from_files_to_a_folder(fit, run):
     result = fit(*DATA, "-o", "OUT", "--rank", "4", "--report")
     assert result.exit_code == 0, result.stderr
-    for said in ("fitted to 8 inputs of 2 tasks; prior: iso, ridge 0.3", "held-out error", "OUT", "in memory"):
+    for said in ("fitted to 8 inputs of 2 tasks; prior: iso, ridge 0.1", "held-out error", "OUT", "in memory"):
         assert said in result.stdout
     merged = coremerge.load("OUT")
     assert {module.rank for module in merged.modules.values()} == {4}

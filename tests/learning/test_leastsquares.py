@@ -16,6 +16,7 @@ from coremerge.learning.leastsquares import (
     lost,
     means_of,
     metric,
+    pull,
     regmean,
     relative,
     router,
@@ -42,7 +43,8 @@ def asked():
     listed = []
     for seed in range(3):
         z, y = randn(30, Q, seed=10 + seed), randn(30, P, seed=20 + seed)
-        listed.append(Demand(metric(randn(P, 3, seed=seed)), z.T @ z / 30, y.T @ z / 30, y.T @ y / 30))
+        given = spd(P, 30 + seed)
+        listed.append(Demand(metric(randn(P, 3, seed=seed)), z.T @ z / 30, y.T @ z / 30, y.T @ y / 30, given))
     return listed
 
 
@@ -57,7 +59,8 @@ def test_the_solution_is_that_of_the_normal_equations(asked):
     system = sum(torch.kron(d.metric.dense(), d.zz) for d in asked) + rho * torch.eye(P * Q)
     wanted = sum(d.metric @ d.yz for d in asked) + rho * prior
     expected = torch.linalg.solve(system, wanted.reshape(-1)).reshape(P, Q)
-    found = solve(asked, prior, ridge)
+    assert pull(asked, ridge) == pytest.approx(float(rho))
+    found = solve(asked, prior, float(rho))
     assert torch.allclose(found, expected, rtol=SINGLE, atol=DOUBLE)  # by eigenvectors, and of a system of 20 unknowns
     for seed in range(5):
         assert objective(asked, found + 1e-3 * randn(P, Q, seed=seed), prior, ridge) > objective(
@@ -70,13 +73,13 @@ def test_without_a_ridge_what_no_input_shows_stays_as_the_prior():
     z[:, -1] = 0
     core, prior = randn(P, Q, seed=1), randn(P, Q, seed=2)
     y = z @ core.T
-    found = solve([Demand(Metric.plain(P), z.T @ z, y.T @ z, y.T @ y)], prior, 0.0)
+    found = solve([Demand(Metric.plain(P), z.T @ z, y.T @ z, y.T @ y, spd(P, 1))], prior, 0.0)
     assert torch.allclose(found[:, :-1], core[:, :-1], atol=1e-5)  # singular: known to the root of rounding
     assert torch.allclose(found[:, -1], prior[:, -1])
 
 
 def test_without_anything_that_comes_in_the_prior_stays():
-    nothing = Demand(metric(randn(P, 3)), torch.zeros(Q, Q), torch.zeros(P, Q), spd(P, 1))
+    nothing = Demand(metric(randn(P, 3)), torch.zeros(Q, Q), torch.zeros(P, Q), spd(P, 1), spd(P, 2))
     prior = randn(P, Q)
     assert torch.equal(solve([nothing], prior, 0.3), prior) and torch.equal(solve([], prior, 0.3), prior)
 
@@ -92,19 +95,20 @@ def test_residuals_are_those_over_the_tokens(asked):
 def test_sums_add_up_over_batches_and_parts():
     z, y = randn(20, Q), randn(20, P, seed=1)
     whole, parts = Sums.zero(P, Q), [{"a": Sums.zero(P, Q)} for _ in range(2)]
-    whole.add(z, y)
+    whole.add(z, y, y)
     for i, part in enumerate(parts):
-        part["a"].add(z[i::2].float(), y[i::2].float())
+        part["a"].add(z[i::2].float(), y[i::2].float(), y[i::2].float())
     added = shared(parts)["a"]
     assert added.count == whole.count == 20
-    for name in ("zz", "yz", "yy"):
+    assert torch.equal(whole.oo, whole.yy)
+    for name in ("zz", "yz", "yy", "o", "oo"):
         assert torch.allclose(getattr(added, name), getattr(whole, name), rtol=SINGLE, atol=SINGLE)
 
 
 def test_demands_weigh_each_task_by_what_it_asks():
     sums = {"large": Sums.zero(P, Q), "small": Sums.zero(P, Q), "none": Sums.zero(P, Q)}
-    sums["large"].add(randn(20, Q), 10 * randn(20, P, seed=1))
-    sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3))
+    sums["large"].add(randn(20, Q), 10 * randn(20, P, seed=1), 0.1 * randn(20, P, seed=4))
+    sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3), 0.1 * randn(10, P, seed=5))
     metrics = {name: metric(randn(P, P, seed=i)) for i, name in enumerate(sums)}
     asked = demands(sums, metrics, weights_of(means_of(sums, metrics), {}))
     assert len(asked) == 2 and [d.largest for d in asked] == pytest.approx([1.0, 1.0])
@@ -119,9 +123,21 @@ def test_demands_weigh_each_task_by_what_it_asks():
     }
     (only,) = demands(sums, metrics, weights_of(means, {"large": 3, "small": 0}))
     assert only.largest == pytest.approx(3.0)
-    tiny = {"a": asked[0], "b": asked[1] * 1e-9}
-    assert weights_of(tiny, {}) == pytest.approx({"a": 1.0, "b": 1 / 0.005})
     assert weights_of({"a": asked[0] * 0.0}, {}) == {"a": 1.0}
+
+
+def test_what_is_small_beside_what_the_module_gives_counts_no_more_for_being_a_large_part_of_what_is_asked():
+    sums = {"asks": Sums.zero(P, Q), "asks little": Sums.zero(P, Q)}
+    for seed, (task, share) in enumerate({"asks": 1.0, "asks little": 1e-3}.items()):
+        sums[task].add(
+            randn(20, Q, seed=seed), share * randn(20, P, seed=seed + 2), 5 + 3 * randn(20, P, seed=seed + 4)
+        )
+    metrics = {"asks": metric(randn(P, P)), "asks little": Metric.plain(P)}
+    found = weights_of(means_of(sums, metrics), {})
+    plain = 3 * randn(20, P, seed=5)
+    wanted = 0.2 * torch.linalg.eigvalsh(torch.cov(plain.T, correction=0))[-1]
+    assert found["asks little"] == pytest.approx(1 / float(wanted))
+    assert found["asks"] == pytest.approx(1 / means_of(sums, metrics)["asks"].largest, rel=0.9)
 
 
 def test_the_metric_counts_what_the_adapter_writes():

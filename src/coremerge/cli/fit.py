@@ -48,7 +48,11 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    ridge: Annotated[float, typer.Option(min=0.0, help="How strongly; inf: the prior alone.")] = 0.3,
+    ridge: Annotated[float, typer.Option(min=0.0, help="How strongly; inf: the prior alone.")] = 0.1,
+    beyond: Annotated[
+        int,
+        typer.Option(min=0, help="Directions of its inputs that a module may read besides those that adapters read."),
+    ] = 128,
     preference: Annotated[
         list[str] | None,
         typer.Option(help="How much a task's errors count; default 1. May be repeated.", metavar="NAME=NUMBER"),
@@ -136,7 +140,8 @@ def fit(
             prepared.plan.adapters, base, named, count=count, size=size, max_length=max_length, seed=seed
         )
         if not dry_run:
-            given = {"prior": chosen, "ridge": ridge, "preferences": likes, "rank_budget": rank_budget}
+            given = {"prior": chosen, "ridge": ridge, "beyond": beyond, "preferences": likes}
+            given |= {"rank_budget": rank_budget}
             given |= {"spill": spill, "resume": resume}
             command = ["coremerge", *sys.argv[1:]]
             with elsewhere as cluster:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from coremerge import linalg
 from coremerge.learning.leastsquares import Metric, metric
-from coremerge.lowrank import LowRank, thin_svd
+from coremerge.lowrank import LowRank, ThinSVD, thin_svd
 from coremerge.merging import read_updates
 from coremerge.plan import Plan
 from coremerge.recipe import Recipe
@@ -26,26 +26,41 @@ class Core:
         left: U (m, p), float64.
         right: Vᵀ (q, n).
         holders: adapter → its factors (p, r), (r, q).
+        beyond: (e, n) more rows, see :mod:`coremerge.learning.beyond`; what is fitted has q + e columns.
     """
 
     coordinates: Coordinates
     left: Tensor
     right: Tensor
     holders: Mapping[str, LowRank]
+    beyond: Tensor | None = None
+
+    @property
+    def reads(self) -> Tensor:
+        """(q + e, n): the directions of the inputs that the result may read."""
+        return self.right if self.beyond is None else torch.cat([self.right, self.beyond])
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(p, q)."""
-        return self.left.shape[-1], len(self.right)
+        """(p, q + e)."""
+        return self.left.shape[-1], len(self.right) + (0 if self.beyond is None else len(self.beyond))
 
     def of(self, update: LowRank) -> Tensor:
-        """``update`` (m, n) in these coordinates (p, q)."""
-        return (self.left.mT @ update.left) @ (update.right @ self.right.mT)
+        """``update`` (m, n) in these coordinates (p, q + e)."""
+        return (self.left.mT @ update.left) @ (update.right @ self.reads.mT)
 
     def lifted(self, found: Tensor) -> LowRank:
-        """The update (m, n) that ``found`` (p, q) stands for."""
+        """The update (m, n) that ``found`` (p, q + e) stands for."""
         small = thin_svd(found).cut().lowrank()
-        return LowRank(self.left @ small.left, small.right @ self.right)
+        return LowRank(self.left @ small.left, small.right @ self.reads)
+
+    def placed(self, found: Tensor) -> tuple[Coordinates, ThinSVD]:
+        """``found`` (p, q + e) and the coordinates that it is in: where there are more rows, the rows themselves."""
+        svd = thin_svd(found).cut()
+        if self.beyond is None:
+            return self.coordinates, svd
+        lift = replace(self.coordinates.lift, right=None)
+        return replace(self.coordinates, lift=lift), replace(svd, right=svd.right @ self.reads)
 
     def metric(self, task: str, moments: Mapping[str, Tensor], aside: float) -> Metric:
         """How errors count for the task: by what its adapter adds to the outputs, on its own inputs."""
@@ -70,6 +85,10 @@ class Cores:
 
     def __getitem__(self, name: str) -> Core:
         return self._held.get(name) or self._made(name)
+
+    def widen(self, rows: Mapping[str, Tensor]) -> None:
+        """Let modules that are kept read more of their inputs, until others are: see :attr:`Core.beyond`."""
+        self._held |= {name: replace(self[name], beyond=beyond) for name, beyond in rows.items() if len(beyond)}
 
     def hold(self, names: Collection[str]) -> None:
         """Keep these, and no others."""

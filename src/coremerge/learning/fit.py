@@ -18,6 +18,7 @@ from coremerge.errors import ConfigError, MismatchError, UnsupportedError
 from coremerge.executors import Executor, Group, shares
 from coremerge.executors.local import Here
 from coremerge.learning.backbone import Batch, seeded
+from coremerge.learning.beyond import BEYOND
 from coremerge.learning.cores import Cores
 from coremerge.learning.fitting import Drawn, Fitting, ModuleFit, Progress, mean_lost
 from coremerge.learning.given import check_adapters, check_data, first_row, listed, rows_of
@@ -41,7 +42,7 @@ PRIORS: Mapping[str, Recipe | None] = {
 """By name: merges without data; SSR-Merge's router, RegMean and RegMean++, from the inputs; nothing at all."""
 
 PRIOR = "iso"
-RIDGE = 0.3
+RIDGE = 0.1
 LEAST_ASIDE = 1e-6
 
 
@@ -84,6 +85,7 @@ def fit(
     prior: str | Recipe | Adapter | None = None,
     ridge: float | None = None,
     aside: float = ASIDE,
+    beyond: int = BEYOND,
     preferences: Mapping[str, float] | None = None,
     seed: int = 0,
     dtype: str | None = None,
@@ -110,9 +112,12 @@ def fit(
             one of them has. The file has the largest of them for all, with zero rows. Costs a second fit.
         prior: what the cores are drawn to: a name of :data:`PRIORS` (by default ``"iso"``: the sum, isotropized, at
             automatic scale), a recipe, whose merge it is, or an adapter (as far as the adapters' factors span it).
-        ridge: how strongly, as a share of the inputs' mean second moment, 0.3 by default; infinite: the prior alone.
+        ridge: how strongly, as a share of the inputs' mean second moment along what the adapters read, 0.1 by default;
+            infinite: the prior alone.
         aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
             plain least squares.
+        beyond: directions of its inputs that a module of the result may read besides those that the adapters read; 0:
+            none. See :mod:`coremerge.learning.beyond`.
         preferences: task → how much its errors count; 1 for those not named, 0: not at all.
         seed: of anything random in the model, and in the prior.
         dtype: of the result: see :class:`~coremerge.Recipe`, as are ``extras`` and ``allow_disjoint``.
@@ -141,7 +146,8 @@ def fit(
     output = {"rank": rank, "dtype": dtype, "extras": extras, "allow_disjoint": allow_disjoint, "seed": seed}
     check_adapters(adapters)
     plan = make_plan(adapters, _recipe(PRIOR if prior is None else prior, output))
-    given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside, "preferences": preferences}
+    given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside, "beyond": beyond}
+    given["preferences"] = preferences
     return fit_plan(
         model, plan, data, prior=prior, spill=spill, resume=resume, executor=executor, progress=progress, **given
     )
@@ -181,6 +187,7 @@ def fit_plan(
     prior: str | Recipe | Adapter | None = None,
     ridge: float | None = None,
     aside: float = ASIDE,
+    beyond: int = BEYOND,
     preferences: Mapping[str, float] | None = None,
     spill: str | Path | bool | None = None,
     resume: str | Path | None = None,
@@ -193,18 +200,23 @@ def fit_plan(
     likes = dict(preferences or {})
     rank = plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
     _check(plan, ridge, aside, likes)
+    _check_beyond(beyond)
     _check_budget(rank_budget, rank, ridge)
     batches = _batches(plan, data, likes)
     drawn = Drawn(_prior(prior, plan), ridge, aside, rank, likes)
+    if not drawn.alone and not drawn.as_it_is(plan):
+        drawn = replace(drawn, beyond=int(beyond))
     name = _called(drawn.prior if len(plan.adapters) == 1 else prior)
     recipe = plan.recipe.model_dump(mode="json")
     settings = {"recipe": recipe, "prior": name, "ridge": ridge, "aside": aside, "preferences": likes}
+    settings["beyond"] = drawn.beyond
     others = {"(prior)": prior} if isinstance(prior, Adapter) else {}
     cores = Cores(plan)
     with ExitStack() as undo:
         undo.enter_context(seeded(plan.recipe.seed))
         place = spill if spill is None or isinstance(spill, bool) else str(Path(spill).expanduser().absolute())
-        group = _group(Opening(model, plan, _samples(batches), place, drawn.own_inputs_do), batches, cores, executor)
+        opening = Opening(model, plan, _samples(batches), place, drawn.own_inputs_do, drawn.beyond)
+        group = _group(opening, batches, cores, executor)
         undo.callback(group.close)
         layout: Layout = next(group.ask("layout"))
         mark = mark_of(layout.mark, {**plan.adapters, **others}, batches, settings)
@@ -293,6 +305,11 @@ def _check(plan: Plan, ridge: float, aside: float, likes: Mapping[str, float]) -
             "its updates have biases (lora_bias), which a core does not hold", key=biased,
             remedy="Learn weights instead: coremerge learn-weights",
         )  # fmt: skip
+
+
+def _check_beyond(beyond: int) -> None:
+    if not (_is(Integral, beyond) and beyond >= 0):
+        raise ConfigError("a whole number of at least zero is needed", key="beyond", value=beyond)
 
 
 def _check_budget(budget: int | None, rank: int | None, ridge: float) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from heapq import merge
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from coremerge.adapter import Adapter
 from coremerge.errors import InputError
 from coremerge.executors import Group
+from coremerge.learning.beyond import Sketch, directions
 from coremerge.learning.cores import Core, Cores
 from coremerge.learning.kept import Kept
 from coremerge.learning.leastsquares import (
@@ -23,6 +24,7 @@ from coremerge.learning.leastsquares import (
     gains,
     lost,
     means_of,
+    pull,
     regmean,
     relative,
     router,
@@ -38,6 +40,10 @@ from coremerge.patterns import listed
 from coremerge.plan import Plan
 
 Progress = Callable[[int, int], "bool | None"]
+
+T = TypeVar("T")
+ByTask = dict[str, dict[str, T]]
+"""Module → task → what there is."""
 
 FROM_INPUTS = {"router": router, "regmean": regmean, "regmean++": regmean}
 IN_MERGED = "regmean++"
@@ -75,13 +81,16 @@ class ModuleFit:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What cores are drawn to, how strongly, how errors and tasks count, and the rank that (each) module is cut to."""
+    """What cores are drawn to, how strongly, how errors and tasks count, the rank that (each) module is cut to, and how
+    many directions it reads beyond the adapters' own.
+    """
 
     prior: str | Adapter
     ridge: float
     aside: float
     rank: int | Mapping[str, int] | None
     preferences: Mapping[str, float] = field(default_factory=dict)
+    beyond: int = 0
 
     @property
     def alone(self) -> bool:
@@ -154,7 +163,8 @@ class Fitting:
         for at, segment in enumerate(self.layout.segments):
             names = {name for stage in segment.stages for name in stage}
             self.cores.hold(names)
-            moments = self._own(at, names)
+            moments, sketches = self._own(at, names)
+            self._widen(segment, sketches)
             for stage in segment.stages:
                 if not self.kept.cores.keys() >= set(stage):
                     self._fit(at, stage, moments)
@@ -239,19 +249,36 @@ class Fitting:
         """Whether a later segment is run behind this one."""
         return bool(segment.block) and at < len(self.layout.segments) - 1 and not self.drawn.own_inputs_do
 
-    def _by_task(self, method: str, at: int, names: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _by_task(self, method: str, at: int, names: Collection[str]) -> Iterator[tuple[str, Any]]:
         """Task and what each module has of it, lot by lot in their order, whoever has them."""
         order = {task: i for i, task in enumerate(self.tasks)}
         for task, _, found in merge(*self.group.call(method, at, names), key=lambda lot: (order[lot[0]], lot[1])):
             yield task, found
 
-    def _own(self, at: int, names: Collection[str]) -> dict[str, dict[str, Tensor]]:
-        """A pass of each task with its own adapter: module → task → moments (q, q) of its inputs."""
-        moments: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-        for task, found in self._by_task("own", at, sorted(names - self.kept.cores.keys())):
-            for name, of_lot in found.items():
+    def _own(self, at: int, names: Collection[str]) -> tuple[ByTask[Tensor], ByTask[Sketch]]:
+        """A pass of each task with its own adapter: moments (q, q) of the modules' inputs, and sketches."""
+        moments: ByTask[Tensor] = {name: {} for name in names}
+        sketches: ByTask[Sketch] = {}
+        for task, (seen, sketched) in self._by_task("own", at, sorted(names - self.kept.cores.keys())):
+            for name, of_lot in seen.items():
                 moments[name][task] = moments[name].get(task, 0) + of_lot
-        return moments
+            for name, one in sketched.items():
+                tasks = sketches.setdefault(name, {})
+                tasks[task] = tasks[task] + one if task in tasks else one
+        return moments, sketches
+
+    def _widen(self, segment: Segment, sketches: ByTask[Sketch]) -> None:
+        """Let the modules of a segment read directions of their inputs that no adapter reads."""
+        rows = {}
+        for stage in segment.stages:
+            for name in stage:
+                if name in self.kept.beyond:
+                    rows[name] = self.kept.beyond.pop(name)
+                elif stage[0] in sketches:
+                    found = sketches[stage[0]].values()
+                    rows[name] = directions(found, self.cores[name].right, self.drawn.beyond)
+        self.cores.widen(rows)
+        self._tell_all("widen", rows)
 
     def _fit(self, at: int, stage: Sequence[str], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The modules of one stage."""
@@ -262,7 +289,8 @@ class Fitting:
         sums = self._sums(at, stage)
         for name in stage:
             self._check_finite(name, sums[name])
-            self.kept.put(name, *self._settled(name, sums[name], self.cores[name], moments[name]))
+            core = self.cores[name]
+            self.kept.put(name, *self._settled(name, sums[name], core, moments[name]), core.beyond)
         return self.kept.write()
 
     def _check_finite(self, name: str, parts: list[dict[str, Sums]]) -> None:
@@ -291,7 +319,9 @@ class Fitting:
         """The core of one module, and what there is to say of it: nothing, if no token reached it."""
         sums = shared(parts)
         in_merged = self.drawn.prior == IN_MERGED
-        prior = self._prior(name, core, {t: s.zz for t, s in sums.items() if s.count} if in_merged else moments)
+        own, ridge = len(core.right), self.drawn.ridge
+        seen = {t: s.zz[:own, :own] for t, s in sums.items() if s.count} if in_merged else moments
+        prior = self._prior(name, core, seen)
         metrics = {task: core.metric(task, moments, self.drawn.aside) for task in sums}
         weights = weights_of(means_of(sums, metrics), self.drawn.preferences)
         asked = demands(sums, metrics, weights)
@@ -299,22 +329,23 @@ class Fitting:
         if not asked or self.drawn.alone:
             plain, energy = self._cut_plainly(name, prior)
             return plain, energy | {"tokens": tokens}
-        ridge, rank = self.drawn.ridge, self.drawn.rank_of(name)
+        rank = self.drawn.rank_of(name)
         before = after = 0.0
         checked = False
         for held in parts:
             others = shared([part for part in parts if part is not held])
-            seen, rest = demands(held, metrics, weights), demands(others, metrics, weights)
-            if seen and rest:
+            unseen, rest = demands(held, metrics, weights), demands(others, metrics, weights)
+            if unseen and rest:
                 checked = True
-                before += relative(seen, prior) / FOLDS
-                after += relative(seen, solve(rest, prior, ridge, exact=ROUGH)) / FOLDS
+                before += relative(unseen, prior) / FOLDS
+                after += relative(unseen, solve(rest, prior, pull(rest, ridge, own), exact=ROUGH)) / FOLDS
         kept = after > before
-        found = prior if kept else solve(asked, prior, ridge)
-        gained = gains(asked, found, ridge)
+        rho = pull(asked, ridge, own)
+        found = prior if kept else solve(asked, prior, rho)
+        gained = gains(asked, found, rho)
         said = ModuleFit(tokens, before, after, kept, checked, lost(gained, rank))
         told: dict[str, Any] = {"fit": asdict(said), "gains": gained.tolist()}
-        return (found if rank is None else cut(asked, found, rank, ridge)), told
+        return (found if rank is None else cut(asked, found, rank, rho)), told
 
     def _cut_plainly(self, name: str, core: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """A core that no inputs say how to cut, and the energy that it had."""
@@ -328,14 +359,15 @@ class Fitting:
             return core.of(self.drawn.prior[name])
         if self.drawn.prior in FROM_INPUTS:
             factors = {key: (held.left, held.right) for key, held in core.holders.items()}
-            return FROM_INPUTS[self.drawn.prior](moments, factors, INPUTS_RIDGE)
+            found = FROM_INPUTS[self.drawn.prior](moments, factors, INPUTS_RIDGE)
+            return torch.nn.functional.pad(found, (0, core.shape[1] - found.shape[1]))
         return torch.zeros(core.shape, dtype=torch.float64)
 
     def _take(self, names: Sequence[str]) -> None:
         """Cores that are done."""
         for name in names:
             found, said = self.kept.cores[name], self.kept.said[name]
-            (solved,) = solved_of((name,), self.cores[name].coordinates, thin_svd(found).cut(), self.plan)
+            (solved,) = solved_of((name,), *self.cores[name].placed(found), self.plan)
             self.solved[name] = _with_energy(solved, said["energy"]) if said.get("energy") else solved
             self.reached[name] = said.get("tokens", 0)
             if "fit" in said:

@@ -21,8 +21,12 @@ SAMPLE = 256
 """Numbers of a parameter by which models are told apart: training changes them all."""
 
 
+BEYOND = "beyond "
+"""Before the name of a module whose rows they are: no module's name has a blank in it."""
+
+
 class Kept:
-    """Module name → its core (p, q) and what is said of it.
+    """Module name → its core (p, q + e), the e rows that it reads beyond its adapters' own, and what is said of it.
 
     Args:
         path: of a journal, see :class:`~coremerge.formats.journal.Journal` and its errors; None: nothing is kept.
@@ -33,25 +37,32 @@ class Kept:
         self._journal = None if path is None else Journal(path, mark)
         self._new: list[str] = []
         self.cores: dict[str, Tensor] = {}
+        self.beyond: dict[str, Tensor] = {}
         self.said: dict[str, Any] = {}
         if self._journal:
             with ExitStack() as undo:
                 undo.callback(self._journal.close)
                 for part in self._journal.parts:
-                    self.cores |= self._journal.tensors(part)
                     self.said |= part.facts
+                    for name, tensor in self._journal.tensors(part).items():
+                        (self.cores if name in part.facts else self.beyond)[name.removeprefix(BEYOND)] = tensor
                 undo.pop_all()
 
-    def put(self, name: str, core: Tensor, said: Mapping[str, Any]) -> None:
+    def put(self, name: str, core: Tensor, said: Mapping[str, Any], beyond: Tensor | None = None) -> None:
         """One more module."""
         self.cores[name], self.said[name] = core, dict(said)
+        if beyond is not None:
+            self.beyond[name] = beyond
         self._new.append(name)
 
     def write(self) -> None:
         """Keep the modules that came since the last time."""
         if self._journal and self._new:
             said, cores = ({name: held[name] for name in self._new} for held in (self.said, self.cores))
-            self._journal.add(said, cores)
+            beyond = {f"{BEYOND}{name}": self.beyond[name] for name in self._new if name in self.beyond}
+            self._journal.add(said, cores | beyond)
+        for name in self._new:
+            self.beyond.pop(name, None)
         self._new = []
 
     def close(self) -> None:

@@ -18,8 +18,12 @@ from torch import Tensor
 
 from coremerge import linalg
 
-LEAST = 1e-2
-"""A task's demand counts as at least this share of the tasks' mean one, where weights are one over it."""
+LEAST = 0.2
+"""A task's demand counts as at least this share of what the module gives anyway, where weights are one over it.
+
+What is small beside that is no great harm, however much of a small demand it is: without this, tasks whose adapters do
+not have a module would hold it where it is. docs/log.md has what other shares do.
+"""
 
 ASIDE = 0.1
 """How much an error counts in a direction in which the task's adapter does not move the output."""
@@ -43,35 +47,46 @@ class Sums:
         zz: (q, q) Σ z zᵀ.
         yz: (p, q) Σ y zᵀ.
         yy: (p, p) Σ y yᵀ.
+        o: (p) Σ o, o = Uᵀ W x̂ being what the module gives without an update.
+        oo: (p, p) Σ o oᵀ.
     """
 
     count: int
     zz: Tensor
     yz: Tensor
     yy: Tensor
+    o: Tensor
+    oo: Tensor
 
     @classmethod
     def zero(cls, p: int, q: int) -> Sums:
         """Of no tokens."""
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((q, q), (p, q), (p, p))))
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((q, q), (p, q), (p, p), (p,), (p, p))))
 
-    def add(self, z: Tensor, y: Tensor) -> None:
-        """The tokens of inputs ``z`` (tokens, q) and demands ``y`` (tokens, p)."""
-        z, y = z.double().cpu(), y.double().cpu()
+    def add(self, z: Tensor, y: Tensor, o: Tensor) -> None:
+        """The tokens of inputs ``z`` (tokens, q), demands ``y`` (tokens, p) and plain outputs ``o`` (tokens, p)."""
+        z, y, o = z.double().cpu(), y.double().cpu(), o.double().cpu()
         self.count += len(z)
-        self.zz += z.mT @ z
-        self.yz += y.mT @ z
-        self.yy += y.mT @ y
+        for mine, more in zip(self._sums(), (z.mT @ z, y.mT @ z, y.mT @ y, o.sum(0), o.mT @ o), strict=True):
+            mine.add_(more)
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(self.count + other.count, self.zz + other.zz, self.yz + other.yz, self.yy + other.yy)
+        return Sums(self.count + other.count, *(x + y for x, y in zip(self._sums(), other._sums(), strict=True)))
 
     def __iadd__(self, other: Sums) -> Sums:
         self.count += other.count
-        self.zz += other.zz
-        self.yz += other.yz
-        self.yy += other.yy
+        for mine, more in zip(self._sums(), other._sums(), strict=True):
+            mine.add_(more)
         return self
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.zz, self.yz, self.yy, self.o, self.oo
+
+    def means(self, metric: Metric) -> Demand:
+        """Per token."""
+        middle = self.o / self.count
+        given = self.oo / self.count - torch.outer(middle, middle)
+        return Demand(metric, self.zz / self.count, self.yz / self.count, self.yy / self.count, given)
 
 
 def shared(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
@@ -111,6 +126,12 @@ class Metric:
         """The trace of H times the ``moments`` (p, p) of errors: their mean size."""
         return self.floor * float(moments.diagonal().sum()) + float(((self.above.mT @ moments) * self.above.mT).sum())
 
+    def largest(self, moments: Tensor) -> float:
+        """The largest eigenvalue of H^½ ``moments`` H^½: their size in the one direction in which it is largest."""
+        root = self.root()
+        values = linalg.eigvalsh(root @ (root @ moments).mT)
+        return max(float(values[-1]), 0.0) if len(values) else 0.0
+
     def dense(self) -> Tensor:
         """H."""
         return self.floor * torch.eye(len(self.above), dtype=torch.float64) + self.above @ self.above.mT
@@ -144,12 +165,14 @@ class Demand:
         zz: (q, q).
         yz: (p, q).
         yy: (p, p).
+        given: (p, p) the covariance of what the module gives without an update.
     """
 
     metric: Metric
     zz: Tensor
     yz: Tensor
     yy: Tensor
+    given: Tensor
 
     @property
     def size(self) -> float:
@@ -159,12 +182,10 @@ class Demand:
     @property
     def largest(self) -> float:
         """What it would leave in the one direction in which it leaves most."""
-        root = self.metric.root()
-        values = linalg.eigvalsh(root @ (root @ self.yy).mT)
-        return float(values[-1]) if len(values) else 0.0
+        return self.metric.largest(self.yy)
 
     def __mul__(self, weight: float) -> Demand:
-        return Demand(self.metric, weight * self.zz, weight * self.yz, weight * self.yy)
+        return Demand(self.metric, *(weight * x for x in (self.zz, self.yz, self.yy, self.given)))
 
     def residual(self, core: Tensor) -> float:
         """The mean of ‖core z − y‖² in the metric."""
@@ -173,19 +194,17 @@ class Demand:
 
 def means_of(sums: Mapping[str, Sums], metrics: Mapping[str, Metric]) -> dict[str, Demand]:
     """What each task that has tokens asks, per token."""
-    having = {task: s for task, s in sums.items() if s.count}
-    return {task: Demand(metrics[task], s.zz / s.count, s.yz / s.count, s.yy / s.count) for task, s in having.items()}
+    return {task: s.means(metrics[task]) for task, s in sums.items() if s.count}
 
 
 def weights_of(means: Mapping[str, Demand], preferences: Mapping[str, float]) -> dict[str, float]:
-    """A task's preference, 1 by default, over its demand in the direction in which that is largest.
+    """A task's preference, 1 by default, over its demand in the direction in which that is largest: see :data:`LEAST`.
 
     Large outputs then do not decide alone; nor does a task lose whose adapter writes in many directions, as it would if
     weights were one over the demand in all of them.
     """
-    sizes = {task: demand.largest for task, demand in means.items()}
-    least = LEAST * sum(sizes.values()) / len(sizes) if sizes else 0.0
-    return {task: preferences.get(task, 1.0) / (max(size, least) or 1.0) for task, size in sizes.items()}
+    sizes = {task: max(one.largest, LEAST * one.metric.largest(one.given)) for task, one in means.items()}
+    return {task: preferences.get(task, 1.0) / (size or 1.0) for task, size in sizes.items()}
 
 
 def demands(sums: Mapping[str, Sums], metrics: Mapping[str, Metric], weights: Mapping[str, float]) -> list[Demand]:
@@ -200,8 +219,17 @@ def relative(asked: Sequence[Demand], core: Tensor) -> float:
     return max(sum(demand.residual(core) for demand in asked), 0.0) / size if size else 0.0
 
 
-def solve(asked: Sequence[Demand], prior: Tensor, ridge: float, *, exact: float = EXACT) -> Tensor:
-    """The core M (p, q) with the least Σ_k residual + ρ ‖M − prior‖², ρ = ``ridge`` × mean diagonal of Σ_k zz.
+def pull(asked: Sequence[Demand], ridge: float, own: int | None = None) -> float:
+    """ρ: the ``ridge`` times the mean second moment of the inputs along the first ``own`` directions; None: all.
+
+    These are the adapters' own: what else is read changes nothing in how strongly they are drawn to the prior.
+    """
+    means = [float(d.zz.diagonal()[:own].mean()) if d.zz.numel() else 0.0 for d in asked]
+    return max(ridge, linalg.RTOL) * sum(means)
+
+
+def solve(asked: Sequence[Demand], prior: Tensor, rho: float, *, exact: float = EXACT) -> Tensor:
+    """The core M (p, q) with the least Σ_k residual + ρ ‖M − prior‖², ``rho`` being what :func:`pull` gives.
 
     Its normal equations Σ_k H_k M S_k + ρ M = Σ_k H_k Y_k + ρ prior, by conjugate gradients from the prior; in one step
     where the tasks' metrics are equal, or their inputs' moments.
@@ -209,8 +237,7 @@ def solve(asked: Sequence[Demand], prior: Tensor, ridge: float, *, exact: float 
     inputs = sum((demand.zz for demand in asked), torch.zeros(prior.shape[-1], prior.shape[-1], dtype=torch.float64))
     if not bool(inputs.diagonal().any()) or not prior.numel():  # nothing comes in: nothing can be asked
         return prior
-    mean = float(inputs.diagonal().mean())
-    rho = max(ridge, linalg.RTOL) * mean
+    rho = max(rho, linalg.RTOL**2 * float(inputs.diagonal().mean()))
     size = sum(float(d.zz.diagonal().sum()) for d in asked)
     outputs = torch.stack([d.metric.dense() * (float(d.zz.diagonal().sum()) / size) for d in asked]).sum(0)
     floor = sum((d.metric.floor * d.zz for d in asked), rho * torch.eye(len(inputs), dtype=torch.float64))
@@ -247,7 +274,7 @@ def _conjugate_gradients(
     return found
 
 
-def cut(asked: Sequence[Demand], core: Tensor, rank: int, ridge: float) -> Tensor:
+def cut(asked: Sequence[Demand], core: Tensor, rank: int, rho: float) -> Tensor:
     """The core of at most ``rank`` whose outputs on the inputs are nearest to those of ``core``.
 
     Reduced-rank regression: with S the inputs' second moments plus a little of the ridge, the top components of M S^½,
@@ -255,14 +282,14 @@ def cut(asked: Sequence[Demand], core: Tensor, rank: int, ridge: float) -> Tenso
     """
     if rank >= min(core.shape):
         return core
-    vectors, root = _root(asked, core, ridge)
+    vectors, root = _root(asked, core, rho)
     left, sizes, right = linalg.svd((core @ vectors) * root)
     return (left[:, :rank] * sizes[:rank]) @ ((right[:rank] / root) @ vectors.mT)
 
 
-def gains(asked: Sequence[Demand], core: Tensor, ridge: float) -> Tensor:
+def gains(asked: Sequence[Demand], core: Tensor, rho: float) -> Tensor:
     """What each component that :func:`cut` can keep adds to the outputs, as a share of what is asked; descending."""
-    vectors, root = _root(asked, core, ridge)
+    vectors, root = _root(asked, core, rho)
     _, sizes, _ = linalg.svd((core @ vectors) * root)
     size = sum(demand.size for demand in asked)
     return sizes.square() / size if size else torch.zeros_like(sizes)
@@ -275,12 +302,12 @@ def lost(gains: Tensor, rank: int | None) -> float:
     return share if share > linalg.NOISE else 0.0
 
 
-def _root(asked: Sequence[Demand], core: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def _root(asked: Sequence[Demand], core: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     """Eigenvectors (q, q) of S, and the roots (q) of its eigenvalues."""
     zz = sum((demand.zz for demand in asked), torch.zeros(core.shape[-1], core.shape[-1], dtype=torch.float64))
     values, vectors = linalg.eigh(zz)
     mean = float(zz.diagonal().mean())
-    level = values.clamp_min(0) + max(METRIC * ridge, linalg.RTOL) * mean if mean else torch.ones_like(values)
+    level = values.clamp_min(0) + max(METRIC * rho, linalg.RTOL * mean) if mean else torch.ones_like(values)
     return vectors, level.sqrt()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from coremerge.errors import UnsupportedError
 from coremerge.learning.backbone import Batch, frozen, inputs_of, seeded, token_mask
+from coremerge.learning.beyond import Sketch, drawn
 from coremerge.learning.cores import Cores
 from coremerge.learning.forward import OTHER_WAY, WITHOUT_EXPERTS, MergedModel, Target
 from coremerge.learning.given import moved, rows_of
@@ -34,6 +35,13 @@ FOLDS = 4
 
 LOTS = 4
 """Parts of a task's batches whose sums are made apart and then added, whoever makes them: the same bytes everywhere."""
+
+
+Moments = dict[str, Tensor]
+"""Module → second moments of its inputs."""
+
+Sketches = dict[str, Sketch]
+"""Module → what is seen of its inputs in all directions."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Opening:
         samples: tasks and an input each; from them the order of the model's parts is seen.
         spill: see :func:`~coremerge.learning.fit.fit`.
         own_inputs_do: nothing is asked of the merged model.
+        beyond: directions of the inputs that are looked for outside the adapters' rows.
     """
 
     model: nn.Module | Callable[[], nn.Module]
@@ -102,6 +111,7 @@ class Opening:
     samples: Sequence[tuple[str, Batch]]
     spill: str | bool | None
     own_inputs_do: bool
+    beyond: int = 0
 
     def __call__(self, lots: Sequence[Lot], cores: Cores | None = None) -> Passes:
         """Those of some of the inputs."""
@@ -124,6 +134,7 @@ class Passes:
 
     def __init__(self, model: nn.Module, opening: Opening, lots: Sequence[Lot], cores: Cores) -> None:
         self.plan, self.cores, self._own_inputs_do = opening.plan, cores, opening.own_inputs_do
+        self._beyond = opening.beyond
         self._mark = mark_of_model(model)
         with ExitStack() as undo:
             undo.enter_context(frozen(model))
@@ -171,18 +182,23 @@ class Passes:
         self.updates: dict[str, LowRank] = {}
         self.take(found)
 
+    def widen(self, rows: Mapping[str, Tensor]) -> None:
+        """Let modules of the segment that runs read more of their inputs: see :meth:`Cores.widen`."""
+        self.cores.widen(rows)
+
     def take(self, found: Mapping[str, Tensor]) -> None:
-        """The merged cores (p, q) of some modules."""
+        """The merged cores (p, q + e) of some modules."""
         for name, core in found.items():
             self.updates[name] = in_model(self.cores[name].lifted(core), self.targets[name])
 
-    def own(self, at: int, wanted: Collection[str]) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+    def own(self, at: int, wanted: Collection[str]) -> Iterator[tuple[str, int, tuple[Moments, Sketches]]]:
         """A pass of each task with its own adapter through a segment, in which the ``wanted`` modules are.
 
         What those should give is kept for :meth:`sums`.
 
         Returns:
-            for each lot, its task and number, and the moments (q, q) of each module's inputs.
+            for each lot, its task and number, the moments (q, q) of each module's inputs, and a sketch of those of the
+            first module of each stage.
         """
         segment = self.stream.segments[at]
         self.cores.hold({name for stage in segment.stages for name in stage})
@@ -194,8 +210,9 @@ class Passes:
                 found = self._own(at, lot, alone, wanted)
             yield lot.task, lot.at, found
 
-    def _own(self, at: int, lot: Lot, alone: Updates, wanted: Collection[str]) -> dict[str, Tensor]:
-        segment, moments = self.stream.segments[at], dict[str, Tensor]()
+    def _own(self, at: int, lot: Lot, alone: Updates, wanted: Collection[str]) -> tuple[Moments, Sketches]:
+        segment, moments, sketches = self.stream.segments[at], Moments(), Sketches()
+        first = {stage[0] for stage in segment.stages} if self._beyond else set()
         for j, _, batch in self._reaching(lot, segment):
             goals: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
@@ -205,6 +222,9 @@ class Passes:
                     goals[name].append(in_basis(result, self.cores[name].left))  # noqa: B023
                     z = in_basis(x, self.cores[name].right.mT).double().cpu()
                     moments[name] = moments.get(name, 0) + z.mT @ z
+                    if name in first:
+                        more = Sketch.of(x, drawn(x.shape[-1], self._beyond))
+                        sketches[name] = sketches[name] + more if name in sketches else more
 
             given = self.stream.run(batch, at, self._before("own", lot.task, j), alone, _counting(batch, watch))
             if segment.block and given is None:
@@ -213,7 +233,7 @@ class Passes:
                 self._after("own", lot.task, j, at, given)
             for name, listed in () if self._own_inputs_do else goals.items():
                 self.states["goal", lot.task, j, name] = listed
-        return moments
+        return moments, sketches
 
     def _alone(self, task: str, at: int) -> Updates:
         """The task's adapter, where the segment runs."""
@@ -249,6 +269,8 @@ class Passes:
     ) -> Callable[[str, Tensor, Tensor, Tensor], None]:
         """Adds a module's inputs, and what is asked of them, to the sums."""
 
+        bases = {name: self.cores[name].reads.mT for name in goals}
+
         def watch(name: str, x: Tensor, output: Tensor, rows: Tensor) -> None:
             if name not in goals:
                 return
@@ -256,10 +278,11 @@ class Passes:
             if len(goal) != len(x):
                 raise UnsupportedError(OTHER_WAY, key=name, remedy=WITHOUT_EXPERTS)
             core = self.cores[name]
-            z, y = in_basis(x, core.right.mT), goal - in_basis(output, core.left)
+            z, o = in_basis(x, bases[name]), in_basis(output, core.left)
+            y = goal - o
             part = (rows + before) % FOLDS
             for fold in range(FOLDS):
-                found[name][fold].add(z[part == fold], y[part == fold])
+                found[name][fold].add(*(each[part == fold] for each in (z, y, o)))
 
         return watch
 
