@@ -330,6 +330,7 @@ FIGURES: Mapping[str, Callable[[Numbers], Figure]] = {
     "fewer": fewer,
     "compression": training,
     "compression-vision": partial(training, folder=EXAMPLE.with_name("vision")),
+    "compression-generation": partial(training, folder=EXAMPLE.with_name("generation")),
     "output_rank": output_rank,
     "scale": scale,
 }

@@ -126,9 +126,12 @@ def means(kinds: Mapping[str, str], curves: Mapping[str, list[Point]], left_out:
 
 def draw(curves: Mapping[str, list[Point]], metrics: Mapping[str, str]) -> Figure:
     """Score over ω, one panel a task; darker is later."""
-    columns = min(4, len(curves))
-    figure = Figure(figsize=(3.1 * columns, 2.9 * -(-len(curves) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).flat
+    lines = -(-len(curves) // 4)
+    columns = -(-len(curves) // lines)
+    figure = Figure(figsize=(3.1 * columns, 2.9 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for empty in panels[len(curves) :]:
+        empty.remove()
     for panel, (name, points) in zip(panels, curves.items(), strict=False):
         x, y, steps = zip(*((p.ratio, p.score, p.step) for p in points), strict=True)
         panel.plot(x, y, color="0.8", linewidth=1, zorder=1)
