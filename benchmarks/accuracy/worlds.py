@@ -303,8 +303,12 @@ def cells(bench: Bench, draws: int, quick: bool) -> Iterator[Cell]:
     yield from (Cell(bench, seed, quick) for seed in range(draws))
     for count in COUNTS:
         for seed in range(draws if count < len(names) else 0):
-            chosen = sorted(random.Random(1000 * count + seed).sample(names, count), key=names.index)
-            yield Cell(bench.only(chosen), seed, quick)
+            yield Cell(bench.only(chosen_of(names, count, seed)), seed, quick)
+
+
+def chosen_of(names: Sequence[str], count: int, seed: int) -> list[str]:
+    """A draw of ``count`` names, in their order."""
+    return sorted(random.Random(1000 * count + seed).sample(names, count), key=names.index)
 
 
 def with_probes(bench: Bench) -> TaskSet | None:
