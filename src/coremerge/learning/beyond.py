@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Sketch:
         return Sketch(self.size + other.size, self.along + other.along)
 
 
+@lru_cache(maxsize=8)
 def drawn(n: int, count: int) -> Tensor:
     """Ω (n, s): random numbers along which inputs are seen, the same for all of one width."""
     generator = torch.Generator().manual_seed(n)
