@@ -69,6 +69,7 @@ class ModuleFit:
         kept: the prior was kept, as the fit is not better.
         checked: there were inputs to hold out; else both residuals are 0.
         lost: share of the merged outputs on the inputs, in squares, that the cut to a rank lost.
+        beyond: directions of its inputs that it reads besides those that the adapters read.
     """
 
     tokens: int
@@ -77,6 +78,7 @@ class ModuleFit:
     kept: bool
     checked: bool = True
     lost: float = 0.0
+    beyond: int = 0
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,7 @@ class Fitting:
         rho = pull(asked, ridge, own)
         found = prior if kept else solve(asked, prior, rho)
         gained = gains(asked, found, rho)
-        said = ModuleFit(tokens, before, after, kept, checked, lost(gained, rank))
+        said = ModuleFit(tokens, before, after, kept, checked, lost(gained, rank), core.shape[1] - own)
         told: dict[str, Any] = {"fit": asdict(said), "gains": gained.tolist()}
         return (found if rank is None else cut(asked, found, rank, rho)), told
 
