@@ -60,9 +60,16 @@ def test_sketches_add_up_over_tokens_of_any_precision():
     assert half.along.dtype == torch.float64 and torch.allclose(half.along, whole.along, rtol=0.1, atol=2.0)
 
 
+def test_large_inputs_are_seen_like_others():
+    x, right = randn(30, N).float(), rows()
+    small, large = (directions([sketch(scale * x)], right, 3) for scale in (1.0, 1e25))
+    assert torch.allclose(small.mT @ small, large.mT @ large, atol=1e-4)
+
+
 def test_nothing_comes_of_nothing():
     right = rows()
     assert len(directions([], right, 4)) == len(directions([sketch(torch.zeros(5, N))], right, 4)) == 0
     assert len(directions([sketch(randn(5, N))], right, 0)) == 0
+    assert len(directions([sketch(torch.full((5, N), torch.inf))], right, 4)) == 0
     everything = torch.eye(N, dtype=torch.float64)
     assert len(directions([sketch(randn(50, N))], everything, 4)) == 0

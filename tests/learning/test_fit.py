@@ -714,9 +714,10 @@ def test_an_adapter_as_prior(model, adapters, data, tmp_path):
 
 def test_preferences(model, adapters, data, unchecked):
     settings = {"prior": "zero", "ridge": 1e-3, "dtype": "float64"}
-    alone = fit(model, adapters, {"a": data["a"]}, **settings)
-    ignored = fit(model, adapters, data, preferences={"b": 0}, **settings)
-    assert close(ignored.adapter, alone.adapter)
+    for beyond in (2, 128):
+        alone = fit(model, adapters, {"a": data["a"]}, beyond=beyond, **settings)
+        ignored = fit(model, adapters, data, preferences={"b": 0}, beyond=beyond, **settings)
+        assert close(ignored.adapter, alone.adapter)
     equal, same = (fit(model, adapters, data, preferences=given, **settings) for given in (None, {"a": 2, "b": 2}))
     more = fit(model, adapters, data, preferences={"a": 50}, **settings)
     assert close(same.adapter, equal.adapter)
@@ -800,9 +801,10 @@ def test_tasks_that_take_different_ways_in(tmp_path):
     assert all(count > 20 for name, count in tokens.items() if "vision" not in name)
 
 
-def test_numbers_that_are_not_finite(model, adapters, data):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(model, adapters, data, value):
     with torch.no_grad():
-        model.bert.encoder.layer[2].attention.self.query.weight[0, 0] = float("nan")
+        model.bert.encoder.layer[2].attention.self.query.weight[0, 0] = value
     with pytest.raises(InputError, match="not finite") as raised:
         fit(model, adapters, data)
     assert "layer.2" in str(raised.value)

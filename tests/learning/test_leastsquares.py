@@ -140,6 +140,15 @@ def test_what_is_small_beside_what_the_module_gives_counts_no_more_for_being_a_l
     assert found["asks"] == pytest.approx(1 / means_of(sums, metrics)["asks"].largest, rel=0.9)
 
 
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_where_nothing_varies_a_task_that_asks_nothing_does_not_outweigh_the_others(unit):
+    sums = {"asks": Sums.zero(P, Q), "asks nothing": Sums.zero(P, Q)}
+    sums["asks"].add(randn(1, Q), unit * randn(1, P, seed=1), randn(1, P, seed=2))
+    sums["asks nothing"].add(randn(1, Q), torch.zeros(1, P), randn(1, P, seed=2))
+    found = weights_of(means_of(sums, dict.fromkeys(sums, Metric.plain(P))), {})
+    assert found["asks nothing"] == pytest.approx(200 * found["asks"])
+
+
 def test_the_metric_counts_what_the_adapter_writes():
     direction = randn(P, 1)
     found = metric(direction, aside=0.1, soft=1e-2).dense()

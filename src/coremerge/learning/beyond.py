@@ -2,12 +2,13 @@
 
 An adapter's rows are few, and inputs of all tasks look alike along them. What is asked of one core for several tasks
 then contradicts itself: what one task's inputs need is what another's must not get. The inputs themselves differ
-elsewhere. A core that reads those directions, too, answers each task in its own way, and is of no higher rank: that is
-bounded by the columns.
+elsewhere. A core that reads those directions, too, answers each task in its own way. Its rank is still at most the sum
+of the adapters', as it writes where they do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +41,12 @@ class Sketch:
     def of(cls, x: Tensor, draw: Tensor) -> Sketch:
         """Of the tokens ``x`` (tokens, n)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return cls(float(x.double().square().sum()), (x.mT @ (x @ draw.to(x))).double().cpu())
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        if not largest:
+            return cls(0.0, torch.zeros(draw.shape, dtype=torch.float64))
+        x = x / largest  # products of large numbers are beyond float32
+        along = (x.mT @ (x @ draw.to(x))).double().cpu()
+        return cls(float(x.double().square().sum()) * largest**2, along * largest**2)
 
     def __add__(self, other: Sketch) -> Sketch:
         return Sketch(self.size + other.size, self.along + other.along)
@@ -56,11 +62,12 @@ def drawn(n: int, count: int) -> Tensor:
 def directions(sketches: Collection[Sketch], right: Tensor, count: int) -> Tensor:
     """The directions (e, n) outside the rows of ``right`` (q, n) in which inputs are largest, at most ``count``.
 
-    Every task counts alike, whatever the size of its inputs. Orthonormal, float64.
+    Every task counts alike, whatever the size of its inputs. Orthonormal, float64. Inputs that are not finite are not
+    seen here; what they are comes out where they are fitted.
 
     Source: ours, by a randomized range finder (Halko, Martinsson, Tropp, arXiv 0909.4061).
     """
-    seen = [sketch for sketch in sketches if sketch.size > 0]
+    seen = [sketch for sketch in sketches if 0 < sketch.size < math.inf]
     if not seen or count < 1:
         return right[:0]
     whole = torch.stack([sketch.along / sketch.size for sketch in seen]).sum(0)

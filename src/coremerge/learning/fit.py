@@ -111,7 +111,7 @@ def fit(
         rank_budget: the modules' mean rank, higher where it brings more to the outputs; ``rank`` is then the most that
             one of them has. The file has the largest of them for all, with zero rows. Costs a second fit.
         prior: what the cores are drawn to: a name of :data:`PRIORS` (by default ``"iso"``: the sum, isotropized, at
-            automatic scale), a recipe, whose merge it is, or an adapter (as far as the adapters' factors span it).
+            automatic scale), a recipe, whose merge it is, or an adapter (as far as what is fitted spans it).
         ridge: how strongly, as a share of the inputs' mean second moment along what the adapters read, 0.1 by default;
             infinite: the prior alone.
         aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
@@ -229,8 +229,8 @@ def fit_plan(
             return run
 
         if rank_budget is not None:
-            exact = run_with(replace(drawn, rank=None), mark, ".exact")
-            drawn = replace(drawn, rank=_allotted(exact, rank_budget, rank))
+            ranks = _allotted(run_with(replace(drawn, rank=None), mark, ".exact"), rank_budget, rank)
+            drawn = replace(drawn, rank=ranks)
             mark += f" {rank_budget}"
         run = run_with(drawn, mark)
     reports = {name: run.solved[name].report for name in plan.modules}

@@ -277,8 +277,9 @@ class Fitting:
                 if name in self.kept.beyond:
                     rows[name] = self.kept.beyond.pop(name)
                 elif stage[0] in sketches:
-                    found = sketches[stage[0]].values()
-                    rows[name] = directions(found, self.cores[name].right, self.drawn.beyond)
+                    found = sketches[stage[0]].items()
+                    counting = [one for task, one in found if self.drawn.preferences.get(task, 1.0)]
+                    rows[name] = directions(counting, self.cores[name].right, self.drawn.beyond)
         self.cores.widen(rows)
         self._tell_all("widen", rows)
 

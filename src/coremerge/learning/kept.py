@@ -45,7 +45,10 @@ class Kept:
                 for part in self._journal.parts:
                     self.said |= part.facts
                     for name, tensor in self._journal.tensors(part).items():
-                        (self.cores if name in part.facts else self.beyond)[name.removeprefix(BEYOND)] = tensor
+                        if name in part.facts:
+                            self.cores[name] = tensor
+                        else:
+                            self.beyond[name.removeprefix(BEYOND)] = tensor
                 undo.pop_all()
 
     def put(self, name: str, core: Tensor, said: Mapping[str, Any], beyond: Tensor | None = None) -> None:

@@ -1,6 +1,7 @@
 """One module's merged core from sums over tokens: what is asked of it is linear, so nothing has to be descended.
 
-For task k's inputs, z = Vᵀ x̂ is the module's input in the merged model and y = Uᵀ[(W + Δ_k) x − W x̂] what the merged
+For task k's inputs, z = Vᵀ x̂ is the module's input in the merged model, V being all q directions that the result reads
+(the adapters' own, and some beyond: :mod:`coremerge.learning.beyond`), and y = Uᵀ[(W + Δ_k) x − W x̂] what the merged
 core should make of it, so that the module's output is that of the model with adapter k alone, where the input is x.
 
 Errors do not count alike in all directions: those in which adapter k itself moves the output count fully, the others by
@@ -24,6 +25,9 @@ LEAST = 0.2
 What is small beside that is no great harm, however much of a small demand it is: without this, tasks whose adapters do
 not have a module would hold it where it is. docs/log.md has what other shares do.
 """
+
+LEAST_OF_MEAN = 1e-2
+"""And as at least this share of the tasks' mean: where all tokens are alike, what a module gives does not vary."""
 
 ASIDE = 0.1
 """How much an error counts in a direction in which the task's adapter does not move the output."""
@@ -204,7 +208,8 @@ def weights_of(means: Mapping[str, Demand], preferences: Mapping[str, float]) ->
     weights were one over the demand in all of them.
     """
     sizes = {task: max(one.largest, LEAST * one.metric.largest(one.given)) for task, one in means.items()}
-    return {task: preferences.get(task, 1.0) / (size or 1.0) for task, size in sizes.items()}
+    least = LEAST_OF_MEAN * sum(sizes.values()) / len(sizes) if sizes else 0.0
+    return {task: preferences.get(task, 1.0) / (max(size, least) or 1.0) for task, size in sizes.items()}
 
 
 def demands(sums: Mapping[str, Sums], metrics: Mapping[str, Metric], weights: Mapping[str, float]) -> list[Demand]:
