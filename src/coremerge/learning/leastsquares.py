@@ -26,11 +26,8 @@ What is small beside that is no great harm, however much of a small demand it is
 not have a module would hold it where it is. docs/log.md has what other shares do.
 """
 
-LEAST_OF_MEAN = 1e-4
-"""And as at least this share of the tasks' mean: where all tokens are alike, what a module gives does not vary.
-
-A hundredth costs a point on generation, where a task's inputs may vary little along others' columns and yet matter.
-"""
+LEAST_OF_MEAN = 1e-2
+"""And as at least this share of the tasks' mean: where all tokens are alike, what a module gives does not vary."""
 
 ASIDE = 0.1
 """How much an error counts in a direction in which the task's adapter does not move the output."""
