@@ -52,7 +52,7 @@ def test_a_fit_of_the_example(bench: Bench) -> None:
 
 def test_variants_are_other_fits(bench: Bench) -> None:
     data = inputs(bench, 0, 32)
-    made = [make(bench)(data).adapter for make in (fitted, own_inputs, twice)]
+    made = [make(bench)(data).adapter for make in (fitted, own_inputs)]
     made += [weighted(bench, weights)(data).adapter for weights in (equal, over_size)]
     made.append(fitted(bench)(first_batch(data)).adapter)
     first, last = sorted(made[0])[0], sorted(made[0])[-1]
@@ -62,3 +62,5 @@ def test_variants_are_other_fits(bench: Bench) -> None:
     query = next(name for name in sorted(made[0]) if name.endswith("layer.0.attention.self.query"))
     assert first == "encoder.layer.0.attention.output.dense"
     torch.testing.assert_close(made[0][query].dense(), made[1][query].dense())  # nothing was merged before it
+    again = twice(bench)(data).adapter  # held against a prior that has seen all inputs, it is not better on any
+    torch.testing.assert_close(again[last].dense(), made[0][last].dense(), rtol=1e-3, atol=1e-6)
