@@ -59,7 +59,7 @@ def test_the_solution_is_that_of_the_normal_equations(asked):
     system = sum(torch.kron(d.metric.dense(), d.zz) for d in asked) + rho * torch.eye(P * Q)
     wanted = sum(d.metric @ d.yz for d in asked) + rho * prior
     expected = torch.linalg.solve(system, wanted.reshape(-1)).reshape(P, Q)
-    assert pull(asked, ridge) == pytest.approx(float(rho))
+    assert pull(asked, ridge, Q) == pytest.approx(float(rho))
     found = solve(asked, prior, float(rho))
     assert torch.allclose(found, expected, rtol=SINGLE, atol=DOUBLE)  # by eigenvectors, and of a system of 20 unknowns
     for seed in range(5):
@@ -95,9 +95,9 @@ def test_residuals_are_those_over_the_tokens(asked):
 def test_sums_add_up_over_batches_and_parts():
     z, y = randn(20, Q), randn(20, P, seed=1)
     whole, parts = Sums.zero(P, Q), [{"a": Sums.zero(P, Q)} for _ in range(2)]
-    whole.add(z, y, y)
+    whole += Sums.of(z, y, y)
     for i, part in enumerate(parts):
-        part["a"].add(z[i::2].float(), y[i::2].float(), y[i::2].float())
+        part["a"] += Sums.of(z[i::2].float(), y[i::2].float(), y[i::2].float())
     added = shared(parts)["a"]
     assert added.count == whole.count == 20
     assert torch.equal(whole.oo, whole.yy)
@@ -107,8 +107,8 @@ def test_sums_add_up_over_batches_and_parts():
 
 def test_demands_weigh_each_task_by_what_it_asks():
     sums = {"large": Sums.zero(P, Q), "small": Sums.zero(P, Q), "none": Sums.zero(P, Q)}
-    sums["large"].add(randn(20, Q), 10 * randn(20, P, seed=1), 0.1 * randn(20, P, seed=4))
-    sums["small"].add(randn(10, Q, seed=2), randn(10, P, seed=3), 0.1 * randn(10, P, seed=5))
+    sums["large"] += Sums.of(randn(20, Q), 10 * randn(20, P, seed=1), 0.1 * randn(20, P, seed=4))
+    sums["small"] += Sums.of(randn(10, Q, seed=2), randn(10, P, seed=3), 0.1 * randn(10, P, seed=5))
     metrics = {name: metric(randn(P, P, seed=i)) for i, name in enumerate(sums)}
     asked = demands(sums, metrics, weights_of(means_of(sums, metrics), {}))
     assert len(asked) == 2 and [d.largest for d in asked] == pytest.approx([1.0, 1.0])
@@ -129,7 +129,7 @@ def test_demands_weigh_each_task_by_what_it_asks():
 def test_what_is_small_beside_what_the_module_gives_counts_no_more_for_being_a_large_part_of_what_is_asked():
     sums = {"asks": Sums.zero(P, Q), "asks little": Sums.zero(P, Q)}
     for seed, (task, share) in enumerate({"asks": 1.0, "asks little": 1e-3}.items()):
-        sums[task].add(
+        sums[task] += Sums.of(
             randn(20, Q, seed=seed), share * randn(20, P, seed=seed + 2), 5 + 3 * randn(20, P, seed=seed + 4)
         )
     metrics = {"asks": metric(randn(P, P)), "asks little": Metric.plain(P)}
@@ -143,8 +143,8 @@ def test_what_is_small_beside_what_the_module_gives_counts_no_more_for_being_a_l
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
 def test_where_nothing_varies_a_task_that_asks_nothing_does_not_outweigh_the_others(unit):
     sums = {"asks": Sums.zero(P, Q), "asks nothing": Sums.zero(P, Q)}
-    sums["asks"].add(randn(1, Q), unit * randn(1, P, seed=1), randn(1, P, seed=2))
-    sums["asks nothing"].add(randn(1, Q), torch.zeros(1, P), randn(1, P, seed=2))
+    sums["asks"] += Sums.of(randn(1, Q), unit * randn(1, P, seed=1), randn(1, P, seed=2))
+    sums["asks nothing"] += Sums.of(randn(1, Q), torch.zeros(1, P), randn(1, P, seed=2))
     found = weights_of(means_of(sums, dict.fromkeys(sums, Metric.plain(P))), {})
     assert found["asks nothing"] == pytest.approx(200 * found["asks"])
 

@@ -141,8 +141,7 @@ def fit(
         )
         if not dry_run:
             given = {"prior": chosen, "ridge": ridge, "beyond": beyond, "preferences": likes}
-            given |= {"rank_budget": rank_budget}
-            given |= {"spill": spill, "resume": resume}
+            given |= {"rank_budget": rank_budget, "spill": spill, "resume": resume}
             command = ["coremerge", *sys.argv[1:]]
             with elsewhere as cluster:
                 solve = _solver(batches, loader(base, base_dtype, device), bar, **given, executor=cluster)

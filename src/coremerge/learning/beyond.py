@@ -25,7 +25,7 @@ OVER = 8
 """Random directions more than are asked for: the last of those that are found are then right as well."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sketch:
     """Of one task's inputs x at one module.
 

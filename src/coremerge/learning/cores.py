@@ -24,43 +24,38 @@ class Core:
     Attributes:
         coordinates: of the adapters that have it.
         left: U (m, p), float64.
-        right: Vᵀ (q, n).
+        right: Vᵀ (q, n), and behind it e more rows: see :mod:`coremerge.learning.beyond`. What is fitted is (p, q + e).
+        own: q.
         holders: adapter → its factors (p, r), (r, q).
-        beyond: (e, n) more rows, see :mod:`coremerge.learning.beyond`; what is fitted has q + e columns.
     """
 
     coordinates: Coordinates
     left: Tensor
     right: Tensor
+    own: int
     holders: Mapping[str, LowRank]
-    beyond: Tensor | None = None
-
-    @property
-    def reads(self) -> Tensor:
-        """(q + e, n): the directions of the inputs that the result may read."""
-        return self.right if self.beyond is None else torch.cat([self.right, self.beyond])
 
     @property
     def shape(self) -> tuple[int, int]:
         """(p, q + e)."""
-        return self.left.shape[-1], len(self.right) + (0 if self.beyond is None else len(self.beyond))
+        return self.left.shape[-1], len(self.right)
 
     def of(self, update: LowRank) -> Tensor:
         """``update`` (m, n) in these coordinates (p, q + e)."""
-        return (self.left.mT @ update.left) @ (update.right @ self.reads.mT)
+        return (self.left.mT @ update.left) @ (update.right @ self.right.mT)
 
     def lifted(self, found: Tensor) -> LowRank:
         """The update (m, n) that ``found`` (p, q + e) stands for."""
         small = thin_svd(found).cut().lowrank()
-        return LowRank(self.left @ small.left, small.right @ self.reads)
+        return LowRank(self.left @ small.left, small.right @ self.right)
 
     def placed(self, found: Tensor) -> tuple[Coordinates, ThinSVD]:
         """``found`` (p, q + e) and the coordinates that it is in: where there are more rows, the rows themselves."""
         svd = thin_svd(found).cut()
-        if self.beyond is None:
+        if self.own == len(self.right):
             return self.coordinates, svd
         lift = replace(self.coordinates.lift, right=None)
-        return replace(self.coordinates, lift=lift), replace(svd, right=svd.right @ self.reads)
+        return replace(self.coordinates, lift=lift), replace(svd, right=svd.right @ self.right)
 
     def metric(self, task: str, moments: Mapping[str, Tensor], aside: float) -> Metric:
         """How errors count for the task: by what its adapter adds to the outputs, on its own inputs."""
@@ -87,8 +82,10 @@ class Cores:
         return self._held.get(name) or self._made(name)
 
     def widen(self, rows: Mapping[str, Tensor]) -> None:
-        """Let modules that are kept read more of their inputs, until others are: see :attr:`Core.beyond`."""
-        self._held |= {name: replace(self[name], beyond=beyond) for name, beyond in rows.items() if len(beyond)}
+        """Let modules that are kept read these (e, n) beside their adapters' rows, until others are kept."""
+        for name, beyond in rows.items():
+            core = self[name]
+            self._held[name] = replace(core, right=torch.cat([core.right[: core.own], beyond]))
 
     def hold(self, names: Collection[str]) -> None:
         """Keep these, and no others."""
@@ -103,4 +100,4 @@ class Cores:
         left = coordinates.lift(LowRank(torch.eye(p, dtype=torch.float64), wide), updates).left
         right = coordinates.lift(LowRank(wide, high), updates).right
         named = zip(self.plan.adapters, coordinates.cores, strict=True)
-        return Core(coordinates, left, right, {key: core for key, core in named if core.rank})
+        return Core(coordinates, left, right, q, {key: core for key, core in named if core.rank})

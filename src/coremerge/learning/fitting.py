@@ -279,7 +279,8 @@ class Fitting:
                 elif stage[0] in sketches:
                     found = sketches[stage[0]].items()
                     counting = [one for task, one in found if self.drawn.preferences.get(task, 1.0)]
-                    rows[name] = directions(counting, self.cores[name].right, self.drawn.beyond)
+                    core = self.cores[name]
+                    rows[name] = directions(counting, core.right[: core.own], self.drawn.beyond)
         self.cores.widen(rows)
         self._tell_all("widen", rows)
 
@@ -293,7 +294,7 @@ class Fitting:
         for name in stage:
             self._check_finite(name, sums[name])
             core = self.cores[name]
-            self.kept.put(name, *self._settled(name, sums[name], core, moments[name]), core.beyond)
+            self.kept.put(name, *self._settled(name, sums[name], core, moments[name]), core.right[core.own :])
         return self.kept.write()
 
     def _check_finite(self, name: str, parts: list[dict[str, Sums]]) -> None:
@@ -322,7 +323,7 @@ class Fitting:
         """The core of one module, and what there is to say of it: nothing, if no token reached it."""
         sums = shared(parts)
         in_merged = self.drawn.prior == IN_MERGED
-        own, ridge = len(core.right), self.drawn.ridge
+        own, ridge = core.own, self.drawn.ridge
         seen = {t: s.zz[:own, :own] for t, s in sums.items() if s.count} if in_merged else moments
         prior = self._prior(name, core, seen)
         metrics = {task: core.metric(task, moments, self.drawn.aside) for task in sums}

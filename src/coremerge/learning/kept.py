@@ -54,7 +54,7 @@ class Kept:
     def put(self, name: str, core: Tensor, said: Mapping[str, Any], beyond: Tensor | None = None) -> None:
         """One more module."""
         self.cores[name], self.said[name] = core, dict(said)
-        if beyond is not None:
+        if beyond is not None and len(beyond):
             self.beyond[name] = beyond
         self._new.append(name)
 

@@ -67,12 +67,11 @@ class Sums:
         """Of no tokens."""
         return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((q, q), (p, q), (p, p), (p,), (p, p))))
 
-    def add(self, z: Tensor, y: Tensor, o: Tensor) -> None:
-        """The tokens of inputs ``z`` (tokens, q), demands ``y`` (tokens, p) and plain outputs ``o`` (tokens, p)."""
+    @classmethod
+    def of(cls, z: Tensor, y: Tensor, o: Tensor) -> Sums:
+        """Of tokens: inputs ``z`` (tokens, q), demands ``y`` (tokens, p) and plain outputs ``o`` (tokens, p)."""
         z, y, o = z.double().cpu(), y.double().cpu(), o.double().cpu()
-        self.count += len(z)
-        for mine, more in zip(self._sums(), (z.mT @ z, y.mT @ z, y.mT @ y, o.sum(0), o.mT @ o), strict=True):
-            mine.add_(more)
+        return cls(len(z), z.mT @ z, y.mT @ z, y.mT @ y, o.sum(0), o.mT @ o)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.count + other.count, *(x + y for x, y in zip(self._sums(), other._sums(), strict=True)))
@@ -224,13 +223,13 @@ def relative(asked: Sequence[Demand], core: Tensor) -> float:
     return max(sum(demand.residual(core) for demand in asked), 0.0) / size if size else 0.0
 
 
-def pull(asked: Sequence[Demand], ridge: float, own: int | None = None) -> float:
-    """ρ: the ``ridge`` times the mean second moment of the inputs along the first ``own`` directions; None: all.
+def pull(asked: Sequence[Demand], ridge: float, own: int) -> float:
+    """ρ: the ``ridge`` times the mean second moment of the inputs along the first ``own`` directions.
 
     These are the adapters' own: what else is read changes nothing in how strongly they are drawn to the prior.
     """
-    means = [float(d.zz.diagonal()[:own].mean()) if d.zz.numel() else 0.0 for d in asked]
-    return max(ridge, linalg.RTOL) * sum(means)
+    along = sum(float(demand.zz.diagonal()[:own].sum()) for demand in asked)
+    return max(ridge, linalg.RTOL) * along / max(own, 1)
 
 
 def solve(asked: Sequence[Demand], prior: Tensor, rho: float, *, exact: float = EXACT) -> Tensor:

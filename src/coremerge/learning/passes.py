@@ -220,7 +220,8 @@ class Passes:
                 self._ran.add(name)
                 if name in goals:  # noqa: B023
                     goals[name].append(in_basis(result, self.cores[name].left))  # noqa: B023
-                    z = in_basis(x, self.cores[name].right.mT).double().cpu()
+                    core = self.cores[name]
+                    z = in_basis(x, core.right[: core.own].mT).double().cpu()
                     moments[name] = moments.get(name, 0) + z.mT @ z
                     if name in first:
                         more = Sketch.of(x, drawn(x.shape[-1], self._beyond))
@@ -269,8 +270,6 @@ class Passes:
     ) -> Callable[[str, Tensor, Tensor, Tensor], None]:
         """Adds a module's inputs, and what is asked of them, to the sums."""
 
-        bases = {name: self.cores[name].reads.mT for name in goals}
-
         def watch(name: str, x: Tensor, output: Tensor, rows: Tensor) -> None:
             if name not in goals:
                 return
@@ -278,11 +277,11 @@ class Passes:
             if len(goal) != len(x):
                 raise UnsupportedError(OTHER_WAY, key=name, remedy=WITHOUT_EXPERTS)
             core = self.cores[name]
-            z, o = in_basis(x, bases[name]), in_basis(output, core.left)
+            z, o = in_basis(x, core.right.mT), in_basis(output, core.left)
             y = goal - o
             part = (rows + before) % FOLDS
             for fold in range(FOLDS):
-                found[name][fold].add(*(each[part == fold] for each in (z, y, o)))
+                found[name][fold] += Sums.of(*(each[part == fold] for each in (z, y, o)))
 
         return watch
 
