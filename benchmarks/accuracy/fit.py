@@ -24,7 +24,7 @@ import torch
 from benchmarks import results
 from benchmarks.accuracy import ctm
 from benchmarks.accuracy.distill import STEPS, distilled
-from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, open_bench, spread, worst
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, bench_of, spread, worst
 from coremerge import Recipe, merge
 from coremerge.evaluation import Scores
 from coremerge.evaluation.taskset import Split
@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
-    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    bench = bench_of(parser, given.tasks, QUICK if given.quick else ROWS)
     if given.quick:
         bench = bench.only(list(bench.taskset.tasks)[:2])
     name = bench.taskset.name

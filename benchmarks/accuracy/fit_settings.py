@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks import results
-from benchmarks.accuracy.work import EXAMPLE, open_bench
+from benchmarks.accuracy.work import EXAMPLE, bench_of
 from benchmarks.accuracy.worlds import Cell, chosen_of, mean
 from coremerge.learning import leastsquares
 from coremerge.learning.beyond import BEYOND
@@ -75,7 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few inputs; results go to the work folder")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
-    bench = open_bench(given.tasks, {"validation": given.rows, "test": given.rows})
+    if min(given.rows, given.count) < 1:
+        parser.error("rows and adapters are counted from 1 on")
+    bench = bench_of(parser, given.tasks, {"validation": given.rows, "test": given.rows})
     names = list(bench.adapters)
     cell = Cell(bench.only(chosen_of(names, min(given.count, len(names)), given.seed)), given.seed, given.quick)
     found: dict[str, dict[str, Any]] = {}

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.accuracy.compression import spearman
 from benchmarks.accuracy.tables import grid, tell, untuned
-from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, open_bench
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, bench_of
 from coremerge import LowRank, Recipe
 from coremerge.diagnostics.alignment import align, align_module, subspace
 from coremerge.evaluation.taskset import Split
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=SECTIONS, help="one of the tables")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
-    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    bench = bench_of(parser, given.tasks, QUICK if given.quick else ROWS)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     for key, (title, part) in SECTIONS.items():
         if given.only in (None, key):

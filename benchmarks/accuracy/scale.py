@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.accuracy.tables import grid, tell, untuned
-from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, open_bench
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, bench_of
 from coremerge import Adapter, Recipe
 from coremerge.diagnostics import retain
 from coremerge.evaluation.taskset import Split
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
-    bench = open_bench(given.tasks, QUICK if given.quick else ROWS)
+    bench = bench_of(parser, given.tasks, QUICK if given.quick else ROWS)
     if given.again:
         return again(bench, folder)
     labels = LABELS[-2:] if given.quick else LABELS

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.accuracy.work import EXAMPLE, QUICK, ROWS, SHORT, Bench, open_bench, spread, worst
+from benchmarks.accuracy.work import EXAMPLE, QUICK, ROWS, SHORT, Bench, bench_of, spread, worst
 from coremerge import LowRank, Recipe
 from coremerge.evaluation import Scores
 from coremerge.evaluation.plan import Merge, Plan, make_plan
@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=SECTIONS, help="one of the tables")
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
-    bench = open_bench(given.tasks, QUICK if given.quick else SHORT if given.short else ROWS)
+    bench = bench_of(parser, given.tasks, QUICK if given.quick else SHORT if given.short else ROWS)
     folder = given.results or (Path("work/bench") if given.quick or given.short else results.ROOT)
     for title, part in sections(given.only):
         body, raw = spaces(bench, FEW) if part is spaces and given.short else part(bench)

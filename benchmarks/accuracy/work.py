@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coremerge import Adapter, Recipe, load, merge
+from coremerge.errors import CoremergeError
 from coremerge.evaluation import Evaluator, Scores, TaskSet, read_taskset
 from coremerge.evaluation.taskset import Split, Task
 from coremerge.lowrank import LowRank
@@ -69,6 +71,14 @@ def open_bench(folder: Path = EXAMPLE, rows: Mapping[Split, int] = ROWS) -> Benc
     """A task set whose tasks have adapters of their own."""
     taskset = read_taskset(folder)
     return Bench(taskset, {name: load(path).load() for name, path in taskset.own().items()}, rows)
+
+
+def bench_of(parser: ArgumentParser, folder: Path, rows: Mapping[Split, int]) -> Bench:
+    """:func:`open_bench` of what a person named; what it refuses is the command's own error."""
+    try:
+        return open_bench(folder, rows)
+    except CoremergeError as error:
+        parser.error(str(error))
 
 
 def kind_of(task: Task) -> str:

@@ -27,9 +27,8 @@ import torch
 
 from benchmarks import results
 from benchmarks.accuracy.tables import GRID, untuned
-from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, kind_of, open_bench
+from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, bench_of, kind_of
 from coremerge import Adapter, Recipe
-from coremerge.errors import CoremergeError
 from coremerge.evaluation import Evaluator, Scores
 from coremerge.evaluation.plan import make_plan
 from coremerge.evaluation.scales import Scales, walk
@@ -482,10 +481,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of RESULTS.md")
     given = parser.parse_args(arguments)
     rows: dict[Split, int] = {"validation": given.rows[0], "test": given.rows[1]}
-    try:
-        bench = open_bench(given.tasks, QUICK if given.quick else rows)
-    except CoremergeError as error:
-        parser.error(str(error))
+    bench = bench_of(parser, given.tasks, QUICK if given.quick else rows)
     name, title = bench.taskset.name + ("-quick" if given.quick else ""), f"Accuracy: {bench.taskset.name}"
     folder = given.results or (Path("work/bench") if given.quick else results.ROOT)
     fresh, scored = given.fresh or given.quick, (bench.rows["validation"], bench.rows["test"])
