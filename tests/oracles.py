@@ -161,6 +161,23 @@ def wudi(xs: Sequence[Tensor]) -> Tensor:
     return sum(x @ x.T @ x / x.norm() ** 2 for x in there) @ torch.linalg.pinv(gram, rtol=CUT**1.5, hermitian=True)
 
 
+def whiten(xs: Sequence[Tensor], ridge: float = 0.03, faint: float = 0.03) -> Tensor:
+    """W(U) S W(V)ᵀ, W(U) = √(1 + ridge) B (BᵀB + ridge D)^-½, B = U √D, D = S² / (S² + (faint max S)²)."""
+    parts = [thin(x) for x in xs if x.norm() > 0]
+    if not parts:
+        return torch.zeros_like(xs[0])
+    s = torch.cat([part[1] for part in parts])
+    d = s**2 / (s**2 + (faint * s.max()) ** 2)
+
+    def white(vectors: Tensor) -> Tensor:
+        b = vectors @ torch.diag(d**0.5)
+        values, basis = torch.linalg.eigh(b.T @ b + ridge * torch.diag(d))
+        return (1 + ridge) ** 0.5 * b @ basis @ torch.diag(values**-0.5) @ basis.T
+
+    left, right = torch.cat([part[0] for part in parts], 1), torch.cat([part[2] for part in parts], 0).T
+    return white(left) @ torch.diag(s) @ white(right).T
+
+
 def soften(x: Tensor, p: float = 0.5) -> Tensor:
     """P Sᵖ Qᵀ · tr S / tr Sᵖ over the numerical rank."""
     left, s, right = thin(x)

@@ -44,7 +44,7 @@ def test_the_bytes_do_not_depend_on_threads(sources, tmp_path):
 def test_preparing_touches_nothing(sources, tmp_path):
     before = sorted(tmp_path.iterdir())
     prepared = prepare(sources, out=tmp_path / "OUT")
-    assert prepared.plan.rank == 8  # of each adapter at most four directions
+    assert prepared.plan.rank == 10
     assert prepared.output_bytes == prepared.plan.output_bytes
     assert sorted(tmp_path.iterdir()) == before
 

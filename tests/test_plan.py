@@ -187,7 +187,7 @@ def test_threads_within_an_amount_of_memory() -> None:
 
 
 def test_threads_without_work_take_no_memory() -> None:
-    two = plan(adapter({"m": (2000, 3000, 8), "n": (20, 30, 8)}), adapter({"m": (2000, 3000, 8)}))
+    two = plan(adapter({"m": (2000, 3000, 8), "n": (20, 30, 8)}), adapter({"m": (2000, 3000, 8)}), rank=8)
     assert two.peak_bytes(2) == two.peak_bytes(64)
     assert two.peak_bytes(2) < 2 * two.peak_bytes(1) - IMPORT_BYTES
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from coremerge.adapter import Adapter, Info
 from coremerge.errors import ConfigError, SourceError
 from coremerge.lowrank import LowRank
-from coremerge.recipe import DEFAULT_STEPS, Recipe, RecipeFile, read_recipe, write_recipe
+from coremerge.recipe import Recipe, RecipeFile, read_recipe, write_recipe
 
 
 def read(tmp_path: Path, text: str) -> RecipeFile:
@@ -17,11 +18,13 @@ def read(tmp_path: Path, text: str) -> RecipeFile:
     return read_recipe(path)
 
 
-def test_steps_belong_to_the_default_method() -> None:
-    assert Recipe().steps == Recipe(steps=None).steps == DEFAULT_STEPS
-    assert Recipe(method="tsv").steps == []
-    assert Recipe(method="tsv", steps=["isotropize"]).steps == ["isotropize"]
-    assert Recipe(steps=[]).steps == []
+def test_equal_norms_belong_to_the_default_method() -> None:
+    assert Recipe().norms == Recipe(norms=None).norms == Recipe(steps=["isotropize"]).norms == "equal"
+    assert Recipe(method="whiten").norms == "own"
+    assert Recipe(method="tsv", norms="equal").norms == "equal"
+    assert Recipe(parameters=None, steps=None) == Recipe()
+    with pytest.raises(ConfigError, match=r"norms = \"alike\""):
+        Recipe(norms="alike")
 
 
 @pytest.mark.parametrize(
@@ -354,21 +357,21 @@ COPIES: dict[str, Callable[[Recipe], Recipe]] = {
 
 
 @pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
-def test_copies_know_what_was_named_and_what_are_defaults(again: Callable[[Recipe], Recipe]) -> None:
-    for recipe, parameters, steps in (
-        (Recipe(), set(), False),
-        (Recipe(parameters={"rank": 4}), {"rank"}, False),
-        (Recipe(steps=["isotropize"]), set(), True),
-        (Recipe(method="sum"), set(), False),
-        (Recipe(method="sum", steps=[]), set(), True),
-        (Recipe(method="ties", parameters={"density": 0.5}), {"density"}, False),
-    ):
-        for one in (recipe, again(recipe)):
-            assert (one.named_parameters, one.named_steps) == (parameters, steps)
-            assert (one.method, one.parameters, one.steps) == (recipe.method, recipe.parameters, recipe.steps)
+def test_copies_are_of_the_same_method_and_norms(again: Callable[[Recipe], Recipe]) -> None:
+    ties = Recipe(method="ties", parameters={"density": 0.5})
+    for recipe in (Recipe(), Recipe(norms="own"), Recipe(method="sum"), ties):
+        one = again(recipe)
+        same = (recipe.method, recipe.parameters, recipe.steps, recipe.norms)
+        assert (one.method, one.parameters, one.steps, one.norms) == same
 
 
-def test_what_was_named_makes_no_difference_to_equality_and_records() -> None:
-    named = Recipe(method="tsv", parameters={"rank": 4}, steps=["isotropize"])
-    assert named == Recipe()
-    assert named.model_dump(mode="json") == Recipe().model_dump(mode="json")
+def test_what_the_method_leaves_to_the_adapters_is_settled_by_them() -> None:
+    decoder = {"a": Adapter.from_updates({}, info=Info(task_type="CAUSAL_LM"))}
+    encoder = {"a": Adapter.from_updates({}, info=Info(task_type="FEATURE_EXTRACTION"))}
+    for adapters, value in ((decoder, 0.97), (encoder, 0.0)):
+        recipe, said = Recipe().settled(adapters)
+        assert recipe.parameters == {"even": value} and said["even"].startswith(f"{value}, as ")
+        assert recipe.norms == "equal" and recipe.settled(adapters) == (recipe, {})
+    named = Recipe(parameters={"even": 0.5})
+    assert named.settled(decoder) == (named, {})
+    assert Recipe(method="ties").settled(decoder) == (Recipe(method="ties"), {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from coremerge import Recipe, remote
 from coremerge.errors import ConfigError, CoremergeError, MismatchError, OutputError, SourceError
 from coremerge.pipeline import merge_files, prepare
-from coremerge.remote import Order, opened, order_of, write_shard
+from coremerge.remote import opened, order_of, write_shard
 from posted import Posted
 from tiny import make_adapter, make_base
 
@@ -119,7 +120,7 @@ def test_another_base_under_the_same_name_is_refused(sources: list[Path], tmp_pa
 def test_another_version_is_refused(sources: list[Path]) -> None:
     order = order_of(prepare(sources, Recipe()), "cpu")
     with pytest.raises(ConfigError, match="has coremerge"):
-        opened(Order(order.given, order.recipe, order.device, order.stamps, "0.0.1"))
+        opened(replace(order, version="0.0.1"))
 
 
 def test_a_folder_that_a_worker_cannot_see_is_said(sources: list[Path], tmp_path: Path) -> None:

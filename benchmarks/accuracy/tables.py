@@ -43,6 +43,7 @@ GRID: list[dict[str, Any]] = [
         "label": "tsv, null vectors kept",
     },
     {"merge_method": "sum", "space": "full", "steps": ["isotropize:span=false"], "label": "sum"},
+    {"merge_method": "tsv", "steps": ["isotropize"], "parameters": {"rank": [4]}, "label": "tsv of 4 directions"},
     {"label": "coremerge's default"},
 ]  # fmt: skip
 """Methods that do not see the basis give the same in all spaces at the true rank: those have one row, in core."""

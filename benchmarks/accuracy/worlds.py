@@ -28,7 +28,7 @@ import torch
 from benchmarks import results
 from benchmarks.accuracy.tables import GRID, untuned
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, Merged, bench_of, kind_of
-from coremerge import Adapter, Recipe
+from coremerge import Recipe
 from coremerge.evaluation import Evaluator, Scores
 from coremerge.evaluation.plan import make_plan
 from coremerge.evaluation.scales import Scales, walk
@@ -175,24 +175,6 @@ def of_recipe(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
     return make
 
 
-def of_equals(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
-    """A merge of adapters that are brought to one norm: whether a large one drowns the others."""
-
-    def make(cell: Cell) -> tuple[Updates, float]:
-        return of_recipe(recipe.but(weights=equalising(cell.bench.adapters)))(cell)
-
-    return make
-
-
-def equalising(adapters: Mapping[str, Adapter]) -> dict[str, float]:
-    """The weights at which all have the mean of their Frobenius norms, of the whole adapters."""
-    norms = {
-        name: sum(float(update.norm().square()) for update in adapter.values()) ** 0.5
-        for name, adapter in adapters.items()
-    }
-    return {name: statistics.fmean(norms.values()) / norm for name, norm in norms.items()}
-
-
 def at_start(cell: Cell) -> tuple[Updates, float]:
     """A plain sum at the weight of all adapters at which learned ones start."""
     scale = settle("nsc", None, {}, cell.count).start
@@ -218,12 +200,13 @@ def of_fit(**settings: Any) -> Callable[[Cell], tuple[Updates, float]]:
 def ways() -> Iterator[Way]:
     """All of them: published merges, learned weights, fits."""
     few = {"core task arithmetic", "core ties", "core tsv", "core sum + isotropize", "core tsv + isotropize",
-           "core cart", "core coremerge's default"}  # fmt: skip
+           "core cart", "core tsv of 4 directions + isotropize", "core coremerge's default"}  # fmt: skip
     for merge in make_plan(GRID).merges:
         drawn = str(merge.recipe.get("method", "")).startswith("dare")
         yield Way(merge.label, of_recipe(untuned(merge)), tuned=True, everywhere=merge.label in few, draws=drawn)
-    for label, recipe in (("core task arithmetic", Recipe(method="sum")), ("core coremerge's default", Recipe())):
-        yield Way(f"{label}, norms made equal", of_equals(recipe), tuned=True)
+    equal, own = Recipe(method="sum", norms="equal"), Recipe(norms="own")
+    yield Way("core task arithmetic, norms made equal", of_recipe(equal), tuned=True, everywhere=True)
+    yield Way("core coremerge's default, norms as they are", of_recipe(own), tuned=True, everywhere=True)
     summed = Recipe(method="sum", scale=1.0)
     yield Way("task arithmetic at the start of learned weights", at_start, everywhere=True)
     for objective in ("nsc", "nsc-own", "match"):

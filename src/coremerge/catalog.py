@@ -118,6 +118,8 @@ def _nature(entry: Entry[Any]) -> Iterator[str]:
         yield "linear: a weighted sum of the updates, the same in every space"
     elif entry.unitary:
         yield "spectral: does not depend on the choice of an orthonormal basis, nor on the space"
+    if entry.continuous:
+        yield "continuous: a small change of an adapter is a small change of the merge"
     if entry.elementwise:
         yield "element-wise: works entry by entry, so that space and basis change the result"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coremerge.linalg import NOISE, RaggedRankError
-from coremerge.lowrank import LowRank, total
+from coremerge.lowrank import LowRank, inner_products, total
 from coremerge.spaces import Coordinates
 
 LIKELY = 0.98
@@ -66,7 +66,7 @@ def join_copies(coordinates: Coordinates, weights: Sequence[Sequence[float]]) ->
     stack = total(cores)
     if stack.rounding is None:
         return coordinates, len(cores)
-    inner = _inner_products(stack, [core.rank for core in cores])
+    inner = inner_products(stack, [core.rank for core in cores])
     likely, groups = _likely(inner), list[list[int]]()
     for i in _there(inner, weights):
         near = (g for g in groups if likely[g[0]][i])
@@ -84,7 +84,7 @@ def as_one(coordinates: Coordinates, updates: Sequence[LowRank], weights: Sequen
     Nothing acts on copies alone that would lift errors: their smallest directions need not be left out.
     """
     cores = coordinates.cores
-    inner = _inner_products(total(cores), [core.rank for core in cores])
+    inner = inner_products(total(cores), [core.rank for core in cores])
     group = _there(inner, weights)
     joined = dict(enumerate(cores)) | _multiples(cores, inner, group, [_trust(updates[i]) for i in group])
     return replace(coordinates, cores=tuple(joined.values()))
@@ -100,14 +100,6 @@ def _trust(update: LowRank) -> Tensor:
     """What its numbers weigh (...) in a mean of copies: those that were rounded less are nearer to the adapter."""
     assert update.rounding is not None
     return update.rounding.square().mean(-1).reciprocal()
-
-
-def _inner_products(stack: LowRank, ranks: Sequence[int]) -> Tensor:
-    """(..., T, T) Frobenius inner products of updates whose factors are side by side in ``stack``."""
-    owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-    member = (owner == torch.arange(len(ranks)).unsqueeze(-1)).to(stack.left)
-    grams: Tensor = (stack.left.mT @ stack.left) * (stack.right @ stack.right.mT)
-    return member @ grams @ member.mT
 
 
 def _all_or_none(flags: Tensor) -> bool:

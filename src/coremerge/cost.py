@@ -24,7 +24,8 @@ class Cost:
 
     Attributes:
         modules: their number.
-        read: bytes of the adapters' factors; they are read twice, once to merge and once to lift.
+        read: bytes of the adapters' factors: read once to merge and once to lift, and before that once for their norms,
+            where these are made equal.
         written: bytes of the result.
         tall: operations on factors of m or n rows.
         core: operations on cores.
@@ -51,7 +52,7 @@ class Cost:
     @property
     def processor_seconds(self) -> float:
         """Of one processor like the one that the constants were measured on."""
-        moved = 2 * self.read + (2 * self.copied or self.written)
+        moved = self.read + (2 * self.copied or self.written)
         return TALL * self.tall + CORE * self.core + DENSE * self.dense + BYTE * moved + MODULE * self.modules
 
     def seconds(self, workers: int, *, cluster: bool = False) -> float:
@@ -66,7 +67,7 @@ class Cost:
     def to_dict(self) -> dict[str, Any]:
         """For ``--dry-run --json``."""
         return {
-            "bytes_read": 2 * self.read + self.copied,
+            "bytes_read": self.read + self.copied,
             "bytes_written": self.copied or self.written,
             "operations": self.operations,
             "processor_seconds": self.processor_seconds,
@@ -87,10 +88,11 @@ def cost_of_module(plan: Plan, name: str) -> Cost:
     """
     planned = plan.modules[name]
     (m, n), summed, rank = planned.module.shape, sum(planned.ranks.values()), planned.module.rank
+    times = 2 + (plan.recipe.norms == "equal" and len(plan.adapters) > 1)
     stored = sum(plan.adapters[key].modules[name].dtype.itemsize * r for key, r in planned.ranks.items())
     return Cost(
         modules=1,
-        read=stored * (m + n),
+        read=times * stored * (m + n),
         written=rank * (m + n) * plan.dtype.itemsize,
         tall=2.0 * (m + n) * summed * (summed + rank),
         core=float(min(m, n, summed) ** 3),

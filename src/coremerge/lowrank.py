@@ -310,3 +310,11 @@ def _side_by_side(parts: Sequence[Tensor], dim: int, dtype: torch.dtype | None) 
         stack.narrow(dim, start, part.shape[dim]).copy_(part)
         start += part.shape[dim]
     return stack
+
+
+def inner_products(stack: LowRank, ranks: Sequence[int]) -> Tensor:
+    """(..., T, T) Frobenius inner products of matrices whose factors, of ``ranks``, are side by side in ``stack``."""
+    owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+    member = (owner == torch.arange(len(ranks)).unsqueeze(-1)).to(stack.left)
+    grams: Tensor = (stack.left.mT @ stack.left) * (stack.right @ stack.right.mT)
+    return member @ grams @ member.mT

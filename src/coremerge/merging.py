@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
 from coremerge.copies import as_one, holders, join_copies
+from coremerge.equal import equalized
 from coremerge.errors import TensorError
 from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
@@ -125,6 +126,7 @@ def execute(
     from coremerge.held import Held
 
     start = time.perf_counter()
+    plan = equalized(plan, threads)
     parts = plan.recipe.parts()
     held = Held() if held is None else held
     check_scales(plan)
@@ -309,6 +311,7 @@ def solved_of(
     energies = torch.stack([x.sum(-1) for x in squares], -1)
     tops = None if directions is None else torch.stack([_largest(x, directions) for x in squares], -1)
     frobenius = energies.sqrt()
+    factors, shares = _of_equal(plan)
     for i, name in enumerate(names):
 
         def pick(x: Tensor, i: int = i) -> Tensor:
@@ -317,7 +320,7 @@ def solved_of(
         values = pick(merged.values)
         counts = torch.tensor([weights[0] != 0 for weights in _weights((name,), plan)])
         there = _there(pick(spectral).where(counts, 0.0))
-        norms, sizes = pick(spectral)[there], pick(frobenius)[there]
+        norms, sizes = ((factors * pick(x))[there] for x in (spectral, frobenius))
         energy, rest = float(values.square().sum()), float(values[wanted:].square().sum())
         if not math.isfinite(energy):
             raise TensorError(
@@ -332,8 +335,8 @@ def solved_of(
             rank=kept.values.shape[-1],
             energy=energy,
             lost=rest / energy if energy else 0.0,
-            input_norm=float(norms.mean()) if len(norms) else 0.0,
-            input_frobenius=float(sizes.mean()) if len(sizes) else 0.0,
+            input_norm=_mean(norms, shares[there]),
+            input_frobenius=_mean(sizes, shares[there]),
             norm=float(values.max()) if len(values) else 0.0,
             input_energy={} if tops is None else _by_adapter(pick(energies), name, plan),
             input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),
@@ -341,6 +344,19 @@ def solved_of(
             alone=alone,
         )
         yield Solved(combination.map(pick), float(pick(amplification)), report)
+
+
+def _of_equal(plan: Plan) -> tuple[Tensor, Tensor]:
+    """Each adapter's factor and share: see :class:`coremerge.equal.Equal`."""
+    equal = [plan.equal.get(key) for key in plan.adapters]
+    pairs = [(1.0, 1.0) if one is None else (one.factor, one.share) for one in equal]
+    factors, shares = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+    return factors, shares
+
+
+def _mean(values: Tensor, shares: Tensor) -> float:
+    """Of ``values``, in which those of smaller ``shares`` count less; 0 where there are none."""
+    return float((shares * values).sum() / shares.sum()) if len(values) and shares.sum() > 0 else 0.0
 
 
 def _largest(squares: Tensor, count: int) -> Tensor:

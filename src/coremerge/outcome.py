@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coremerge.equal import held_back
 from coremerge.errors import ConfigError
 from coremerge.plan import Plan
 from coremerge.recipe import Resolved
@@ -68,6 +69,7 @@ class Report:
         modules: module name → :class:`ModuleReport`.
         warnings: in plain words.
         made: how, where it was not by the plan's recipe alone.
+        norm_factors: adapter name → what brought its norm to that of the others: see :mod:`coremerge.equal`.
     """
 
     scale: float
@@ -77,6 +79,7 @@ class Report:
     modules: Mapping[str, ModuleReport]
     warnings: tuple[str, ...]
     made: str | None = None
+    norm_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def alone(self) -> int:
@@ -98,6 +101,7 @@ class Report:
             "scale": self.scale,
             "rank": self.rank,
             "energy_lost": self.lost,
+            "norm_factors": dict(self.norm_factors),
             "input_kept": self.input_kept,
             "seconds": self.seconds,
             "modules": {name: _plain(module) for name, module in self.modules.items()},
@@ -115,14 +119,12 @@ def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, sec
     energy = sum(m.energy for m in modules.values())
     lost = sum(m.lost * m.energy for m in modules.values()) / energy if energy else 0.0
     rank = max(m.rank for m in modules.values())
-    warnings = [*plan.warnings, *found_zeros(plan, modules)]
+    warnings = [*plan.warnings, *found_zeros(plan, modules), *held_back(plan.equal)]
     if few := _few(Report(scale, rank, lost, seconds, modules, ()).input_kept):
         shares = ", ".join(f"{share:.0%} of {name}" for name, share in few.items())
-        warnings.append(
-            f"{plan.resolved.method} keeps less than {FEW:.0%} of the energy of some adapters ({shares}); --method tsv"
-            " --step isotropize keeps all directions, --method tsv all of their strengths, too"
-        )
-    report = Report(scale, rank, lost, seconds, dict(modules), tuple(warnings))
+        warnings.append(f"{plan.resolved.method} keeps less than {FEW:.0%} of the energy of some adapters ({shares})")
+    factors = {name: one.factor for name, one in plan.equal.items()}
+    report = Report(scale, rank, lost, seconds, dict(modules), tuple(warnings), norm_factors=factors)
     return replace(report, warnings=(*warnings, *_cut_short(plan, report)))
 
 
@@ -161,7 +163,8 @@ def auto_scale(reports: Iterable[ModuleReport], heaviest: float = 1.0) -> float:
     """The factor that makes the product of two ratios 1: of spectral and of Frobenius norms, merged over inputs' mean.
 
     Each ratio is a mean over modules; those without any update do not count. A flat spectrum has a large Frobenius
-    norm for its spectral one, a merge of few adapters small ones of both: one norm alone does not see both.
+    norm for its spectral one, a merge of few adapters small ones of both: one norm alone does not see both. The inputs
+    are the equal ones, where norms are made equal.
     ``heaviest`` is the largest weight: what has cancelled out next to it has no size to bring up.
 
     Source: ours; docs/evidence.md compares it with scales tuned on labels.

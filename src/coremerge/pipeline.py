@@ -21,6 +21,7 @@ from torch import Tensor
 from coremerge.adapter import Adapter, Lazy
 from coremerge.cost import Cost, cost_of
 from coremerge.devices import check_device
+from coremerge.equal import equalized
 from coremerge.errors import ConfigError
 from coremerge.formats import load
 from coremerge.formats.atomic import check_output, standing
@@ -335,10 +336,11 @@ class Prepared:
             unfinished = stack.enter_context(self._unfinished(out, started, how, rank_pattern)) if resume else None
             held = unfinished.held if unfinished else stack.enter_context(closing(Held(folder=standing(out))))
             with memory_refused():
-                away = Away(self, executor, device) if executor and not solve else None
+                plan = self.plan if solve else equalized(self.plan, threads)
+                away = Away(replace(self, plan=plan), executor, device) if executor and not solve else None
                 how |= {"held": held, "solver": away.solve if away else None, "progress": _stage(tell, "merging")}
-                result = solve(self.plan) if solve else execute(self.plan, **how)
-                check_not_all_zeros(self.plan, result.report)
+                result = solve(plan) if solve else execute(plan, **how)
+                check_not_all_zeros(plan, result.report)
                 sha256 = hashes_of(self.plan.adapters, started)
                 card, record = self._card(result, sha256, command), self._record(result, sha256, command)
                 files = {"README.md": card, RECORD: record} | self._weights_file()
@@ -349,7 +351,7 @@ class Prepared:
                 saved = self._save(result.adapter, out, rank_pattern, written)
         seconds = time.perf_counter() - self.start
         notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
-        return Merged(self.plan, result.report, saved, sha256, seconds, notes, self.into)
+        return Merged(plan, result.report, saved, sha256, seconds, notes, self.into)
 
     def _unfinished(
         self, out: str | Path, hashes: Hashes, how: Mapping[str, Any], rank_pattern: bool

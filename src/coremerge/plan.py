@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from coremerge.recipe import Recipe, Resolved
 from coremerge.text import size
 from coremerge.weighting import Table, fold_components, in_order, weight_table
 from coremerge.zeros import planned_zeros
+
+if TYPE_CHECKING:
+    from coremerge.equal import Equal
 
 IMPORT_BYTES = 300_000_000
 """What a process holds once torch is imported."""
@@ -77,6 +80,8 @@ class Plan:
         dtype: of the result.
         warnings: what the person should know, in plain words.
         files: what becomes of files beside the adapters' own.
+        equal: what brings each adapter to one size, once it is known: see :mod:`coremerge.equal`; in the weights, too.
+        settled: parameter of the method → what it was set to from the adapters, and why.
     """
 
     adapters: Mapping[str, Adapter]
@@ -88,6 +93,8 @@ class Plan:
     dtype: torch.dtype
     warnings: tuple[str, ...]
     files: Mapping[str, Carried] = dataclass_field(default_factory=dict)
+    equal: Mapping[str, Equal] = dataclass_field(default_factory=dict)
+    settled: Mapping[str, str] = dataclass_field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -233,6 +240,7 @@ class Plan:
             "files": {name: {"from": c.holders, "decision": c.decision} for name, c in self.files.items()},
             "rank": self.rank,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "settled": dict(self.settled),
             "output_bytes": self.output_bytes,
             "peak_bytes": self.peak_bytes(),
             "warnings": list(self.warnings),
@@ -250,6 +258,7 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
     named = agreed(name_adapters(adapters))
     weights = recipe.weights if isinstance(adapters, Mapping) else in_order(recipe.weights, named)
     weights, named = fold_components(weights, named)
+    recipe, settled = recipe.settled(named)
     resolved = recipe.resolve()
     modules = {name: _planned(name, named, recipe, resolved) for name in _module_names(named)}
     _check_shared(named, modules, recipe)
@@ -266,6 +275,7 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
         dtype,
         (),
         files,
+        settled=settled,
     )
     return replace(plan, warnings=tuple(_warnings(plan)))
 

@@ -15,7 +15,6 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -33,27 +32,10 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 
-class Parameters(dict[str, Any]):
-    """A method's parameters, which know what of them was named.
-
-    Args:
-        values: all of them.
-        named: the keys of those that a person gave; the others come with the default method.
-    """
-
-    def __init__(self, values: Mapping[str, Any], named: Iterable[str]) -> None:
-        super().__init__(values)
-        self.named = frozenset(named)
-
-
-class UnnamedSteps(list[Spec]):
-    """Steps that come with a method and that nobody named."""
-
-
-DEFAULT_STEPS = UnnamedSteps(["isotropize"])
-DEFAULT_PARAMETERS = Parameters({"rank": 4}, named=())
-
 _DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
+
+_UNSAID = {"parameters", "steps"}
+"""Keys that may be None, as if they were not said."""
 
 Weight = Number | tuple[Number, ...]
 """Of a module, or of each of its rank components."""
@@ -67,10 +49,11 @@ class Recipe(BaseModel):
     Args:
         space: ``core`` (default), ``knots`` or ``full``; with parameters as ``"knots:scaled=false"``.
         method: a name of ``coremerge methods``.
-        parameters: the method's. The default method goes with ``rank=4``, a method that is named with its own
-            defaults.
-        steps: applied in order: those that act on updates before the method, the others on its result. They belong to
-            the default method: a method that is named comes without steps unless they are named, too.
+        parameters: the method's.
+        steps: applied in order: those that act on updates before the method, the others on its result.
+        norms: ``"equal"`` brings all adapters to one Frobenius norm before anything else, see
+            :mod:`coremerge.equal`; ``"own"`` leaves them as they are. Equal for the default method, own for a method
+            that is named.
         basis: of the core space: ``stacked`` or ``balanced``.
         weights: None (all one), a number per adapter in order, a mapping of names to numbers, or a mapping of names to
             mappings of module names to numbers (a module that is not listed counts as 1) or to one number per rank
@@ -92,18 +75,19 @@ class Recipe(BaseModel):
         ConfigError: a key or a value that means nothing.
 
     Example:
-        >>> Recipe().method, Recipe().parameters, Recipe().steps
-        ('tsv', {'rank': 4}, ['isotropize'])
-        >>> Recipe(method="ties").parameters, Recipe(method="ties").steps
-        ({}, [])
+        >>> Recipe().method, Recipe().norms
+        ('whiten', 'equal')
+        >>> Recipe(method="ties").norms
+        'own'
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     space: Spec = "core"
-    method: str = "tsv"
-    parameters: dict[str, Any] = DEFAULT_PARAMETERS
-    steps: list[Spec] = DEFAULT_STEPS
+    method: str = "whiten"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    steps: list[Spec] = Field(default_factory=list)
+    norms: Literal["equal", "own"] = "own"
     basis: Literal["stacked", "balanced"] = "stacked"
     weights: Weights | None = None
     normalize: bool = False
@@ -115,11 +99,9 @@ class Recipe(BaseModel):
     allow_disjoint: bool = False
 
     def __init__(self, **values: Any) -> None:
-        named = "method" in values
-        if values.get("steps") is None:
-            values["steps"] = UnnamedSteps() if named else DEFAULT_STEPS
-        if values.get("parameters") is None:
-            values["parameters"] = {} if named else DEFAULT_PARAMETERS
+        norms = values.get("norms") or ("own" if "method" in values else "equal")
+        values = {key: value for key, value in values.items() if value is not None or key not in _UNSAID}
+        values["norms"] = norms
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -155,47 +137,45 @@ class Recipe(BaseModel):
 
         return SPACES.canonical(value)
 
-    @field_validator("parameters", mode="wrap")
+    @field_validator("parameters")
     @classmethod
-    def _validated(cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Parameters:
+    def _validated(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         from coremerge.methods import METHODS
 
-        found: dict[str, Any] = check(value)
-        if "method" in info.data:
-            found = METHODS[info.data["method"]].validated(found)
-        return Parameters(found, value.named if isinstance(value, Parameters) else found)
+        return METHODS[info.data["method"]].validated(value) if "method" in info.data else value
 
-    @field_validator("steps", mode="wrap")
+    @field_validator("steps")
     @classmethod
-    def _known_steps(cls, value: object, check: ValidatorFunctionWrapHandler) -> list[Spec]:
+    def _known_steps(cls, value: list[Spec]) -> list[Spec]:
         from coremerge.steps import STEPS
 
-        found = [STEPS.canonical(step) for step in check(value)]
-        return UnnamedSteps(found) if isinstance(value, UnnamedSteps) else found
+        return [STEPS.canonical(step) for step in value]
 
     @model_validator(mode="after")
     def _can_be_made(self) -> Recipe:
         self.parts()
         return self
 
-    @property
-    def named_parameters(self) -> frozenset[str]:
-        """The method's parameters that a person named; copies of a recipe know it, too."""
-        return self.parameters.named if isinstance(self.parameters, Parameters) else frozenset(self.parameters)
-
-    @property
-    def named_steps(self) -> bool:
-        """Whether a person said which steps there are, be it none."""
-        return not isinstance(self.steps, UnnamedSteps)
-
     def but(self, **changes: Any) -> Recipe:
-        """This recipe with ``changes``, for the same method: what it leaves to the defaults it still leaves to them.
+        """This recipe with ``changes``, for the same method.
 
         Example:
-            >>> Recipe().but(seed=3).named_steps
-            False
+            >>> Recipe().but(seed=3).norms
+            'equal'
         """
         return Recipe(**{key: value for key, value in self if key in self.model_fields_set} | changes)
+
+    def settled(self, adapters: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
+        """With what the method leaves to the ``adapters``, by name: the recipe, and a sentence for each parameter."""
+        from coremerge.methods import METHODS
+
+        method = METHODS.resolve({self.method: self.parameters})
+        found = {key: choose(adapters) for key, choose in method.entry.settles.items() if method.values[key] is None}
+        if not found:
+            return self, {}
+        parameters = {**self.parameters, **{key: value for key, (value, _) in found.items()}}
+        said = {key: f"{text_of(value)}, {why}" for key, (value, why) in found.items()}
+        return self.model_copy(update={"parameters": parameters}), said
 
     def resolve(self) -> Resolved:
         """Its operators with validated parameters, and what they declare of themselves.
@@ -214,15 +194,11 @@ class Recipe(BaseModel):
             "singular": not (method.entry.unitary and all(step.entry.unitary for step in steps)),
         }
         taken = {key: value for key, value in settings.items() if key in space.entry.parameters}
-        if method.entry.neutral.keys() & self.named_parameters and self.named_steps:
-            return Resolved(space, method, steps, taken)
-        alone = Resolved(space, self._alone(method), steps if self.named_steps else (), taken)
-        return Resolved(space, method, steps, taken, alone)
-
-    def _alone(self, method: Operator[Method]) -> Operator[Method]:
         neutral = method.entry.neutral
-        named = neutral.keys() & self.named_parameters
-        return method if named else Operator(method.entry, {**method.given, **neutral})
+        if neutral.keys() & self.parameters.keys():
+            return Resolved(space, method, steps, taken)
+        alone = Operator(method.entry, {**method.given, **neutral})
+        return Resolved(space, method, steps, taken, Resolved(space, alone, steps, taken))
 
     def parts(self) -> Parts:
         """The recipe's functions: see :meth:`resolve`."""
@@ -254,10 +230,7 @@ class Resolved:
     @property
     def idle(self) -> tuple[Operator[Any], ...]:
         """The operators that do not act where there is one update to merge: see :attr:`alone`."""
-        if self.alone is None:
-            return ()
-        method = () if self.alone.method.values == self.method.values else (self.method,)
-        return (*method, *(step for step in self.steps if step not in self.alone.steps))
+        return () if self.alone is None or self.alone.method.values == self.method.values else (self.method,)
 
     @property
     def dense(self) -> bool:

@@ -19,6 +19,9 @@ P = TypeVar("P")
 Values = Mapping[str, Any]
 """All parameters of an operator, validated: those that were given, and the others at their defaults."""
 
+Settles = Mapping[str, Callable[[Mapping[str, Any]], tuple[Any, str]]]
+"""Parameter → a function of the adapters: its value, and why, in words that go on from it."""
+
 
 @dataclass(frozen=True)
 class Entry(Generic[P]):
@@ -28,6 +31,9 @@ class Entry(Generic[P]):
         unitary: f(P Xᵢ Q) = P f(Xᵢ) Q for orthogonal P, Q: the space it works in does not change the result.
         elementwise: works entry by entry, so that the result depends on the basis.
         linear: a weighted sum of its inputs.
+        continuous: of a method: a small change of its inputs is a small change of its result.
+        settles: of a method: parameter → what gives its value from the adapters, by name, and says why, where it is
+            None.
         source: the paper.
         dense: parameters → how many matrices of all p × q entries it holds at once for each of its inputs, or whether
             it works on entries at all (true counts as 1): memory is told by it. By default as ``elementwise`` says.
@@ -57,6 +63,8 @@ class Entry(Generic[P]):
     shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None
     neutral: Values = field(default_factory=dict)
     flattens: bool = False
+    continuous: bool = False
+    settles: Settles = field(default_factory=dict)
 
     @property
     def help(self) -> str:
@@ -209,6 +217,8 @@ class Registry(Generic[P]):
         shape: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None,
         neutral: Values | None = None,
         flattens: bool = False,
+        continuous: bool = False,
+        settles: Settles | None = None,
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -219,7 +229,17 @@ class Registry(Generic[P]):
         def add(factory: Callable[..., P]) -> Callable[..., P]:
             if name in self.entries:
                 raise ConfigError(f"there is a {self.kind} {name!r} already", remedy="Give this one another name")
-            declared = dense, spreads, keeps, cuts, shape, dict(neutral or {}), flattens
+            declared = (
+                dense,
+                spreads,
+                keeps,
+                cuts,
+                shape,
+                dict(neutral or {}),
+                flattens,
+                continuous,
+                dict(settles or {}),
+            )
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory
 

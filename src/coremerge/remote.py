@@ -10,7 +10,7 @@ import hashlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from coremerge import __version__
 from coremerge.adapter import Adapter
 from coremerge.cost import cost_of_module
 from coremerge.devices import check_device
+from coremerge.equal import Equal, weighted
 from coremerge.errors import ConfigError, MismatchError, OutputError
 from coremerge.executors import Executor, remembered
 from coremerge.formats.safetensors_layout import writing
@@ -49,6 +50,7 @@ class Order:
         device: of the linear algebra.
         stamps: of each adapter, and of the base model that is written into: its source, and what tells its files from
             others.
+        equal: what brings the adapters to one norm: see :mod:`coremerge.equal`.
         version: of coremerge.
     """
 
@@ -56,6 +58,7 @@ class Order:
     recipe: Recipe
     device: str
     stamps: Sequence[tuple[str, Sequence[str]]]
+    equal: Mapping[str, Equal] = field(default_factory=dict)
     version: str = __version__
 
 
@@ -68,7 +71,7 @@ def order_of(prepared: Prepared, device: str) -> Order:
     places_of = dict(zip(map(str, given.sources), sources, strict=True))
     initial = {places_of.get(name, name): _place(place) for name, place in (given.initial or {}).items()}
     fixed = replace(given, sources=sources, initial=initial, **places)
-    return Order(fixed, prepared.plan.recipe, device, _stamps(prepared))
+    return Order(fixed, prepared.plan.recipe, device, _stamps(prepared), prepared.plan.equal)
 
 
 def _fixed(source: str | Path, revision: str | None) -> str:
@@ -132,7 +135,7 @@ def opened(order: Order) -> Prepared:
                 file=source,
                 remedy="Give all machines the same files: on a disk that they share, or on the hub",
             )  # fmt: skip
-    return prepared
+    return replace(prepared, plan=weighted(prepared.plan, order.equal))
 
 
 def solve_group(order: Order, names: Group) -> dict[str, Solved]:

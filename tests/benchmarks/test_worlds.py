@@ -113,15 +113,6 @@ def test_random_masks_are_drawn_anew_for_each_draw(cell: Cell) -> None:
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
-def test_equal_norms_are_those_of_whole_adapters(cell: Cell) -> None:
-    adapters = {"small": adapter(0), "large": Adapter.from_updates({"a": adapter(1)["a"] * 5.0}, name="large")}
-    weights = worlds.equalising(adapters)
-    norms = [weights[name] * float(one["a"].norm()) for name, one in adapters.items()]
-    assert (
-        norms[0] == pytest.approx(norms[1]) == pytest.approx(sum(float(a["a"].norm()) for a in adapters.values()) / 2)
-    )
-
-
 def test_weights_that_stand_before_several_methods_are_learned_once(
     cell: Cell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

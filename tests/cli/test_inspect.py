@@ -80,7 +80,7 @@ def test_json(run):
     pair = found["alignment"]["pairs"][0]
     assert (pair["from"], pair["to"], pair["shared_modules"]) == ("A", "B", 4)
     assert -1 <= pair["cosine"] <= 1 and 0 <= pair["subspace_alignment_ratio"] <= 1
-    assert found["merge"]["plan"]["rank"] == 8  # of each adapter at most four directions
+    assert found["merge"]["plan"]["rank"] == 10
     assert json.loads(run("inspect", "A", "--json").stdout)["alignment"] is None
 
 

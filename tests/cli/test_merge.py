@@ -177,9 +177,11 @@ def test_what_is_printed(run):
     told = {key: value.strip() for key, value in told.items()}
     assert told["merged"] == "3 adapters: A, B, C"
     assert told["modules"] == "4, of which 1 in every adapter"
-    assert told["method"] == "tsv (rank=4), then isotropize, in core space, stacked basis"
+    assert told["method"] == "whiten (even=0.97), in core space, stacked basis"
+    assert told["even"] == "0.97, as the adapters are of a language model that generates"
+    assert told["norms"].startswith("made equal before merging: A × ")
     assert told["scale"].endswith("(auto)")
-    assert told["rank"] == "10"
+    assert told["rank"] == "12"
     assert told["energy lost"] == "none"
     assert told["written to"] == "OUT"
     assert result.stderr == "warning: C lacks 3 of 4 modules: it contributes nothing there\n"
@@ -202,7 +204,7 @@ def test_json(run):
     assert found["output"]["path"] == "OUT"
     assert found["output"]["rank"] == found["report"]["rank"] <= 12
     assert found["plan"]["adapters"][1]["name"] == "B"
-    assert found["recipe"]["method"] == "tsv"
+    assert found["recipe"]["method"] == "whiten"
     assert found["report"]["modules"][Q0]["ranks"] == {"A": 4, "B": 6, "C": 2}
     assert len(found["sha256"]["A"]["adapter_model.safetensors"]) == 64
     assert found["seconds"] > 0
@@ -283,11 +285,13 @@ class TestRecipeFile:
         found = recipe("--method", "dare")["recipe"]
         assert (found["method"], found["parameters"], found["steps"]) == ("dare", {}, ["isotropize"])
 
-    def test_the_default_steps_go_with_the_default_method(self, run):
+    def test_equal_norms_go_with_the_default_method(self, run):
         Path("r.yaml").write_text("rank: 3\n")
         words = ["merge", "A", "B", "--recipe", "r.yaml", "--dry-run", "--json"]
-        assert json.loads(run(*words).stdout)["recipe"]["steps"] == ["isotropize"]
-        assert json.loads(run(*words, "--method", "ties").stdout)["recipe"]["steps"] == []
+        assert json.loads(run(*words).stdout)["recipe"]["norms"] == "equal"
+        assert json.loads(run(*words, "--norms", "own").stdout)["recipe"]["norms"] == "own"
+        assert json.loads(run(*words, "--method", "ties").stdout)["recipe"]["norms"] == "own"
+        assert json.loads(run(*words, "--method", "ties", "--norms", "equal").stdout)["recipe"]["norms"] == "equal"
 
     def test_merges(self, run, recipe):
         assert run("merge", "--recipe", "r.yaml", "-o", "OUT").exit_code == 0
@@ -307,9 +311,9 @@ class TestDryRun:
         assert listing() == before
         lines = result.stdout.splitlines()
         row = next(line for line in lines if line.startswith("model.layers.0.self_attn.q_proj"))
-        assert row.split() == ["model.layers.0.self_attn.q_proj", "1", "24", "x", "24", "linear", "4", "6", "2", "10"]
+        assert row.split() == ["model.layers.0.self_attn.q_proj", "1", "24", "x", "24", "linear", "4", "6", "2", "12"]
         grouped = next(line for line in lines if "[0-1].self_attn.v_proj" in line)
-        assert grouped.split()[1:] == ["2", "12", "x", "24", "linear", "4", "6", "-", "8"]
+        assert grouped.split()[1:] == ["2", "12", "x", "24", "linear", "4", "6", "-", "10"]
         assert "OUT (not written: dry run)" in result.stdout
         assert result.stderr.startswith("warning: C lacks 3 of 4 modules")
 

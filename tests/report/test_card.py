@@ -222,14 +222,19 @@ class TestDescribe:
         assert "one more" in text
         assert "| rank | 1 |" in text
         (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)\n```", text, re.S)[1])
-        assert read_recipe(tmp_path / "recipe.yaml").recipe == Recipe(rank=1)
+        assert read_recipe(tmp_path / "recipe.yaml").recipe == result.plan.recipe
 
     def test_what_the_method_keeps_of_each_adapter_is_said(self, tmp_path):
         inputs = self.adapters(tmp_path)
         cut = model_card(describe(coremerge.merge(inputs, Recipe(method="tsv", parameters={"rank": 1}))))
         assert r"- tsv \(rank=1\) keeps at most 1 direction of each adapter: of its energy" in cut
         assert "Nothing: every module" not in cut
-        assert "Nothing: every module" in model_card(describe(coremerge.merge(inputs)))
+        whole = model_card(describe(coremerge.merge(inputs, Recipe(method="sum"))))
+        assert "Nothing: every module" in whole
+
+    def test_what_made_the_adapters_equal_is_said(self, tmp_path):
+        result = coremerge.merge(self.adapters(tmp_path))
+        assert "norms: made equal before merging: a × " in model_card(describe(result))
 
     def test_a_cut_of_the_result_is_said_once(self, tmp_path):
         inputs = self.adapters(tmp_path)

@@ -140,7 +140,10 @@ def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> It
 
     plan, recipe = prepared.plan, prepared.plan.recipe
     yield "method", recipe_line(recipe)
+    yield from plan.settled.items()
     yield from cut_facts(recipe)
+    if recipe.norms == "equal":
+        yield "norms", "made equal before merging"
     yield "scale", "auto: set from norms once the cores are merged" if recipe.scale == "auto" else recipe.scale
     if prepared.into_plan:
         yield "into", prepared.into
@@ -153,7 +156,7 @@ def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> It
     )
     yield "memory", f"about {size(prepared.peak_bytes(threads))} at most"
     cost = prepared.cost
-    yield "reads", f"{size(cost.read)}, twice{f', and {size(cost.copied)} of the base' if cost.copied else ''}"
+    yield "reads", f"{size(cost.read)} in all{f', and {size(cost.copied)} of the base' if cost.copied else ''}"
     yield "work", f"{cost.operations:.2g} operations, about {duration(cost.seconds(threads or default_threads()))}"
     yield "output", f"{out} (not written: dry run)" if out else "not written: dry run"
 

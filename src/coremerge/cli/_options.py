@@ -25,20 +25,18 @@ def recipe_file(path: Path | None) -> RecipeFile:
 def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """``recipe`` with ``options`` in place of what it says.
 
-    Another method brings its own parameters; a recipe's steps stay with a method that the recipe names, the default
-    ones with the default method. Parameters without a method are added to the recipe's.
+    Another method brings its own parameters; a recipe's steps and norms stay, but for those of the default method.
+    Parameters without a method are added to the recipe's.
     """
-    from coremerge.recipe import Parameters, Recipe
+    from coremerge.recipe import Recipe
 
     said = {key: value for key, value in recipe if key in recipe.model_fields_set}
     if "method" not in options or options["method"] == said.get("method"):
-        more = options.get("parameters", {})
-        merged = Parameters({**recipe.parameters, **more}, {*recipe.named_parameters, *more})
-        options = {**options, "parameters": merged}
+        options = {**options, "parameters": {**recipe.parameters, **options.get("parameters", {})}}
     else:
         said.pop("parameters", None)
         if "method" not in said:
-            said.pop("steps", None)
+            said.pop("norms", None)
     return Recipe(**{**said, **options})
 
 

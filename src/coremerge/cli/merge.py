@@ -49,7 +49,7 @@ def merge(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="See `coremerge methods`. Default: tsv, followed by isotropize.", metavar="METHOD"),
+        typer.Option(help="See `coremerge methods`. Default: whiten.", metavar="METHOD"),
     ] = None,
     parameter: Annotated[
         list[str] | None,
@@ -59,7 +59,14 @@ def merge(
         list[str] | None,
         typer.Option(help="Before or after the method, in order; may be repeated.", metavar="STEP[:KEY=VALUE]"),
     ] = None,
-    no_steps: Annotated[bool, typer.Option("--no-steps", help="The method alone.")] = False,
+    no_steps: Annotated[bool, typer.Option("--no-steps", help="None of the recipe's.")] = False,
+    norms: Annotated[
+        str | None,
+        typer.Option(
+            help="equal: bring adapters to one norm first; own: do not. Default: equal, but own for a named --method.",
+            metavar="NORMS",
+        ),
+    ] = None,
     scale: Annotated[
         str | None, typer.Option(help="Of the whole merged update: a number, or auto (default).", metavar="SCALE")
     ] = None,
@@ -163,7 +170,7 @@ def merge(
 ) -> None:
     """Merge adapters into one.
 
-    By default with TSV (four directions a task) and isotropize in Core Space, scaled automatically.
+    By default: brought to one norm, their directions whitened against each other in Core Space, scaled automatically.
     """
     with Hashes() as hashes:
         _begin(hashes, [] if dry_run else adapters or [])
@@ -186,6 +193,7 @@ def merge(
             "method": method,
             "parameters": _options.parameters(parameter),
             "steps": _options.steps(step, no_steps),
+            "norms": norms,
             "scale": _options.number_or(scale, "auto", "--scale"),
             "weights": None if weights in LEARNED else _options.weights(weights),
             "normalize": normalize,
@@ -238,7 +246,7 @@ def merge(
             _show_result(merged, as_json, quiet)
         learned = weights in LEARNED or str(weights).endswith(".safetensors")
         if learned and method is None and recipe is None and not quiet:
-            remark("note", "learned weights are for --method sum --scale 1; the default flattens what they balance")
+            remark("note", "learned weights are for --method sum --scale 1; here they come on top of equal norms")
 
 
 @contextmanager
@@ -314,6 +322,7 @@ def _lost(report: Report) -> str:
 
 def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
     from coremerge.cli._describe import adapters_line, cut_facts, recipe_line
+    from coremerge.equal import said
     from coremerge.pipeline import dtype_name
     from coremerge.report.cuts import taken_as_it_is
 
@@ -322,6 +331,9 @@ def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
     yield "merged", adapters_line(plan)
     yield "modules", f"{len(plan.modules)}, of which {everywhere} in every adapter"
     yield "method", recipe_line(plan.recipe)
+    yield from plan.settled.items()
+    if report.norm_factors:
+        yield "norms", said(report.norm_factors)
     yield "scale", f"{number(report.scale)}{' (auto)' if plan.recipe.scale == 'auto' else ''}"
     if merged.into is None:
         yield "rank", report.rank

@@ -49,4 +49,4 @@ Method = Callable[[Sequence[LowRank], Site], Matrix]
 
 METHODS: Registry[Method] = Registry("method")
 
-from coremerge.methods import cart, cts, dare, della, linear, magnitude, ties, tsv, wudi  # noqa: E402, F401  (each registers itself)
+from coremerge.methods import cart, cts, dare, della, linear, magnitude, ties, tsv, whiten, wudi  # noqa: E402, F401  (each registers itself)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from coremerge.equal import said
+from coremerge.language import GENERATES, generates
 from coremerge.plan import VLLM_RANKS
 from coremerge.text import redacted, redacted_words
 
@@ -37,7 +39,6 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-_BENEATH_A_HEAD = ("model.layers.", "transformer.h.", "gpt_neox.layers.")
 WEIGHTS_FILE = "merge_weights.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -135,6 +136,7 @@ def describe(
     plan, report, info = result.plan, result.report, result.adapter.info
     recipe = plan.recipe
     cuts = [] if report.made else [*cuts_of(recipe.method, recipe.parameters, recipe.steps, report.input_kept)]
+    cuts += [f"norms: {said(report.norm_factors)}"] if report.norm_factors else []
     cuts += taken_as_it_is(plan, report)
     cuts += cut_to_rank(report.rank, report.lost, report.warnings)
     own = [f"{name}: {note}" for name, adapter in plan.adapters.items() for note in adapter.info.notes]
@@ -151,7 +153,7 @@ def describe(
         name="Merged model" if whole else "Merged adapter",
         base_model=info.base_model,
         base_revision=info.base_revision,
-        task_type=info.task_type or _task_type(result.adapter),
+        task_type=info.task_type or (GENERATES if generates(result.adapter) else None),
         modules=len(result.adapter),
         rank=None if whole else report.rank,
         scale=report.scale,
@@ -167,11 +169,6 @@ def per_module(recipe: Recipe) -> bool:
     """Whether weights differ between modules: a table, which is kept in :data:`WEIGHTS_FILE` beside the card."""
     weights = recipe.weights
     return isinstance(weights, Mapping) and any(isinstance(value, Mapping) for value in weights.values())
-
-
-def _task_type(modules: Iterable[str]) -> str | None:
-    """Of adapters whose configs name none: a prefix that decoders have only beneath their language head."""
-    return "CAUSAL_LM" if any(name.startswith(_BENEATH_A_HEAD) for name in modules) else None
 
 
 def _with_means(plan: Plan) -> Recipe:

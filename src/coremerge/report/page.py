@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from coremerge.equal import said
 from coremerge.errors import ConfigError
 from coremerge.memory import memory_refused
 from coremerge.report import svg
@@ -102,6 +103,8 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "adapters", str(len(record["inputs"]))
     yield "method", record.get("made") or f"{recipe['method']}{steps}, {recipe['space']} space"
     yield "scale", f"{record['scale']:.4g}{' (auto)' if recipe['scale'] == 'auto' and not record.get('made') else ''}"
+    if factors := record.get("norm_factors"):
+        yield "norms", said(factors)
     yield "modules", str(len(record["modules"]))
     yield "rank", "of the base's weights" if record["into"] else str(record["rank"])
     if fit := record.get("fit"):
@@ -170,8 +173,16 @@ def _alignment(record: Mapping[str, Any], numbers: Numbers) -> Iterator[Part]:
             ("subspace alignment ratio", svg.heatmap(names, names, _listed(found.ratio), svg.Range(0, 1))),
             ("norm", svg.bars([(name, norm, None) for name, norm in found.norms.items()], show=_short)),
         ],
-        items=list(_strong(found.norms, plain_weights(record))),
+        items=list(_strong(found.norms, _counted(record))),
     )
+
+
+def _counted(record: Mapping[str, Any]) -> dict[str, float]:
+    """Adapter → what its updates were multiplied by: its weight, and what made it as large as the others."""
+    plain, factors = plain_weights(record), record.get("norm_factors") or {}
+    return {
+        entry["name"]: plain.get(entry["name"], 1.0) * factors.get(entry["name"], 1.0) for entry in record["inputs"]
+    }
 
 
 def _strong(norms: Mapping[str, float], weights: Mapping[str, float]) -> Iterator[str]:

@@ -160,6 +160,7 @@ class _Record(BaseModel):
     warnings: list[str]
     made: str | None = None
     input_kept: dict[str, float] = Field(default_factory=dict)
+    norm_factors: dict[str, float] = Field(default_factory=dict)
     fit: _Fit | None = None
 
 

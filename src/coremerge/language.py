@@ -1,0 +1,21 @@
+"""Whether an adapter is of a language model that generates text: told from its config, else from its modules' names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coremerge.adapter import Adapter
+
+GENERATES = "CAUSAL_LM"
+"""PEFT's task type of such models."""
+
+BENEATH_A_HEAD = ("model.layers.", "transformer.h.", "gpt_neox.layers.")
+"""How modules' names begin in decoders that have a language head: without one they have no prefix."""
+
+
+def generates(adapter: Adapter) -> bool:
+    """Whether its config says so, or, where it names no task, its modules lie beneath a language head."""
+    if adapter.info.task_type:
+        return adapter.info.task_type == GENERATES
+    return any(name.startswith(BENEATH_A_HEAD) for name in adapter)
