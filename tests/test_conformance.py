@@ -180,6 +180,22 @@ def test_linear_methods_are_the_identity_on_one_adapter(space: Spec, method: str
         close(plain.adapter[name].dense(), share * update.dense(), tol=1e-13)
 
 
+@pytest.mark.parametrize("space", PLAIN_SPACES, ids=label)  # scaled=false divides by what may be small
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].continuous])
+def test_a_small_change_of_the_inputs_is_a_small_change_of_the_merge(space: Spec, method: str) -> None:
+    recipe = {"space": space, "method": method, "parameters": examples(METHODS[method])}
+    plain = dense(run(adapters(), recipe).adapter)
+    for size in (1e-3, 1e-5, 1e-7):
+        draw = normal(8)
+
+        def moved(_: str, update: LowRank, draw=draw, size=size) -> LowRank:
+            noise = [(x, draw(*x.shape)) for x in (update.left, update.right)]
+            return LowRank(*(x + size * x.norm() * y / y.norm().clamp_min(1) for x, y in noise))
+
+        for name, update in dense(run(mapped(moved), recipe).adapter).items():
+            assert (update - plain[name]).norm() < 200 * size * max(1.0, float(plain[name].norm()))
+
+
 def test_declarations_are_consistent() -> None:
     for name in METHODS:
         entry = METHODS[name]

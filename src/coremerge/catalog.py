@@ -157,6 +157,8 @@ def type_name(hint: Any) -> str:
         return " ".join(filter(None, [type_name(base), ", ".join(_bounds(marks))]))
     if origin is Literal:
         return " or ".join(map(str, get_args(hint)))
+    if origin is tuple:
+        return "one for each adapter"  # or what differs by layer, in its place
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(part) for part in get_args(hint))
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))

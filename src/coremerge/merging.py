@@ -247,7 +247,7 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     rows = coordinates.rows
     cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
     seen = cores if rows is None else [_over_rows(core, rows) for core in cores]
-    merged = parts.method(seen, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters)))
+    merged = parts.method(seen, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters), plan.last_layer))
     if rows is not None:
         merged = _scale_rows(merged, rows)
     merged = thin_svd(merged)
@@ -456,6 +456,11 @@ def _biases(plan: Plan, parts: Parts, scale: float) -> Mapping[str, Tensor]:
             return scale * sum(having.values(), torch.zeros(()))
         zeros, one = torch.zeros_like(next(iter(having.values()))), torch.ones(1, 1, dtype=torch.float64)
         columns = [LowRank(having.get(key, zeros)[:, None], one) for key in plan.adapters]
-        return scale * dense(parts.method(columns, Site(plan.recipe.seed, (name,), tuple(plan.adapters)))).flatten()
+        return (
+            scale
+            * dense(
+                parts.method(columns, Site(plan.recipe.seed, (name,), tuple(plan.adapters), plan.last_layer))
+            ).flatten()
+        )
 
     return Lazy(names, load)

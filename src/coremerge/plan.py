@@ -19,6 +19,7 @@ from coremerge.errors import ConfigError, InputError, MismatchError
 from coremerge.executors.local import default_threads
 from coremerge.extras import Extra, end_of, plan_extras
 from coremerge.fused import refuse
+from coremerge.layered import by_module, is_layered, last_layer
 from coremerge.naming import agreed, suspected, unsettled
 from coremerge.recipe import Recipe, Resolved
 from coremerge.text import size
@@ -118,7 +119,7 @@ class Plan:
         for name, planned in self.modules.items():
             alike.setdefault((planned.module.shape, tuple(planned.ranks.items())), []).append(name)
         for names in alike.values():
-            size = batch or self.cpu_batch(self.modules[names[0]])
+            size = 1 if self.is_layered else batch or self.cpu_batch(self.modules[names[0]])
             yield from (tuple(names[i : i + size]) for i in range(0, len(names), size))
 
     def peak_bytes(self, threads: int | None = None, batch: int | None = None, *, written: int = 0) -> int:
@@ -203,6 +204,17 @@ class Plan:
         """The recipe's operators."""
         return self.recipe.resolve()
 
+    @cached_property
+    def is_layered(self) -> bool:
+        """Whether a parameter of the method differs between modules, so that these go one by one."""
+        given = self.recipe.parameters.values()
+        return any(isinstance(value, tuple) and any(map(is_layered, value)) for value in given)
+
+    @cached_property
+    def last_layer(self) -> int:
+        """The highest number of a layer: where gradients end."""
+        return last_layer(self.modules)
+
     @property
     def is_dense(self) -> bool:
         """Whether the recipe works on all m × n entries of updates."""
@@ -256,9 +268,10 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
         ConfigError: weights or extras that name nothing.
     """
     named = agreed(name_adapters(adapters))
-    weights = recipe.weights if isinstance(adapters, Mapping) else in_order(recipe.weights, named)
-    weights, named = fold_components(weights, named)
     recipe, settled = recipe.settled(named)
+    weights = recipe.weights if isinstance(adapters, Mapping) else in_order(recipe.weights, named)
+    weights = by_module(weights, named)
+    weights, named = fold_components(weights, named)
     resolved = recipe.resolve()
     modules = {name: _planned(name, named, recipe, resolved) for name in _module_names(named)}
     _check_shared(named, modules, recipe)

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from coremerge.errors import ConfigError
+from coremerge.layered import Layered
 from coremerge.registry import Operator, Spec
 from coremerge.yamlfile import NO_TRUTH, NameText, Number, Whole, read_mapping, text_of
 
@@ -40,7 +41,7 @@ _UNSAID = {"parameters", "steps"}
 Weight = Number | tuple[Number, ...]
 """Of a module, or of each of its rank components."""
 
-Weights = Sequence[Number] | Mapping[str, Number | Mapping[str, Weight]]
+Weights = Sequence[Number | Layered] | Mapping[str, Number | Layered | Mapping[str, Weight]]
 
 
 class Recipe(BaseModel):
@@ -58,7 +59,8 @@ class Recipe(BaseModel):
         weights: None (all one), a number per adapter in order, a mapping of names to numbers, or a mapping of names to
             mappings of module names to numbers (a module that is not listed counts as 1) or to one number per rank
             component; what :func:`coremerge.learning.learn_weights` returns. Adapters that come in a sequence and have
-            none of the names are matched by order.
+            none of the names are matched by order. In place of an adapter's number also mergekit's gradient over the
+            layers (``[0, 0.5, 1]``) or conditions (``[{"filter": "mlp", "value": 0.5}, {"value": 1}]``).
         normalize: divide the weights by their sum, per module.
         scale: the one factor of the whole merge; ``"auto"`` sets it from norms: see
             :func:`coremerge.outcome.auto_scale`.
@@ -166,9 +168,16 @@ class Recipe(BaseModel):
         return Recipe(**{key: value for key, value in self if key in self.model_fields_set} | changes)
 
     def settled(self, adapters: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
-        """With what the method leaves to the ``adapters``, by name: the recipe, and a sentence for each parameter."""
+        """With what is left to the ``adapters``, by name: the recipe, and a sentence for each parameter of its method.
+
+        Raises:
+            ConfigError: not as many values of a parameter as adapters.
+        """
         from coremerge.methods import METHODS
 
+        for key, value in self.parameters.items():
+            if isinstance(value, tuple) and len(value) != len(adapters):
+                raise ConfigError(f"{len(value)} values for {len(adapters)} adapters", key=key, value=list(value))
         method = METHODS.resolve({self.method: self.parameters})
         found = {key: choose(adapters) for key, choose in method.entry.settles.items() if method.values[key] is None}
         if not found:
@@ -309,32 +318,24 @@ class Parts:
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe file: the recipe, and the adapters and base it names."""
+    """A recipe file: the recipe, the adapters and base it names, and what was made of it, in plain words."""
 
     recipe: Recipe
     models: tuple[str, ...] = ()
     base_model: str | None = None
-
-
-_ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "task_arithmetic": ("sum", {}),
-    "linear": ("sum", {}),
-    "dare_linear": ("dare", {}),
-    "magnitude_prune": ("magnitude", {}),
-    "breadcrumbs_ties": ("breadcrumbs", {"elect": True}),
-    "della_linear": ("della", {"elect": False}),
-}
-"""mergekit's and PEFT's name → ours, and the parameters that make it so."""
+    notes: tuple[str, ...] = ()
 
 
 def read_recipe(path: str | Path) -> RecipeFile:
     """Read a YAML recipe in mergekit's spelling.
 
-    Keys: ``merge_method``, ``models`` (each ``model`` and ``parameters.weight``), ``parameters`` (the method's, and
-    ``normalize``, ``lambda``), ``base_model``, ``dtype`` or ``out_dtype``; ours beside them: ``space``, ``steps``,
-    ``basis``, ``scale``, ``rank``, ``seed``, ``extras``, ``allow_disjoint``. mergekit's ``task_arithmetic``, ``linear``
-    (normalised, as there), ``dare_linear``, ``breadcrumbs_ties``, ``della_linear`` and PEFT's ``magnitude_prune`` are
-    understood.
+    Keys: ``merge_method``, ``models`` (each ``model`` and its ``parameters``: ``weight``, a number, a gradient or
+    conditions, and the method's own), ``parameters`` (the method's, and ``weight``, ``normalize``, ``lambda``),
+    ``base_model``, ``dtype`` or ``out_dtype``; ours beside them: ``space``, ``steps``, ``norms``, ``basis``, ``scale``,
+    ``rank``, ``seed``, ``extras``, ``allow_disjoint``. mergekit's ``task_arithmetic``, ``linear`` (normalised, as
+    there; both at scale 1), ``dare_linear``, ``breadcrumbs_ties``, ``della_linear`` and PEFT's ``magnitude_prune`` are
+    understood. Its ``density`` of DARE is the share that is kept; the base among its models is left out, and so are
+    what concerns a model's memory and tokenizer.
 
     Raises:
         SourceError: the file cannot be read.
@@ -354,13 +355,10 @@ def recipe_from(data: Mapping[str, Any]) -> RecipeFile:
     Raises:
         ConfigError: a key or value that means nothing.
     """
-    data = {str(key): value for key, value in data.items()}
-    base = data.pop("base_model", None)
-    models, weights = _models(data.pop("models", None))
-    values = read_values(data)
-    if weights is not None:
-        _say(values, "weights", weights, "models.parameters.weight")
-    return RecipeFile(Recipe(**values), models, None if base is None else str(text_of(base)))
+    from coremerge.mergekit import translated
+
+    found, models, base, notes = translated({str(key): value for key, value in data.items()})
+    return RecipeFile(Recipe(**read_values(found)), models, base, notes)
 
 
 def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,7 +394,9 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
     if "lambda" in parameters:
         _say(values, "scale", parameters.pop("lambda"), "parameters.lambda")
     if method is not None:
-        values["method"], settled = _ALIASES.get(str(method), (str(method), {}))
+        from coremerge.mergekit import ALIASES
+
+        values["method"], settled = ALIASES.get(str(method), (str(method), {}))
         for key, value in settled.items():
             _say(parameters, key, value, f"{method}: {key}")
     if parameters or method is not None:
@@ -411,34 +411,11 @@ def _say(values: dict[str, Any], key: str, value: object, name: str) -> None:
     values[key] = value
 
 
-def _models(entries: object) -> tuple[tuple[str, ...], list[float] | None]:
-    if entries is None:
-        return (), None
-    if not isinstance(entries, list):
-        raise ConfigError("must be a list", key="models", value=entries)
-    names, weights = [], []
-    for entry in ({"model": e} if isinstance(e, str) else e for e in map(text_of, entries)):
-        if not isinstance(entry, dict) or entry.get("model") is None or set(entry) - {"model", "parameters"}:
-            raise ConfigError(
-                "each entry is a 'model' with optional 'parameters'", key="models", value=entry,
-                remedy="Quote a name such as 'null'" if entry is None or entry == {"model": None} else None,
-            )  # fmt: skip
-        parameters = entry.get("parameters") or {}
-        if not isinstance(parameters, dict) or set(parameters) - {"weight"}:
-            raise ConfigError(
-                "only 'weight' can differ between adapters",
-                key="models.parameters",
-                value=parameters,
-                remedy="Put the other parameters under the top-level 'parameters'",
-            )
-        names.append(str(text_of(entry["model"])))
-        weights.append(parameters.get("weight"))
-    if all(w is None for w in weights):
-        return tuple(names), None
-    return tuple(names), [1.0 if w is None else w for w in weights]
-
-
 WRITTEN_APART = {"method", "parameters", "steps", "weights", "space", "scale"}
+
+
+WHOLE = {"dare_ties"}
+"""Methods whose parameters are all written: mergekit means something else by one of them alone."""
 
 
 def write_recipe(recipe: Recipe, models: Sequence[str] = (), base_model: str | None = None) -> str:
@@ -446,18 +423,24 @@ def write_recipe(recipe: Recipe, models: Sequence[str] = (), base_model: str | N
     data = recipe.model_dump(mode="json", exclude_defaults=True, exclude=WRITTEN_APART)
     head: dict[str, Any] = {"merge_method": recipe.method}
     weights = recipe.weights
-    parameters = dict(recipe.parameters)
+    parameters = (
+        {**recipe.resolve().method.values, **recipe.parameters} if recipe.method in WHOLE else recipe.parameters
+    )
+    plain = recipe.model_dump(mode="json")
+    parameters = {key: plain["parameters"].get(key, value) for key, value in parameters.items()}
+    each = {key: parameters.pop(key) for key, value in recipe.parameters.items() if models and isinstance(value, tuple)}
     if data.pop("normalize", False):
         parameters["normalize"] = True
     if models:
-        if isinstance(weights, Mapping) or weights is None:
-            head["models"] = [{"model": m} for m in models]
-        else:
-            head["models"] = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)]
-    if isinstance(weights, Mapping):
-        data["weights"] = recipe.model_dump(mode="json")["weights"]
-    elif weights is not None and not models:
-        data["weights"] = list(weights)
+        if not isinstance(weights, Mapping) and weights is not None:
+            each = {"weight": plain["weights"], **each}
+        own = [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)] or [{}] * len(
+            models
+        )
+        pairs = zip(models, own, strict=True)
+        head["models"] = [{"model": m, "parameters": o} if o else {"model": m} for m, o in pairs]
+    if isinstance(weights, Mapping) or (weights is not None and not models):
+        data["weights"] = plain["weights"]
     if base_model:
         head["base_model"] = base_model
     if parameters:

@@ -191,7 +191,11 @@ def text_of(value: object) -> str:
     Example:
         >>> [text_of(value) for value in (None, True, 4, 0.5, "sum")]
         ['none', 'true', '4', '0.5', 'sum']
+        >>> text_of(((1.0, 0.5), 0.3))
+        '[[1.0, 0.5], 0.3]'
     """
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(text_of, value))}]"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

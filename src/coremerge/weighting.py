@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -37,7 +37,7 @@ def fold_components(
         ConfigError: not as many weights as the module's rank.
     """
     if not isinstance(weights, Mapping):
-        return weights, dict(adapters)
+        return cast("Coarse | None", weights), dict(adapters)  # gradients are settled before
     left: dict[str, Any] = dict(weights)
     changed = dict(adapters)
     for name, said in weights.items():

@@ -285,6 +285,20 @@ class TestRecipeFile:
         found = recipe("--method", "dare")["recipe"]
         assert (found["method"], found["parameters"], found["steps"]) == ("dare", {}, ["isotropize"])
 
+    def test_what_is_made_of_it_is_said(self, run):
+        Path("r.yaml").write_text(
+            "merge_method: linear\nbase_model: base\nmodels: [base, A, B]\ntokenizer_source: base\n"
+        )
+        result = run("merge", "--recipe", "r.yaml", "-o", "OUT")
+        assert result.exit_code == 0
+        for said in (
+            "note: base is the base model",
+            "note: tokenizer_source of the recipe",
+            "note: linear without a scale",
+        ):
+            assert said in result.stderr
+        assert "note" not in run("merge", "--recipe", "r.yaml", "-o", "OUT", "--overwrite", "-q").stderr
+
     def test_equal_norms_go_with_the_default_method(self, run):
         Path("r.yaml").write_text("rank: 3\n")
         words = ["merge", "A", "B", "--recipe", "r.yaml", "--dry-run", "--json"]

@@ -24,7 +24,7 @@ def test_lists_everything_with_its_parameters_and_paper(run):
 def test_one_in_full(run):
     shown = run("methods", "ties").stdout
     assert shown.startswith("method ties\n")
-    assert "  density  (number > 0, ≤ 1; default 0.2)\n      the share of entries" in shown
+    assert "  density  (number > 0, ≤ 1 or one for each adapter; default 0.2)\n      the share of entries" in shown
     assert "  reduce  (mean or sum; default mean)" in shown
     assert "element-wise" in shown
     assert "arXiv 2306.01708" in shown
@@ -53,10 +53,10 @@ def test_json(run):
     (ties,) = (part for part in found["methods"] if part["name"] == "ties")
     assert ties["parameters"][0] == {
         "name": "density",
-        "type": "number > 0, ≤ 1",
+        "type": "number > 0, ≤ 1 or one for each adapter",
         "default": 0.2,
         "required": False,
-        "help": "the share of entries of each core that is kept, in (0, 1].",
+        "help": "the share of entries of each core that is kept, in (0, 1]; or a list, one for each adapter.",
     }
     assert json.loads(run("methods", "ties", "--json").stdout) == ties
 

@@ -52,7 +52,8 @@ def _scalar(text: str) -> Any:
         value = parse_yaml(text)
     except ValueError:
         return text
-    return value if isinstance(value, (bool, int, float, type(None))) else text
+    scalars = value if isinstance(value, list) else [value]
+    return value if all(isinstance(one, (bool, int, float, type(None))) for one in scalars) else text
 
 
 def steps(named: Sequence[str] | None, none: bool) -> list[str] | None:

@@ -180,6 +180,8 @@ def merge(
         most = _options.memory(max_memory, "--max-memory")
         cluster = _options.executor(executor, address, device)
         file = _options.recipe_file(recipe)
+        for note in () if quiet else file.notes:
+            remark("note", note)
         sources = adapters or list(file.models)
         if not sources:
             raise typer.BadParameter(

@@ -149,7 +149,8 @@ PLAN = make_plan(
         {"merge_method": "cart", "parameters": {"rank": [8, 4, 16]}},
         {"merge_method": "sum", "steps": ["isotropize"]},
         {"merge_method": "tsv", "steps": ["isotropize"], "parameters": {"rank": [4, 2, 8]}, "label": "few directions"},
+        {"merge_method": "whiten", "norms": "equal", "parameters": {"even": [0, 0.97]}, "label": "default"},
     ],
     budget=20,
 )
-"""What is tried where nothing else is asked for: published methods, and the default at several ranks."""
+"""What is tried where nothing else is asked for: published methods, and the default, as it is and even."""

@@ -14,6 +14,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from coremerge.layered import Condition, Layered, at
 from coremerge.lowrank import LowRank, Matrix
 from coremerge.registry import Registry
 
@@ -26,11 +27,13 @@ class Site:
         seed: the recipe's.
         modules: the module's name, or the names in one batch.
         tasks: the adapters' names, in the order of the cores.
+        last: the highest number of a layer: where gradients end.
     """
 
     seed: int = 0
     modules: tuple[str, ...] = ("",)
     tasks: tuple[str, ...] = ()
+    last: int = 0
 
     def uniform(self, task: int, like: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) of the shape of ``like`` that depend on seed, module and adapter only."""
@@ -43,6 +46,35 @@ def _uniform(key: str, shape: torch.Size) -> Tensor:
     digest = blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+Share = float | Sequence[float | Layered]
+"""A parameter: one for all adapters; or for each of them, in their order, a number or what differs by layer."""
+
+
+def of_task(value: Share, task: int, site: Site) -> float:
+    """A parameter for one of the adapters, here."""
+    own = value[task] if isinstance(value, Sequence) else value
+    return at(own, site.modules[0], site.last, "parameters") if isinstance(own, tuple) else own
+
+
+def shown(value: Share) -> str:
+    """Such a parameter, in words.
+
+    Example:
+        >>> shown(0.2), shown((0.5, (0.0, 1.0)))
+        ('0.2', '0.5, 0 to 1 over the layers (in their order)')
+    """
+    if not isinstance(value, Sequence):
+        return f"{value:g}"
+    return ", ".join(map(_shown, value)) + " (in their order)"
+
+
+def _shown(own: float | Layered) -> str:
+    if not isinstance(own, tuple):
+        return f"{own:g}"
+    first, last = own[0], own[-1]
+    return "one by name" if isinstance(first, Condition) else f"{first:g} to {last:g} over the layers"
 
 
 Method = Callable[[Sequence[LowRank], Site], Matrix]

@@ -8,22 +8,25 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from coremerge.layered import Condition
 from coremerge.lowrank import LowRank
-from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, entries, trimmed_and_elected, trims
+from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
+from coremerge.methods.ties import Densities, Reduce, entries, trimmed_and_elected, trims
 from coremerge.registry import Values
 
 SOURCE = "DARE, arXiv 2311.03099"
 DropRate = Annotated[float, Field(ge=0, lt=1)]
+DropRates = DropRate | tuple[DropRate | tuple[DropRate, ...] | tuple[Condition, ...], ...]
+"""One for all adapters, or for each, in their order, one or what differs by layer."""
 
 
 def _drops(values: Values) -> list[str]:
     rate = values["drop_rate"]
-    return [f"drops entries of each adapter's core with probability {rate:g}"] if rate else []
+    return [f"drops entries of each adapter's core with probability {shown(rate)}"] if rate else []
 
 
 @METHODS.register("dare", elementwise=True, source=SOURCE, cuts=_drops, neutral={"drop_rate": 0.0})
-def dare(drop_rate: DropRate = 0.5) -> Method:
+def dare(drop_rate: DropRates = 0.5) -> Method:
     """Drop each entry with probability ``drop_rate``, divide the rest by 1 − ``drop_rate``, sum.
 
     The mask depends on the recipe's seed, the module's and the adapter's name only.
@@ -42,19 +45,22 @@ def dare(drop_rate: DropRate = 0.5) -> Method:
     cuts=lambda v: [*_drops(v), *trims(v)],
     neutral={"drop_rate": 0.0, "density": 1.0},
 )
-def dare_ties(drop_rate: DropRate = 0.5, density: Density = 0.2, reduce: Reduce = "mean") -> Method:
+def dare_ties(drop_rate: DropRates = 0.5, density: Densities = 0.2, reduce: Reduce = "mean") -> Method:
     """DARE, then TIES."""
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        grown = [core * (1 / (1 - drop_rate)) for core in cores]  # what is left of them, and of their errors
-        return trimmed_and_elected(drop(cores, site, drop_rate), grown, density, reduce)
+        grown = [
+            core * (1 / (1 - of_task(drop_rate, t, site))) for t, core in enumerate(cores)
+        ]  # what is left of them, and of their errors
+        return trimmed_and_elected(drop(cores, site, drop_rate), grown, density, reduce, site)
 
     return merge
 
 
-def drop(cores: Sequence[LowRank], site: Site, drop_rate: float) -> Tensor:
+def drop(cores: Sequence[LowRank], site: Site, drop_rate: Share) -> Tensor:
     """The cores' entries (T, ..., p, q), each kept with probability 1 − ``drop_rate`` and rescaled."""
     found = entries(cores)
     for t, one in enumerate(found):
-        one.div_(1 - drop_rate).masked_fill_(site.uniform(t, one) < drop_rate, 0.0)
+        rate = of_task(drop_rate, t, site)
+        one.div_(1 - rate).masked_fill_(site.uniform(t, one) < rate, 0.0)
     return found

@@ -10,16 +10,24 @@ from pydantic import Field
 from torch import Tensor
 
 from coremerge.errors import ConfigError
+from coremerge.layered import Condition
 from coremerge.lowrank import LowRank
-from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, entries, errors_of, trim_each
+from coremerge.methods import METHODS, Method, Site, of_task, shown
+from coremerge.methods.ties import Densities, Reduce, entries, errors_of, trim_each
 from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
 
 
 def _drops(values: Values) -> list[str]:
-    low, high = (values["density"] + sign * values["epsilon"] for sign in (-1, 1))
-    return [f"keeps entries of each adapter's core with probability {low:g} (smallest) to {high:g} (largest of a row)"]
+    middle, off = shown(values["density"]), shown(values["epsilon"])
+    return [
+        f"keeps entries of each adapter's core with probability {middle}, less {off} (the smallest of a row) to plus"
+        f" {off} (its largest)"
+    ]
+
+
+Epsilon = Annotated[float, Field(ge=0, lt=1)]
+Epsilons = Epsilon | tuple[Epsilon | tuple[Epsilon, ...] | tuple[Condition, ...], ...]
 
 
 @METHODS.register(
@@ -30,8 +38,8 @@ def _drops(values: Values) -> list[str]:
     neutral={"density": 1.0, "epsilon": 0.0},
 )
 def della(
-    density: Density = 0.5,
-    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+    density: Densities = 0.5,
+    epsilon: Epsilons = 0.1,
     elect: bool = True,
     reduce: Reduce = "mean",
 ) -> Method:
@@ -41,31 +49,41 @@ def della(
     largest, evenly in between. The draw depends on the recipe's seed, the module's and the adapter's name only.
 
     Args:
-        density: the share of entries that is kept on average, in (0, 1].
-        epsilon: half the range of probabilities.
+        density: the share of entries that is kept on average, in (0, 1]; or a list, one for each adapter.
+        epsilon: half the range of probabilities; or a list.
         elect: merge as TIES does; false: sum (mergekit's ``della_linear``).
         reduce: with ``elect``, ``mean`` over the agreeing entries, or their ``sum``.
 
     Raises:
         ConfigError: probabilities that are none.
     """
+    if not isinstance(density, tuple) and not isinstance(epsilon, tuple):
+        _check(density, epsilon)
+
+    def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
+        x = trim_each(entries(cores), errors_of(cores))  # what rounding made has no sign to vote with
+        for t, one in enumerate(x):
+            middle, off = of_task(density, t, site), of_task(epsilon, t, site)
+            _check(middle, off)
+            kept = probabilities(one, middle, off)
+            one.div_(kept).masked_fill_(site.uniform(t, one) >= kept, 0.0)
+        if not elect:
+            return x.sum(0)
+        least = [of_task(density, t, site) - of_task(epsilon, t, site) for t in range(len(cores))]
+        grown = [
+            core * (1 / share) for core, share in zip(cores, least, strict=True)
+        ]  # an entry's errors are at most so large now
+        return elect_signs(x, reduce, errors_of(grown))
+
+    return merge
+
+
+def _check(density: float, epsilon: float) -> None:
     if not (density - epsilon > 0 and density + epsilon <= 1):
         raise ConfigError(
             "density ± epsilon are probabilities", key="epsilon", value=epsilon,
             remedy=f"With density {density:g}, less than {density:g} and at most {1 - density:g}",
         )  # fmt: skip
-
-    def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        x = trim_each(entries(cores), errors_of(cores))  # what rounding made has no sign to vote with
-        for t, one in enumerate(x):
-            kept = probabilities(one, density, epsilon)
-            one.div_(kept).masked_fill_(site.uniform(t, one) >= kept, 0.0)
-        if not elect:
-            return x.sum(0)
-        grown = [core * (1 / (density - epsilon)) for core in cores]  # an entry's errors are at most so large now
-        return elect_signs(x, reduce, errors_of(grown))
-
-    return merge
 
 
 def probabilities(x: Tensor, density: float, epsilon: float) -> Tensor:

@@ -10,7 +10,7 @@ from coremerge.methods import METHODS, Method, Site
 SOURCE = "Task Arithmetic, arXiv 2212.04089"
 
 
-@METHODS.register("sum", unitary=True, linear=True, source=SOURCE)
+@METHODS.register("sum", unitary=True, linear=True, continuous=True, source=SOURCE)
 def sum_() -> Method:
     """Σ w_t X_t: Task Arithmetic."""
 
@@ -20,7 +20,7 @@ def sum_() -> Method:
     return merge
 
 
-@METHODS.register("mean", unitary=True, linear=True, source=SOURCE)
+@METHODS.register("mean", unitary=True, linear=True, continuous=True, source=SOURCE)
 def mean() -> Method:
     """Σ w_t X_t / T, T counting every adapter (one that lacks a module adds zero there)."""
 

@@ -8,11 +8,15 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from coremerge.layered import Condition
 from coremerge.lowrank import LowRank
-from coremerge.methods import METHODS, Method, Site
-from coremerge.methods.ties import Density, Reduce, entries, errors_of, kept, trim_each
+from coremerge.methods import METHODS, Method, Site, of_task, shown
+from coremerge.methods.ties import Densities, Reduce, entries, errors_of, kept, trim_each
 from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
+
+Gamma = Annotated[float, Field(ge=0, lt=1)]
+Gammas = Gamma | tuple[Gamma | tuple[Gamma, ...] | tuple[Condition, ...], ...]
 
 
 @METHODS.register(
@@ -22,23 +26,23 @@ from coremerge.registry import Values
     cuts=lambda values: [kept(values)],
     neutral={"density": 1.0},
 )
-def magnitude(density: Density = 0.5) -> Method:
+def magnitude(density: Densities = 0.5) -> Method:
     """Keep each task's largest entries and sum them: TIES without its election of signs.
 
     Args:
-        density: the share of entries of each core that is kept, in (0, 1].
+        density: the share of entries of each core that is kept, in (0, 1]; or a list, one for each adapter.
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return trim_each(entries(cores), errors_of(cores), density).sum(0)
+        return trim_each(entries(cores), errors_of(cores), density, site).sum(0)
 
     return merge
 
 
 def _middle(values: Values) -> list[str]:
     return [
-        f"keeps a share of {values['density']:g} of each adapter's core: without the largest {values['gamma']:g}, and"
-        " without the smallest"
+        f"keeps a share of {shown(values['density'])} of each adapter's core: without the largest"
+        f" {shown(values['gamma'])}, and without the smallest"
     ]
 
 
@@ -50,25 +54,25 @@ def _middle(values: Values) -> list[str]:
     neutral={"density": 1.0, "gamma": 0.0},
 )
 def breadcrumbs(
-    density: Density = 0.9,
-    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.01,
+    density: Densities = 0.9,
+    gamma: Gammas = 0.01,
     elect: bool = False,
     reduce: Reduce = "mean",
 ) -> Method:
     """Drop each task's largest entries, then its smallest, and sum what is left.
 
     Args:
-        density: the share of entries of each core that is kept, in (0, 1].
-        gamma: the share of the largest that is dropped; less where ``density`` leaves less to drop.
+        density: the share of entries of each core that is kept, in (0, 1]; or a list, one for each adapter.
+        gamma: the share of the largest that is dropped; less where ``density`` leaves less to drop; or a list.
         elect: merge as TIES does: the sign of the sum alone (mergekit's ``breadcrumbs_ties``).
         reduce: with ``elect``, ``mean`` over the agreeing entries, or their ``sum``.
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
         x, errors = entries(cores), errors_of(cores)
-        for one in x:
-            one.copy_(_without_largest(one, density, gamma))
-        trim_each(x, errors, density)
+        for t, one in enumerate(x):
+            one.copy_(_without_largest(one, of_task(density, t, site), of_task(gamma, t, site)))
+        trim_each(x, errors, density, site)
         return elect_signs(x, reduce, errors) if elect else x.sum(0)
 
     return merge

@@ -10,12 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from coremerge.layered import Condition
 from coremerge.linalg import column_norms
 from coremerge.lowrank import LowRank
-from coremerge.methods import METHODS, Method, Site
+from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
 from coremerge.registry import Values
 
 Density = Annotated[float, Field(gt=0, le=1)]
+Densities = Density | tuple[Density | tuple[Density, ...] | tuple[Condition, ...], ...]
+"""One for all adapters, or for each, in their order, one or what differs by layer."""
+
 Reduce = Literal["mean", "sum"]
 
 
@@ -26,22 +30,22 @@ def trims(values: Values) -> list[str]:
 
 def kept(values: Values) -> str:
     """What trimming keeps, in words."""
-    return f"keeps the largest entries of each adapter's core, a share of {values['density']:g}"
+    return f"keeps the largest entries of each adapter's core, a share of {shown(values['density'])}"
 
 
 @METHODS.register(
     "ties", elementwise=True, source="TIES-Merging, arXiv 2306.01708", cuts=trims, neutral={"density": 1.0}
 )
-def ties(density: Density = 0.2, reduce: Reduce = "mean") -> Method:
+def ties(density: Densities = 0.2, reduce: Reduce = "mean") -> Method:
     """Keep each task's largest entries, elect the sign of their sum, average the entries that agree with it.
 
     Args:
-        density: the share of entries of each core that is kept, in (0, 1].
+        density: the share of entries of each core that is kept, in (0, 1]; or a list, one for each adapter.
         reduce: ``mean`` over the agreeing non-zero entries, or their ``sum``.
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return trimmed_and_elected(entries(cores), cores, density, reduce)
+        return trimmed_and_elected(entries(cores), cores, density, reduce, site)
 
     return merge
 
@@ -58,10 +62,10 @@ Errors = Sequence[tuple[Tensor, Tensor] | None]
 """Of the entries of each core: see :func:`errors_of`."""
 
 
-def trimmed_and_elected(x: Tensor, cores: Sequence[LowRank], density: float, reduce: Reduce) -> Tensor:
+def trimmed_and_elected(x: Tensor, cores: Sequence[LowRank], density: Share, reduce: Reduce, site: Site) -> Tensor:
     """TIES of ``x`` (T, ..., p, q), which is written over: the entries of ``cores``, or some of them."""
     errors = errors_of(cores)
-    return elect(trim_each(x, errors, density), reduce, errors)
+    return elect(trim_each(x, errors, density, site), reduce, errors)
 
 
 def errors_of(cores: Sequence[LowRank]) -> Errors:
@@ -89,10 +93,10 @@ def entries(cores: Sequence[LowRank]) -> Tensor:
     return found
 
 
-def trim_each(x: Tensor, errors: Errors, density: float = 1.0) -> Tensor:
+def trim_each(x: Tensor, errors: Errors, density: Share = 1.0, site: Site | None = None) -> Tensor:
     """``x`` (T, ..., p, q), which is written over, each core's entries trimmed; with a density of 1 of errors alone."""
-    for one, error in zip(x, errors, strict=True):  # one after the other: each needs several copies
-        one.copy_(trim(one, density, None if error is None else VOTE * error[0]))
+    for t, (one, error) in enumerate(zip(x, errors, strict=True)):  # one after the other: each needs several copies
+        one.copy_(trim(one, of_task(density, t, site or Site()), None if error is None else VOTE * error[0]))
     return x
 
 

@@ -116,7 +116,7 @@ class _Recipe(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict)
     steps: list[str | Annotated[dict[str, dict[str, Any] | None], Field(min_length=1, max_length=1)]]
     scale: float | str
-    weights: list[float] | dict[str, float | dict[str, float | list[float]]] | None
+    weights: list[float | list[Any]] | dict[str, float | list[Any] | dict[str, float | list[float]]] | None
 
 
 class _Module(BaseModel):

@@ -19,7 +19,7 @@ def weighted(record: Mapping[str, Any], blocks: Blocks, learned: Weights | None)
     """A section, if weights were given."""
     table, plain = record["recipe"]["weights"], plain_weights(record)
     figures: list[tuple[str, Markup]] = []
-    if isinstance(table, Mapping) and len(plain) < len(table):
+    if isinstance(table, Mapping) and any(isinstance(value, Mapping) for value in table.values()):
         figures.append(("weights by block", _weight_map(table, blocks)))
     rows = [[name, f"{value:.4g}"] for name, value in plain.items()] if not figures else []
     if learned is not None:
@@ -32,8 +32,10 @@ def plain_weights(record: Mapping[str, Any]) -> dict[str, float]:
     """Adapter → weight, of those that have one for all modules."""
     table = record["recipe"]["weights"]
     if isinstance(table, Mapping):
-        return {str(name): value for name, value in table.items() if not isinstance(value, Mapping)}
-    return {entry["name"]: value for entry, value in zip(record["inputs"], table or [], strict=False)}
+        named = table.items()
+    else:
+        named = {entry["name"]: value for entry, value in zip(record["inputs"], table or [], strict=False)}.items()
+    return {str(name): value for name, value in named if isinstance(value, (int, float))}
 
 
 def _weight_map(table: Mapping[str, Any], blocks: Blocks) -> Markup:

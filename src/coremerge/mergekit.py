@@ -1,0 +1,161 @@
+"""mergekit's recipes in our terms: what a model's own parameters, and its names of methods, come to here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coremerge.errors import ConfigError
+from coremerge.yamlfile import text_of
+
+ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "task_arithmetic": ("sum", {}),
+    "linear": ("sum", {}),
+    "dare_linear": ("dare", {}),
+    "magnitude_prune": ("magnitude", {}),
+    "breadcrumbs_ties": ("breadcrumbs", {"elect": True}),
+    "della_linear": ("della", {"elect": False}),
+}
+"""mergekit's and PEFT's name → ours, and the parameters that make it so."""
+
+SUMS = ("linear", "task_arithmetic")
+"""Whose weights are strengths: a scale of our choice would change what they say."""
+
+DARE = ("dare", "dare_linear", "dare_ties")
+
+IGNORED = ("tokenizer_source", "tokenizer", "chat_template", "name")
+"""Of a whole model's files."""
+
+IGNORED_PARAMETERS = ("int8_mask",)
+"""Of how mergekit computes."""
+
+OF_MODELS = ("density", "gamma", "epsilon")
+"""Parameters of methods that may be said of each model."""
+
+Translated = tuple[dict[str, Any], tuple[str, ...], str | None, tuple[str, ...]]
+"""A recipe's keys without those that name models, the models, the base, and what was made of it, in plain words."""
+
+
+def translated(data: Mapping[str, Any]) -> Translated:
+    """A recipe file's keys, see :func:`coremerge.recipe.read_recipe`, with what is said of single models in lists.
+
+    Raises:
+        ConfigError: models that are none, parameters of some of them alone.
+    """
+    found, notes = dict(data), list[str]()
+    if "slices" in found:
+        raise ConfigError(
+            "slices stack layers of models, which adapters cannot", key="slices", value=found["slices"],
+            remedy="Give models; a weight may be a gradient over the layers, as [0, 0.5, 1]",
+        )  # fmt: skip
+    base = found.pop("base_model", None)
+    base = None if base is None else str(text_of(base))
+    parameters = _mapping(found.get("parameters"), "parameters")
+    models, own = _models(found.pop("models", None), base, notes)
+    shared = parameters.pop("weight", None)
+    if shared is not None:
+        own.setdefault("weight", [None] * len(models))
+    for key in [key for key, value in parameters.items() if models and isinstance(value, list) and key in OF_MODELS]:
+        own.setdefault(key, [None] * len(models))  # a gradient for all of them
+    for key, values in own.items():
+        fallback = shared if key == "weight" else parameters.get(key)
+        told = [fallback if value is None else value for value in values]
+        if key == "weight":
+            _once(found, "weights", [1.0 if value is None else _conditions(value) for value in told])
+        else:
+            parameters[key] = _of_models(key, told)
+    _ignore(found, IGNORED, notes)
+    _ignore(parameters, IGNORED_PARAMETERS, notes)
+    _of_method(str(found.get("merge_method")), found, parameters, notes)
+    if parameters or "parameters" in found:
+        found["parameters"] = parameters
+    return found, models, base, tuple(notes)
+
+
+def _mapping(value: object, key: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError("must be a mapping", key=key, value=value)
+    return dict(value or {})
+
+
+def _models(entries: object, base: str | None, notes: list[str]) -> tuple[tuple[str, ...], dict[str, list[Any]]]:
+    """The adapters' names, and parameter → what each of them says, or None."""
+    if entries is None:
+        return (), {}
+    if not isinstance(entries, list):
+        raise ConfigError("must be a list", key="models", value=entries)
+    listed: list[tuple[str, dict[str, Any]]] = []
+    for entry in ({"model": e} if isinstance(e, str) else e for e in map(text_of, entries)):
+        if not isinstance(entry, dict) or entry.get("model") is None or set(entry) - {"model", "parameters"}:
+            raise ConfigError(
+                "each entry is a 'model' with optional 'parameters'", key="models", value=entry,
+                remedy="Quote a name such as 'null'" if entry is None or entry == {"model": None} else None,
+            )  # fmt: skip
+        listed.append((str(text_of(entry["model"])), _mapping(entry.get("parameters"), "models.parameters")))
+    kept = [(name, own) for name, own in listed if name != base] or listed
+    if len(kept) < len(listed):
+        notes.append(f"{base} is the base model, which every adapter stands on: left out of the models")
+    keys = dict.fromkeys(key for _, own in kept for key in own)
+    return tuple(name for name, _ in kept), {key: [own.get(key) for _, own in kept] for key in keys}
+
+
+def _conditions(value: Any) -> Any:
+    """A weight; a single condition is a list of one."""
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _of_models(key: str, values: list[Any]) -> Any:
+    """A parameter of the method, from what each model says: one value where they agree."""
+    if any(value is None for value in values):
+        raise ConfigError(
+            "some models have it, others do not", key=f"models.parameters.{key}", value=values,
+            remedy="Give it to all of them, or under the top-level parameters for the others",
+        )  # fmt: skip
+    same = all(value == values[0] for value in values) and not isinstance(values[0], (list, Mapping))
+    return values[0] if same else [_conditions(value) for value in values]
+
+
+def _ignore(values: dict[str, Any], keys: tuple[str, ...], notes: list[str]) -> None:
+    for key in keys:
+        if key in values:
+            del values[key]
+            notes.append(f"{key} of the recipe means nothing for adapters: ignored")
+
+
+def _of_method(method: str, found: dict[str, Any], parameters: dict[str, Any], notes: list[str]) -> None:
+    """What mergekit means where it says something else by the same words."""
+    if parameters.pop("rescale", True) is not True:
+        raise ConfigError(
+            "what DARE and DELLA keep is always rescaled", key="parameters.rescale", value=False, remedy="Leave it out"
+        )
+    if method in DARE and "density" in parameters and "drop_rate" not in parameters:
+        kept = parameters.pop("density")
+        parameters["drop_rate"] = _rest(kept)
+        if method == "dare_ties":
+            parameters["density"] = 1.0
+        notes.append(f"density is what {method} keeps, as in mergekit: a drop_rate of 1 - density")
+    if method in SUMS and "scale" not in found and "lambda" not in parameters:
+        found["scale"] = 1.0
+        notes.append(
+            f"{method} without a scale is mergekit's: the scale is 1; write scale: auto to have it set from norms"
+        )
+
+
+def _rest(density: Any) -> Any:
+    """The share that is not kept; what is no number is refused where parameters are read."""
+    if isinstance(density, list):
+        return [_rest(one) for one in density]
+    if isinstance(density, Mapping):
+        return {key: _rest(value) if key == "value" else value for key, value in density.items()}
+    return round(1 - density, 12) if isinstance(density, (int, float)) and not isinstance(density, bool) else density
+
+
+def _once(found: dict[str, Any], key: str, value: Any) -> None:
+    if found.get(key) not in (None, value):
+        raise ConfigError(
+            f"{key} is {found[key]!r} in the same file",
+            key="models.parameters.weight",
+            value=value,
+            remedy="Say it once",
+        )
+    found[key] = value
