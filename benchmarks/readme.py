@@ -35,6 +35,7 @@ MERGES = {
     "Iso-C": "core sum + isotropize",
     "core TSV + Iso-C": "core tsv + isotropize",
     "coremerge's default": "core coremerge's default",
+    "the same with `--scale base`": "core coremerge's default, scale by the base",
 }
 LEARNED = {
     "weights by NSC, its paper's settings": "weights: nsc",

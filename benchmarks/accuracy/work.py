@@ -48,9 +48,19 @@ class Bench:
         vars(part)["evaluator"] = self.evaluator.only(tasks)  # the base is loaded once
         return part
 
+    @property
+    def base_norms(self) -> dict[str, float]:
+        """Adapted module → squared Frobenius norm of its weight in the base, in memory already."""
+        known = dict(self.evaluator.encoder.model.named_parameters())
+        found = {}
+        for module in {name for adapter in self.adapters.values() for name in adapter}:
+            (own,) = (p for name, p in known.items() if f".{name}".endswith(f".{module}.weight"))
+            found[module] = float(own.detach().double().square().sum())
+        return found
+
     def merged(self, recipe: Recipe) -> Merged:
         """All adapters, merged."""
-        result = merge(self.adapters, recipe)
+        result = merge(self.adapters, recipe, base_norms=self.base_norms if recipe.scale == "base" else None)
         return Merged(result, dict(result.adapter))
 
     def score(self, merged: Merged, split: Split = "test", scale: float | None = None, **settings: Any) -> Scores:

@@ -207,6 +207,10 @@ def ways() -> Iterator[Way]:
     equal, own = Recipe(method="sum", norms="equal"), Recipe(norms="own")
     yield Way("core task arithmetic, norms made equal", of_recipe(equal), tuned=True, everywhere=True)
     yield Way("core coremerge's default, norms as they are", of_recipe(own), tuned=True, everywhere=True)
+    for label, recipe in (("core task arithmetic", Recipe(method="sum", scale="base")),
+                          ("core tsv + isotropize", Recipe(method="tsv", steps=["isotropize"], scale="base")),
+                          ("core coremerge's default", Recipe(scale="base"))):  # fmt: skip
+        yield Way(f"{label}, scale by the base", of_recipe(recipe), everywhere=True)
     summed = Recipe(method="sum", scale=1.0)
     yield Way("task arithmetic at the start of learned weights", at_start, everywhere=True)
     for objective in ("nsc", "nsc-own", "match"):

@@ -24,7 +24,7 @@ from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, dense, thin_svd, total
 from coremerge.methods import Site
-from coremerge.outcome import ModuleReport, Report, report_of, scale_of
+from coremerge.outcome import ModuleReport, Report, check_base, report_of, scale_of
 from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Parts, Recipe
 from coremerge.rounding import stored_rounding
@@ -82,6 +82,7 @@ def merge(
     threads: int | None = None,
     device: str = "cpu",
     batch: int | None = None,
+    base_norms: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge ``adapters`` into one, module by module.
@@ -92,6 +93,8 @@ def merge(
         threads: modules that are worked on side by side; all processors when None.
         device: where the linear algebra runs, in float64: ``"cpu"``, ``"cuda"``, ...
         batch: modules of one shape that go through together; by default 1 to 4 on the CPU, 32 elsewhere.
+        base_norms: for ``scale="base"``, module → squared Frobenius norm of the base's weight: see
+            :func:`coremerge.formats.base_norms.squared_norms`.
         progress: called as modules are done.
 
     Raises:
@@ -103,9 +106,8 @@ def merge(
         >>> round(result.adapter["layer"].dense()[0, 0].item(), 6)
         3.0
     """
-    return execute(
-        make_plan(adapters, recipe or Recipe()), threads=threads, device=device, batch=batch, progress=progress
-    )
+    plan = replace(make_plan(adapters, recipe or Recipe()), base_norms=base_norms or {})
+    return execute(plan, threads=threads, device=device, batch=batch, progress=progress)
 
 
 def execute(
@@ -127,6 +129,7 @@ def execute(
 
     start = time.perf_counter()
     plan = equalized(plan, threads)
+    check_base(plan)
     parts = plan.recipe.parts()
     held = Held() if held is None else held
     check_scales(plan)
@@ -140,7 +143,7 @@ def execute(
         if progress:
             progress(len(held), len(plan.modules))
     reports = {name: held.reports[name] for name in plan.modules}
-    scale = scale_of(plan, reports) if plan.recipe.scale == "auto" else float(plan.recipe.scale)
+    scale = scale_of(plan, reports)
     report = report_of(plan, reports, scale, time.perf_counter() - start)
     return MergeResult(lifted(plan, parts, held, reports, scale=scale, device=device), report, plan)
 
@@ -312,6 +315,7 @@ def solved_of(
     tops = None if directions is None else torch.stack([_largest(x, directions) for x in squares], -1)
     frobenius = energies.sqrt()
     factors, shares = _of_equal(plan)
+    beside = _beside(names, coordinates, merged, plan) if plan.base_norms else None
     for i, name in enumerate(names):
 
         def pick(x: Tensor, i: int = i) -> Tensor:
@@ -342,8 +346,19 @@ def solved_of(
             input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),
             zero=tuple(key for key, each in _by_adapter(pick(energies), name, plan).items() if not each),
             alone=alone,
+            squares={} if beside is None else _by_adapter(pick(beside[0]), name, plan),
+            along={} if beside is None else _by_adapter(pick(beside[1]), name, plan),
         )
         yield Solved(combination.map(pick), float(pick(amplification)), report)
+
+
+def _beside(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(..., T) each: of the weighted inputs the squared norm, and the inner product with what they became."""
+    weighted = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
+    whole = merged.lowrank()
+    pairs = [(core.inner(core), core.inner(whole)) for core in weighted]
+    squares, along = (torch.stack(list(column), -1) for column in zip(*pairs, strict=True))
+    return squares, along
 
 
 def _of_equal(plan: Plan) -> tuple[Tensor, Tensor]:

@@ -214,6 +214,8 @@ def prepare(
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_of(adapters))
     plan = make_plan(adapters, with_labels(recipe or Recipe(), adapters, sources))
+    if plan.recipe.scale == "base" and base is None and into is None:
+        raise ConfigError("it goes by a base model, and none is named", key="scale", value="base", remedy="Give --base")
     given = Given(tuple(sources), into, base, vera_width, initial, allow_pickle, link, rename)
     return Prepared(plan, None if into is None else _plan_into(into, plan), given, overwrite, start)
 
@@ -336,7 +338,7 @@ class Prepared:
             unfinished = stack.enter_context(self._unfinished(out, started, how, rank_pattern)) if resume else None
             held = unfinished.held if unfinished else stack.enter_context(closing(Held(folder=standing(out))))
             with memory_refused():
-                plan = self.plan if solve else equalized(self.plan, threads)
+                plan = self.plan if solve else equalized(self._beside_base(threads, tell), threads)
                 away = Away(replace(self, plan=plan), executor, device) if executor and not solve else None
                 how |= {"held": held, "solver": away.solve if away else None, "progress": _stage(tell, "merging")}
                 result = solve(plan) if solve else execute(plan, **how)
@@ -352,6 +354,16 @@ class Prepared:
         seconds = time.perf_counter() - self.start
         notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
         return Merged(plan, result.report, saved, sha256, seconds, notes, self.into)
+
+    def _beside_base(self, threads: int | None, tell: Progress) -> Plan:
+        """The plan, with the norms of the base's weights where the scale goes by them."""
+        base = self.given.base or self.into
+        if self.plan.recipe.scale != "base" or base is None:
+            return self.plan
+        from coremerge.formats.base_norms import squared_norms
+
+        norms = squared_norms(base, _stand_in(self.plan), threads=threads, progress=_stage(tell, "reading the base"))
+        return replace(self.plan, base_norms=norms)
 
     def _unfinished(
         self, out: str | Path, hashes: Hashes, how: Mapping[str, Any], rank_pattern: bool
@@ -425,11 +437,16 @@ def _plan_into(base: str | Path, plan: Plan) -> IntoPlan:
     """Whether the merged update has a place in ``base``, known before it is computed."""
     from coremerge.formats.into import plan_into
 
+    return plan_into(base, _stand_in(plan), dtype=plan.recipe.dtype)
+
+
+def _stand_in(plan: Plan) -> Adapter:
+    """The merged adapter before it is one: what it will have, and no factors."""
     factors: dict[str, LowRank] = {}  # nothing is asked for before it is written
     biases: dict[str, Tensor] = {}
     biased = tuple(name for name in plan.modules if any(name in a.biases for a in plan.adapters.values()))
     extras = {name: extra.load for name, extra in plan.extras.items() if extra.load is not None}
-    stand_in = Adapter(
+    return Adapter(
         {name: planned.module for name, planned in plan.modules.items()},
         factors.__getitem__,
         name="merged",
@@ -437,7 +454,6 @@ def _plan_into(base: str | Path, plan: Plan) -> IntoPlan:
         extras=Lazy(tuple(extras), lambda name: extras[name]()),
         info=plan.info,
     )
-    return plan_into(base, stand_in, dtype=plan.recipe.dtype)
 
 
 def _stage(progress: Progress, label: str) -> Callable[[int, int], None]:

@@ -83,6 +83,7 @@ class Plan:
         files: what becomes of files beside the adapters' own.
         equal: what brings each adapter to one size, once it is known: see :mod:`coremerge.equal`; in the weights, too.
         settled: parameter of the method → what it was set to from the adapters, and why.
+        base_norms: module → squared Frobenius norm of the base's weight, where the scale goes by it.
     """
 
     adapters: Mapping[str, Adapter]
@@ -96,6 +97,7 @@ class Plan:
     files: Mapping[str, Carried] = dataclass_field(default_factory=dict)
     equal: Mapping[str, Equal] = dataclass_field(default_factory=dict)
     settled: Mapping[str, str] = dataclass_field(default_factory=dict)
+    base_norms: Mapping[str, float] = dataclass_field(default_factory=dict)
 
     @property
     def rank(self) -> int:

@@ -63,7 +63,8 @@ class Recipe(BaseModel):
             layers (``[0, 0.5, 1]``) or conditions (``[{"filter": "mlp", "value": 0.5}, {"value": 1}]``).
         normalize: divide the weights by their sum, per module.
         scale: the one factor of the whole merge; ``"auto"`` sets it from norms: see
-            :func:`coremerge.outcome.auto_scale`.
+            :func:`coremerge.outcome.auto_scale`; ``"base"`` does so, too, but holds it to what the base model bears:
+            see :func:`coremerge.outcome.base_scale`.
         rank: of the output: a number, ``"exact"``, or None: the default, exact.
         seed: for methods that draw random masks.
         dtype: of the output; by default the inputs' own.
@@ -93,7 +94,7 @@ class Recipe(BaseModel):
     basis: Literal["stacked", "balanced"] = "stacked"
     weights: Weights | None = None
     normalize: bool = False
-    scale: Annotated[float, Field(allow_inf_nan=False), NO_TRUTH] | Literal["auto"] = "auto"
+    scale: Annotated[float, Field(allow_inf_nan=False), NO_TRUTH] | Literal["auto", "base"] = "auto"
     rank: Annotated[int, Field(ge=1), NO_TRUTH] | Literal["exact"] | None = None
     seed: Whole = 0
     dtype: Dtype | None = None

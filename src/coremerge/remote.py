@@ -51,6 +51,7 @@ class Order:
         stamps: of each adapter, and of the base model that is written into: its source, and what tells its files from
             others.
         equal: what brings the adapters to one norm: see :mod:`coremerge.equal`.
+        base_norms: of the plan.
         version: of coremerge.
     """
 
@@ -59,6 +60,7 @@ class Order:
     device: str
     stamps: Sequence[tuple[str, Sequence[str]]]
     equal: Mapping[str, Equal] = field(default_factory=dict)
+    base_norms: Mapping[str, float] = field(default_factory=dict)
     version: str = __version__
 
 
@@ -71,7 +73,7 @@ def order_of(prepared: Prepared, device: str) -> Order:
     places_of = dict(zip(map(str, given.sources), sources, strict=True))
     initial = {places_of.get(name, name): _place(place) for name, place in (given.initial or {}).items()}
     fixed = replace(given, sources=sources, initial=initial, **places)
-    return Order(fixed, prepared.plan.recipe, device, _stamps(prepared), prepared.plan.equal)
+    return Order(fixed, prepared.plan.recipe, device, _stamps(prepared), prepared.plan.equal, prepared.plan.base_norms)
 
 
 def _fixed(source: str | Path, revision: str | None) -> str:
@@ -135,7 +137,7 @@ def opened(order: Order) -> Prepared:
                 file=source,
                 remedy="Give all machines the same files: on a disk that they share, or on the hub",
             )  # fmt: skip
-    return replace(prepared, plan=weighted(prepared.plan, order.equal))
+    return replace(prepared, plan=replace(weighted(prepared.plan, order.equal), base_norms=order.base_norms))
 
 
 def solve_group(order: Order, names: Group) -> dict[str, Solved]:

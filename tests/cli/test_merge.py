@@ -193,6 +193,22 @@ def test_a_cut_that_loses_much_is_warned_of(run):
     assert result.stderr.startswith("warning: the cut to rank 2 loses")
 
 
+def test_a_scale_by_the_base(run):
+    refused(run("merge", "A", "B", "-o", "OUT", "--scale", "base"), "scale", "base", "--base")
+    refused(run("merge", "A", "B", "-o", "OUT", "--scale", "base", "--base", "nowhere"), "nowhere")
+    make_base(Path("base"))
+    plain = json.loads(run("merge", "A", "B", "-o", "OUT", "--json").stdout)
+    held = json.loads(run("merge", "A", "B", "-o", "HELD", "--scale", "base", "--base", "base", "--json").stdout)
+    assert 0 < held["report"]["scale"] < plain["report"]["scale"]
+    assert "(base)" in run("merge", "A", "B", "-o", "TOO", "--scale", "base", "--base", "base").stdout
+    into = run("merge", "A", "B", "-o", "MODEL", "--scale", "base", "--into", "base", "--json")
+    assert json.loads(into.stdout)["report"]["scale"] == held["report"]["scale"]
+    assert (
+        "held to what the base's weights bear"
+        in run("merge", "A", "B", "--scale", "base", "--base", "base", "--dry-run").stdout
+    )
+
+
 def test_quiet_is_silent(run):
     result = run("merge", "A", "B", "C", "-o", "OUT", "-q")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")

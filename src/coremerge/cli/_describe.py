@@ -144,7 +144,11 @@ def _plan_facts(prepared: Prepared, out: Path | None, threads: int | None) -> It
     yield from cut_facts(recipe)
     if recipe.norms == "equal":
         yield "norms", "made equal before merging"
-    yield "scale", "auto: set from norms once the cores are merged" if recipe.scale == "auto" else recipe.scale
+    how = {
+        "auto": "auto: set from norms once the cores are merged",
+        "base": "auto, held to what the base's weights bear",
+    }
+    yield "scale", how.get(str(recipe.scale), recipe.scale)
     if prepared.into_plan:
         yield "into", prepared.into
     else:

@@ -63,14 +63,14 @@ def steps(named: Sequence[str] | None, none: bool) -> list[str] | None:
     return [] if none else list(named) if named else None
 
 
-def number_or(text: str | None, word: str, option: str) -> float | str | None:
-    """A number, or the one word that stands for it."""
-    if text is None or text == word:
+def number_or(text: str | None, words: Sequence[str], option: str) -> float | str | None:
+    """A number, or a word that stands for it."""
+    if text is None or text in words:
         return text
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number nor {word!r}", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is neither a number nor {' or '.join(words)}", param_hint=option) from None
 
 
 def whole_or(text: str | None, word: str, option: str) -> int | str | None:

@@ -68,7 +68,12 @@ def merge(
         ),
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(help="Of the whole merged update: a number, or auto (default).", metavar="SCALE")
+        str | None,
+        typer.Option(
+            help="Of the whole merged update: a number; auto (default), from norms; base, the same, but held to what"
+            " the weights of --base bear.",
+            metavar="SCALE",
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -109,7 +114,7 @@ def merge(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The base model, for learned --weights; or its config.json, where a VeRA adapter needs it.",
+            help="The base model, for learned --weights and --scale base; or its config.json, for VeRA that needs it.",
             metavar="MODEL",
         ),
     ] = None,
@@ -196,7 +201,7 @@ def merge(
             "parameters": _options.parameters(parameter),
             "steps": _options.steps(step, no_steps),
             "norms": norms,
-            "scale": _options.number_or(scale, "auto", "--scale"),
+            "scale": _options.number_or(scale, ("auto", "base"), "--scale"),
             "weights": None if weights in LEARNED else _options.weights(weights),
             "normalize": normalize,
             "rank": _options.whole_or(rank, "exact", "--rank"),
@@ -336,7 +341,7 @@ def _result_facts(merged: Merged) -> Iterator[tuple[str, object]]:
     yield from plan.settled.items()
     if report.norm_factors:
         yield "norms", said(report.norm_factors)
-    yield "scale", f"{number(report.scale)}{' (auto)' if plan.recipe.scale == 'auto' else ''}"
+    yield "scale", f"{number(report.scale)}{f' ({plan.recipe.scale})' if isinstance(plan.recipe.scale, str) else ''}"
     if merged.into is None:
         yield "rank", report.rank
     else:

@@ -102,7 +102,7 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     steps = "".join(f" + {step if isinstance(step, str) else next(iter(step))}" for step in recipe["steps"])
     yield "adapters", str(len(record["inputs"]))
     yield "method", record.get("made") or f"{recipe['method']}{steps}, {recipe['space']} space"
-    yield "scale", f"{record['scale']:.4g}{' (auto)' if recipe['scale'] == 'auto' and not record.get('made') else ''}"
+    yield "scale", f"{record['scale']:.4g}{_how(recipe, record)}"
     if factors := record.get("norm_factors"):
         yield "norms", said(factors)
     yield "modules", str(len(record["modules"]))
@@ -121,6 +121,10 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "stored as", record["dtype"]
     if record["base_model"]:
         yield "base model", str(record["base_model"])
+
+
+def _how(recipe: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    return f" ({recipe['scale']})" if isinstance(recipe["scale"], str) and not record.get("made") else ""
 
 
 def _went_in(record: Mapping[str, Any]) -> Part:
