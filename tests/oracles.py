@@ -162,12 +162,12 @@ def wudi(xs: Sequence[Tensor]) -> Tensor:
 
 
 def whiten(xs: Sequence[Tensor], ridge: float = 0.03, faint: float = 0.03) -> Tensor:
-    """W(U) S W(V)ᵀ, W(U) = √(1 + ridge) B (BᵀB + ridge D)^-½, B = U √D, D = S² / (S² + (faint max S)²)."""
+    """W(U) S W(V)ᵀ, W(U) = √(1 + ridge) B (BᵀB + ridge D)^-½, B = U √D, D = d(σ/σ_t) d(σ_t/σ₁), d = x²/(x² + f²)."""
     parts = [thin(x) for x in xs if x.norm() > 0]
     if not parts:
         return torch.zeros_like(xs[0])
     s = torch.cat([part[1] for part in parts])
-    d = s**2 / (s**2 + (faint * s.max()) ** 2)
+    d = torch.cat([_say(own / own[0], faint) * _say(own[0] / s.max(), faint) for _, own, _ in parts])
 
     def white(vectors: Tensor) -> Tensor:
         b = vectors @ torch.diag(d**0.5)
@@ -176,6 +176,10 @@ def whiten(xs: Sequence[Tensor], ridge: float = 0.03, faint: float = 0.03) -> Te
 
     left, right = torch.cat([part[0] for part in parts], 1), torch.cat([part[2] for part in parts], 0).T
     return white(left) @ torch.diag(s) @ white(right).T
+
+
+def _say(x: Tensor, faint: float) -> Tensor:
+    return x**2 / (x**2 + faint**2)
 
 
 def soften(x: Tensor, p: float = 0.5) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from coremerge.adapter import Adapter
+from coremerge.adapter import Adapter, Info
 from coremerge.equal import GROWTH, common_size, equalized, factors, said, squared_norms
 from coremerge.lowrank import LowRank
 from coremerge.merging import merge
@@ -103,6 +103,33 @@ def test_an_adapter_of_weight_zero_is_not_there() -> None:
     close(beside.adapter["layer"].dense(), without.adapter["layer"].dense())
 
 
+def test_weights_of_components_come_on_top_as_well() -> None:
+    given = named(adapters(2))
+    fine = Recipe(scale=1.0, weights={"a0": {"layer": [0.5, 0.5]}})
+    coarse = Recipe(scale=1.0, weights={"a0": {"layer": 0.5}})
+    close(*(merge(given, recipe, threads=1).adapter["layer"].dense() for recipe in (fine, coarse)))
+
+
+def test_one_of_weight_zero_says_nothing_of_the_model_either() -> None:
+    given = {
+        key: Adapter.from_updates({"layer": update}, info=Info(task_type=kind))
+        for key, update, kind in zip(
+            "xyz", adapters(), ("FEATURE_EXTRACTION", "FEATURE_EXTRACTION", "CAUSAL_LM"), strict=True
+        )
+    }
+    beside = merge(given, Recipe(weights=[1, 1, 0]), threads=1).adapter["layer"].dense()
+    close(beside, merge({key: given[key] for key in "xy"}, Recipe(), threads=1).adapter["layer"].dense())
+
+
+def test_an_update_that_fades_in_one_module_goes_without_a_jump() -> None:
+    one, other = ({name: lowrank(9, 7, 2, seed=seed + i) for i, name in enumerate("xy")} for seed in (0, 5))
+    sizes = {}
+    for size in (1e-3, 1e-6, 1.01e-8, 1e-9, 0.0):
+        pair = [Adapter.from_updates({"x": one["x"], "y": size * one["y"]}), Adapter.from_updates(other)]
+        sizes[size] = merge(pair, Recipe(), threads=1).report.scale
+    assert all(scale == pytest.approx(sizes[0.0], rel=1e-3) for scale in sizes.values())
+
+
 def test_modules_that_one_adapter_lacks_count_as_nothing() -> None:
     one = Adapter.from_updates({"x": lowrank(9, 7, 2), "y": lowrank(9, 7, 2, seed=1)}, name="one")
     other = Adapter.from_updates({"x": lowrank(9, 7, 2, seed=2)}, name="other")
@@ -142,6 +169,14 @@ class TestDefault:
         update = lowrank(12, 10, 3)
         close(default([update] * count), update.dense(), tol=1e-12)
 
+    @pytest.mark.parametrize("weights", [[1.0, 0.1], [1.0, 0.01], [0.3, 2.0]])
+    def test_copies_of_any_weights_are_a_multiple_of_it(self, default: Default, weights: list[float]) -> None:
+        update = lowrank(12, 10, 3)
+        found = merged([update, update], weights=weights)
+        close(found / found.norm(), update.dense() / update.norm())
+        found = default([update, 0.05 * update])
+        close(found / found.norm(), update.dense() / update.norm())
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
     def test_rounded_copies_too(self, default: Default, dtype: torch.dtype) -> None:
         update = lowrank(12, 10, 3)
@@ -173,7 +208,7 @@ class TestDefault:
         values = torch.linalg.svdvals(default(given))[:9]
         assert values.max() < 1.01 * values.min()
 
-    @pytest.mark.parametrize("factor", [1e-6, 1e3])
+    @pytest.mark.parametrize("factor", [1e-85, 1e-6, 1e3, 1e77])
     def test_it_is_in_proportion(self, default: Default, factor: float) -> None:
         close(default([factor * u for u in adapters()]), factor * default(adapters()))
 

@@ -201,6 +201,75 @@ def test_what_some_models_say_and_others_do_not(tmp_path: Path) -> None:
     assert file.recipe.weights == [0.5, 0.5]
 
 
+def test_numbers_are_numbers_however_they_are_written(tmp_path: Path) -> None:
+    for text in ("0.70", ".7", "7e-1", "0.7"):
+        file = read(tmp_path, f"merge_method: dare_ties\nparameters: {{density: {text}}}\n")
+        assert file.recipe.parameters["drop_rate"] == pytest.approx(0.3)
+
+
+def test_what_no_condition_of_a_model_fits_is_what_is_said_for_all(tmp_path: Path) -> None:
+    own = "{weight: {filter: mlp, value: 1}, density: {filter: mlp, value: 0.9}}"
+    text = f"merge_method: ties\nmodels: [{{model: a, parameters: {own}}}]\nparameters: {{weight: 0.5, density: 0.3}}\n"
+    file = read(tmp_path, text)
+    plan = merge(adapters(1), file.recipe, threads=1).plan
+    assert plan.weights["a0"]["lm_head"] == 0.5
+    assert plan.weights["a0"]["model.layers.0.mlp.up_proj"] == 1
+    (density,) = file.recipe.parameters["density"]
+    assert [(one.filter, one.value) for one in density] == [("mlp", 0.9), (None, 0.3)]
+    shared = read(tmp_path, "merge_method: ties\nmodels: [a]\nparameters: {density: {filter: '*', value: 0.4}}\n")
+    assert shared.recipe.parameters["density"][0][0].value == 0.4
+
+
+def test_a_linear_merge_beside_the_base_counts_its_weight(tmp_path: Path) -> None:
+    models = "[{model: base, parameters: {weight: 1}}, {model: a, parameters: {weight: 3}}]"
+    file = read(tmp_path, f"merge_method: linear\nbase_model: base\nmodels: {models}\n")
+    given = adapters(1)
+    merged = merge(given, file.recipe, threads=1).adapter
+    close(merged["lm_head"].dense(), 0.75 * given["a0"]["lm_head"].dense())
+
+
+def test_a_weight_for_all_that_are_not_named_is_a_factor(tmp_path: Path) -> None:
+    file = read(tmp_path, "merge_method: task_arithmetic\nparameters: {weight: 0.5}\n")
+    assert (file.recipe.scale, file.recipe.weights) == (0.5, None)
+    assert read(tmp_path, "merge_method: ties\nparameters: {weight: 0.50}\n").recipe.scale == "auto"
+    assert read(tmp_path, "merge_method: ties\nscale: 2\nparameters: {weight: 0.50}\n").recipe.scale == 1.0
+    with pytest.raises(ConfigError, match="where no models are named"):
+        read(tmp_path, "merge_method: ties\nparameters: {weight: [0, 1]}\n")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"method": "sum", "weights": [[0.5, 0.5]]}, "1 weights for 2 adapters"),
+        ({"method": "sum", "weights": [[0.5, 0.5], 1, 7]}, "3 weights for 2 adapters"),
+        ({"method": "sum", "weights": [[], 1]}, "weights"),
+        ({"method": "sum", "weights": [[{"value": []}], 1]}, "weights"),
+        *(
+            ({"method": "ties", "parameters": {"density": [[{"value": value}], 1]}}, "density")
+            for value in (5, -1, 0, float("nan"), [])
+        ),
+        ({"method": "dare", "parameters": {"drop_rate": [[{"value": 1.0}], 0]}}, "drop_rate"),
+        ({"method": "breadcrumbs", "parameters": {"gamma": [[{"value": 2}], 0]}}, "gamma"),
+        ({"method": "ties", "parameters": {"density": [True, 0.5]}}, "density"),
+        ({"method": "ties", "parameters": {"density": {0.1, 0.3}}}, "no order"),
+    ],
+    ids=str,
+)
+def test_what_means_nothing_is_refused(recipe: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        merge(adapters(2), Recipe(**recipe))
+
+
+@pytest.mark.parametrize(("method", "right"), [("ties", "false"), ("dare_ties", "True"), ("della", "true")])
+def test_rescaling_is_as_it_is_here(tmp_path: Path, method: str, right: str) -> None:
+    wrong = "true" if right == "false" else "false"
+    assert (
+        "rescale" not in read(tmp_path, f"merge_method: {method}\nparameters: {{rescale: {right}}}\n").recipe.parameters
+    )
+    with pytest.raises(ConfigError, match="rescaled here"):
+        read(tmp_path, f"merge_method: {method}\nparameters: {{rescale: {wrong}}}\n")
+
+
 def test_slices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="slices stack layers"):
         read(tmp_path, "merge_method: passthrough\nslices: []\n")

@@ -59,7 +59,7 @@ def equalized(plan: Plan, threads: int | None = None) -> Plan:
     for found in local.run(partial(_squares, plan), plan.modules, threads):
         for key, square in found.items():
             squares[key] += square
-    return weighted(plan, factors({key: float(square.prod()) ** 0.25 for key, square in squares.items()}))
+    return weighted(plan, factors({key: float(square.pow(0.25).prod()) for key, square in squares.items()}))
 
 
 def weighted(plan: Plan, equal: Mapping[str, Equal]) -> Plan:
@@ -105,6 +105,12 @@ def common_size(sizes: list[float]) -> float:
     return largest * math.exp(mean)
 
 
+def fading(sizes: Tensor) -> Tensor:
+    """How much each of ``sizes`` (T,) counts among them: n² / (n² + (:data:`SMALL` · max)²)."""
+    parts = (sizes / sizes.max()).square() if sizes.numel() else sizes
+    return parts / (parts + SMALL**2)
+
+
 def said(factors: Mapping[str, float]) -> str:
     """What was done, in words; with many adapters, the least and the largest factor.
 
@@ -130,7 +136,7 @@ def held_back(equal: Mapping[str, Equal]) -> Iterator[str]:
 def _squares(plan: Plan, name: str) -> dict[str, Tensor]:
     """Adapter name → squared norms of its update of the module, where it has a weight there."""
     having = [key for key in plan.modules[name].ranks if plan.weights[key][name]]
-    return {key: _squared_norms(plan.adapters[key], name) for key in having}
+    return {key: _squared_norms(plan.sized[key], name) for key in having}
 
 
 def _squared_norms(adapter: Adapter, name: str) -> Tensor:

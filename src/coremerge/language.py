@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 GENERATES = "CAUSAL_LM"
 """PEFT's task type of such models."""
 
-BENEATH_A_HEAD = ("model.layers.", "transformer.h.", "gpt_neox.layers.")
+BENEATH_A_HEAD = (
+    "model.layers.", "transformer.h.", "gpt_neox.layers.", "model.language_model.", "language_model.model.layers.",
+)  # fmt: skip
 """How modules' names begin in decoders that have a language head: without one they have no prefix."""
 
 

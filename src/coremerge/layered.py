@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from coremerge.errors import ConfigError
 from coremerge.yamlfile import Number
@@ -14,20 +14,25 @@ from coremerge.yamlfile import Number
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 """A module's layer: the first number in its name."""
 
-Gradient = tuple[Number, ...]
+V = TypeVar("V")
+
+SOME = Field(min_length=1)
+"""Of a list that must not be empty."""
+
+Gradient = Annotated[tuple[Number, ...], SOME]
 """Values from the first layer to the last, evenly apart; in between they are interpolated."""
 
 
-class Condition(BaseModel):
+class Condition(BaseModel, Generic[V]):
     """A value for the modules whose parameters' names have ``filter`` in them; without one, or with ``*``, for all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     filter: str | None = None
-    value: Number | Gradient
+    value: V | Annotated[tuple[V, ...], SOME]
 
 
-Layered = Gradient | tuple[Condition, ...]
+Layered = Gradient | Annotated[tuple[Condition[Number], ...], SOME]
 """A value as a recipe says it: of the conditions, the first that fits a module counts."""
 
 
@@ -43,7 +48,9 @@ def by_module(weights: Any, adapters: Mapping[str, Iterable[str]]) -> Any:
     """
     if weights is None or not any(map(is_layered, weights.values() if isinstance(weights, Mapping) else weights)):
         return weights
-    named = weights if isinstance(weights, Mapping) else dict(zip(adapters, weights, strict=False))
+    if not isinstance(weights, Mapping) and len(weights) != len(adapters):
+        return weights  # refused where weights are read
+    named = weights if isinstance(weights, Mapping) else dict(zip(adapters, weights, strict=True))
     last = last_layer(module for modules in adapters.values() for module in modules)
 
     def settled(name: str, said: Any) -> Any:
@@ -75,7 +82,7 @@ def last_layer(modules: Iterable[str]) -> int:
     return max((layer for layer in map(layer_of, modules) if layer is not None), default=0)
 
 
-def at(said: Layered, module: str, last: int, key: str) -> float:
+def at(said: Sequence[Any], module: str, last: int, key: str) -> float:
     """What is said of ``module``, in a model whose layers end with the number ``last``.
 
     Raises:
@@ -86,9 +93,9 @@ def at(said: Layered, module: str, last: int, key: str) -> float:
     parameter = f"{module}.weight"
     for one in said:
         if not isinstance(one, Condition):
-            return interpolated(said, place)  # type: ignore[arg-type]  # numbers, all of them
-        if one.filter in (None, "*") or one.filter in parameter:
-            return interpolated(one.value, place) if isinstance(one.value, tuple) else one.value
+            return interpolated(said, place)
+        if one.filter is None or one.filter == "*" or one.filter in parameter:
+            return interpolated(one.value, place) if isinstance(one.value, tuple) else float(one.value)
     filters = [one.filter for one in said if isinstance(one, Condition)]
     raise ConfigError(
         f"none of its conditions fits {parameter}", key=key, value=filters,

@@ -22,6 +22,7 @@ SUMS = ("linear", "task_arithmetic")
 """Whose weights are strengths: a scale of our choice would change what they say."""
 
 DARE = ("dare", "dare_linear", "dare_ties")
+RESCALED = (*DARE, "della", "della_linear")
 
 IGNORED = ("tokenizer_source", "tokenizer", "chat_template", "name")
 """Of a whole model's files."""
@@ -29,7 +30,7 @@ IGNORED = ("tokenizer_source", "tokenizer", "chat_template", "name")
 IGNORED_PARAMETERS = ("int8_mask",)
 """Of how mergekit computes."""
 
-OF_MODELS = ("density", "gamma", "epsilon")
+OF_MODELS = ("density", "gamma", "epsilon", "drop_rate")
 """Parameters of methods that may be said of each model."""
 
 Translated = tuple[dict[str, Any], tuple[str, ...], str | None, tuple[str, ...]]
@@ -51,19 +52,25 @@ def translated(data: Mapping[str, Any]) -> Translated:
     base = found.pop("base_model", None)
     base = None if base is None else str(text_of(base))
     parameters = _mapping(found.get("parameters"), "parameters")
-    models, own = _models(found.pop("models", None), base, notes)
+    models, own, beside = _models(found.pop("models", None), base)
+    if beside is not None:
+        notes.append(f"{base} is the base model, which every adapter stands on: left out of the models")
     shared = parameters.pop("weight", None)
-    if shared is not None:
+    if shared is not None and models:
         own.setdefault("weight", [None] * len(models))
-    for key in [key for key, value in parameters.items() if models and isinstance(value, list) and key in OF_MODELS]:
-        own.setdefault(key, [None] * len(models))  # a gradient for all of them
+    for key, value in parameters.items():
+        if models and key in OF_MODELS and isinstance(value, (list, Mapping)):
+            own.setdefault(key, [None] * len(models))  # a gradient or conditions, for all of them
     for key, values in own.items():
-        fallback = shared if key == "weight" else parameters.get(key)
-        told = [fallback if value is None else value for value in values]
+        told = [_or_else(value, shared if key == "weight" else parameters.get(key)) for value in values]
         if key == "weight":
-            _once(found, "weights", [1.0 if value is None else _conditions(value) for value in told])
+            _once(found, "weights", [1.0 if value is None else value for value in told])
         else:
             parameters[key] = _of_models(key, told)
+    if shared is not None and not models:
+        _scaled(found, parameters, shared)
+    if beside is not None and found.get("merge_method") == "linear" and parameters.get("normalize", True) is True:
+        _beside_base(found, parameters, beside, len(models))
     _ignore(found, IGNORED, notes)
     _ignore(parameters, IGNORED_PARAMETERS, notes)
     _of_method(str(found.get("merge_method")), found, parameters, notes)
@@ -78,10 +85,13 @@ def _mapping(value: object, key: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _models(entries: object, base: str | None, notes: list[str]) -> tuple[tuple[str, ...], dict[str, list[Any]]]:
-    """The adapters' names, and parameter → what each of them says, or None."""
+Models = tuple[tuple[str, ...], dict[str, list[Any]], dict[str, Any] | None]
+
+
+def _models(entries: object, base: str | None) -> Models:
+    """The adapters' names, parameter → what each of them says, or None, and what the base says if it is among them."""
     if entries is None:
-        return (), {}
+        return (), {}, None
     if not isinstance(entries, list):
         raise ConfigError("must be a list", key="models", value=entries)
     listed: list[tuple[str, dict[str, Any]]] = []
@@ -91,17 +101,66 @@ def _models(entries: object, base: str | None, notes: list[str]) -> tuple[tuple[
                 "each entry is a 'model' with optional 'parameters'", key="models", value=entry,
                 remedy="Quote a name such as 'null'" if entry is None or entry == {"model": None} else None,
             )  # fmt: skip
+        if isinstance(entry["model"], (Mapping, list)):
+            raise ConfigError("a model is one name", key="models.model", value=entry["model"])
         listed.append((str(text_of(entry["model"])), _mapping(entry.get("parameters"), "models.parameters")))
     kept = [(name, own) for name, own in listed if name != base] or listed
-    if len(kept) < len(listed):
-        notes.append(f"{base} is the base model, which every adapter stands on: left out of the models")
+    beside = next((own for name, own in listed if name == base), {}) if len(kept) < len(listed) else None
     keys = dict.fromkeys(key for _, own in kept for key in own)
-    return tuple(name for name, _ in kept), {key: [own.get(key) for _, own in kept] for key in keys}
+    return tuple(name for name, _ in kept), {key: [own.get(key) for _, own in kept] for key in keys}, beside
 
 
-def _conditions(value: Any) -> Any:
-    """A weight; a single condition is a list of one."""
-    return [value] if isinstance(value, Mapping) else value
+def _or_else(value: Any, shared: Any) -> Any:
+    """What a model says, and where none of its conditions fits, what is said for all; a single condition as a list."""
+    if value is None:
+        return [shared] if isinstance(shared, Mapping) else shared
+    conditions = [value] if isinstance(value, Mapping) else value
+    if shared is None or not (isinstance(conditions, list) and any(isinstance(one, Mapping) for one in conditions)):
+        return conditions
+    more = shared if isinstance(shared, list) and any(isinstance(one, Mapping) for one in shared) else [shared]
+    return [*conditions, *(one if isinstance(one, Mapping) else {"value": one} for one in more)]
+
+
+def _scaled(found: dict[str, Any], parameters: dict[str, Any], weight: Any) -> None:
+    """A weight for all adapters, whoever they are, is a factor of the scale; of one that is set from norms, none."""
+    number = _number(weight)
+    if number is None:
+        raise ConfigError(
+            "a weight for all adapters must be a number where no models are named", key="parameters.weight",
+            value=weight, remedy="List the models",
+        )  # fmt: skip
+    method = str(found.get("merge_method"))
+    for place, key in ((found, "scale"), (parameters, "lambda")):
+        if key in place and (known := _number(place[key])) is not None:
+            place[key] = known * number
+            return
+    if method == "task_arithmetic":
+        found["scale"] = number
+
+
+def _beside_base(found: dict[str, Any], parameters: dict[str, Any], base: dict[str, Any], count: int) -> None:
+    """``linear`` divides by the sum of all weights, the base's among them, whose own update is zero."""
+    given = [_number(value) for value in (base.get("weight", 1), *found.get("weights", [1.0] * count))]
+    if any(value is None for value in given):
+        raise ConfigError(
+            "a linear merge beside the base needs a number as the weight of each", key="models.parameters.weight",
+            value=[base.get("weight", 1), *found.get("weights", [])], remedy="Leave the base out of the models",
+        )  # fmt: skip
+    numbers = [value for value in given if value is not None]
+    if not sum(numbers):
+        raise ConfigError("weights that sum to zero cannot be normalised", key="weights", value=numbers)
+    found["weights"] = [value / sum(numbers) for value in numbers[1:]]
+    parameters["normalize"] = False
+
+
+def _number(value: Any) -> float | None:
+    """What is a number, also as YAML leaves it where its text would be lost (0.70)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def _of_models(key: str, values: list[Any]) -> Any:
@@ -112,7 +171,7 @@ def _of_models(key: str, values: list[Any]) -> Any:
             remedy="Give it to all of them, or under the top-level parameters for the others",
         )  # fmt: skip
     same = all(value == values[0] for value in values) and not isinstance(values[0], (list, Mapping))
-    return values[0] if same else [_conditions(value) for value in values]
+    return values[0] if same else values
 
 
 def _ignore(values: dict[str, Any], keys: tuple[str, ...], notes: list[str]) -> None:
@@ -124,10 +183,11 @@ def _ignore(values: dict[str, Any], keys: tuple[str, ...], notes: list[str]) -> 
 
 def _of_method(method: str, found: dict[str, Any], parameters: dict[str, Any], notes: list[str]) -> None:
     """What mergekit means where it says something else by the same words."""
-    if parameters.pop("rescale", True) is not True:
+    if "rescale" in parameters and str(parameters.pop("rescale")).lower() != str(method in RESCALED).lower():
         raise ConfigError(
-            "what DARE and DELLA keep is always rescaled", key="parameters.rescale", value=False, remedy="Leave it out"
-        )
+            f"what {method} keeps is {'always' if method in RESCALED else 'never'} rescaled here",
+            key="parameters.rescale", remedy="Leave it out",
+        )  # fmt: skip
     if method in DARE and "density" in parameters and "drop_rate" not in parameters:
         kept = parameters.pop("density")
         parameters["drop_rate"] = _rest(kept)
@@ -147,7 +207,8 @@ def _rest(density: Any) -> Any:
         return [_rest(one) for one in density]
     if isinstance(density, Mapping):
         return {key: _rest(value) if key == "value" else value for key, value in density.items()}
-    return round(1 - density, 12) if isinstance(density, (int, float)) and not isinstance(density, bool) else density
+    number = _number(density)
+    return density if number is None else round(1 - number, 12)
 
 
 def _once(found: dict[str, Any], key: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
 from coremerge.copies import as_one, holders, join_copies
-from coremerge.equal import equalized
+from coremerge.equal import equalized, fading
 from coremerge.errors import TensorError
 from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
@@ -325,6 +325,7 @@ def solved_of(
         counts = torch.tensor([weights[0] != 0 for weights in _weights((name,), plan)])
         there = _there(pick(spectral).where(counts, 0.0))
         norms, sizes = ((factors * pick(x))[there] for x in (spectral, frobenius))
+        says = shares[there] * (fading(norms) if plan.equal else 1.0)
         energy, rest = float(values.square().sum()), float(values[wanted:].square().sum())
         if not math.isfinite(energy):
             raise TensorError(
@@ -339,8 +340,8 @@ def solved_of(
             rank=kept.values.shape[-1],
             energy=energy,
             lost=rest / energy if energy else 0.0,
-            input_norm=_mean(norms, shares[there]),
-            input_frobenius=_mean(sizes, shares[there]),
+            input_norm=_mean(norms, says),
+            input_frobenius=_mean(sizes, says),
             norm=float(values.max()) if len(values) else 0.0,
             input_energy={} if tops is None else _by_adapter(pick(energies), name, plan),
             input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),

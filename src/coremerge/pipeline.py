@@ -284,7 +284,8 @@ class Prepared:
 
     def weighted(self, weights: Mapping[str, Any]) -> Prepared:
         """This merge, whose recipe has no weights, with ``weights`` by the adapters' labels."""
-        return replace(self, plan=make_plan(self.plan.adapters, self.plan.recipe.but(weights=weights)))
+        plan = make_plan(self.plan.adapters, self.plan.recipe.but(weights=weights))
+        return replace(self, plan=replace(plan, settled={**self.plan.settled, **plan.settled}))
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--dry-run --json``."""

@@ -83,6 +83,7 @@ class Plan:
         files: what becomes of files beside the adapters' own.
         equal: what brings each adapter to one size, once it is known: see :mod:`coremerge.equal`; in the weights, too.
         settled: parameter of the method → what it was set to from the adapters, and why.
+        sized: the adapters by whose sizes norms are made equal: without weights of rank components in their factors.
         base_norms: module → squared Frobenius norm of the base's weight, where the scale goes by it.
     """
 
@@ -98,6 +99,7 @@ class Plan:
     equal: Mapping[str, Equal] = dataclass_field(default_factory=dict)
     settled: Mapping[str, str] = dataclass_field(default_factory=dict)
     base_norms: Mapping[str, float] = dataclass_field(default_factory=dict)
+    sized: Mapping[str, Adapter] = dataclass_field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -270,27 +272,31 @@ def make_plan(adapters: Mapping[str, Adapter] | Sequence[Adapter], recipe: Recip
         ConfigError: weights or extras that name nothing.
     """
     named = agreed(name_adapters(adapters))
-    recipe, settled = recipe.settled(named)
+    recipe.check_count(len(named))
     weights = recipe.weights if isinstance(adapters, Mapping) else in_order(recipe.weights, named)
     weights = by_module(weights, named)
+    sized = named
     weights, named = fold_components(weights, named)
     resolved = recipe.resolve()
     modules = {name: _planned(name, named, recipe, resolved) for name in _module_names(named)}
     _check_shared(named, modules, recipe)
     holders = {name: tuple(p.ranks) for name, p in modules.items()}
+    table = weight_table(weights, holders, named, recipe.normalize)
+    recipe, settled = recipe.settled({name: named[name] for name in named if any(table[name].values())} or named)
     extras, files = plan_extras(named, recipe.extras), plan_files(named, recipe.extras)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else _common_dtype(named.values())
     plan = Plan(
         named,
         recipe,
         modules,
-        weight_table(weights, holders, named, recipe.normalize),
+        table,
         extras,
         _merged_info(named.values(), extras, files),
         dtype,
         (),
         files,
         settled=settled,
+        sized=sized,
     )
     return replace(plan, warnings=tuple(_warnings(plan)))
 

@@ -52,9 +52,8 @@ class Recipe(BaseModel):
         method: a name of ``coremerge methods``.
         parameters: the method's.
         steps: applied in order: those that act on updates before the method, the others on its result.
-        norms: ``"equal"`` brings all adapters to one Frobenius norm before anything else, see
-            :mod:`coremerge.equal`; ``"own"`` leaves them as they are. Equal for the default method, own for a method
-            that is named.
+        norms: ``"equal"`` brings all adapters to one size before anything else, see :mod:`coremerge.equal`; ``"own"``
+            leaves them as they are. Equal for the default method, own for a method that is named.
         basis: of the core space: ``stacked`` or ``balanced``.
         weights: None (all one), a number per adapter in order, a mapping of names to numbers, or a mapping of names to
             mappings of module names to numbers (a module that is not listed counts as 1) or to one number per rank
@@ -102,6 +101,7 @@ class Recipe(BaseModel):
     allow_disjoint: bool = False
 
     def __init__(self, **values: Any) -> None:
+        said = values.get("norms") is not None
         norms = values.get("norms") or ("own" if "method" in values else "equal")
         values = {key: value for key, value in values.items() if value is not None or key not in _UNSAID}
         values["norms"] = norms
@@ -117,6 +117,8 @@ class Recipe(BaseModel):
                 if detail["type"] == "extra_forbidden"
                 else None,
             ) from None
+        if not said:  # whoever names another method leaves them to that
+            self.model_fields_set.discard("norms")
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -169,16 +171,9 @@ class Recipe(BaseModel):
         return Recipe(**{key: value for key, value in self if key in self.model_fields_set} | changes)
 
     def settled(self, adapters: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
-        """With what is left to the ``adapters``, by name: the recipe, and a sentence for each parameter of its method.
-
-        Raises:
-            ConfigError: not as many values of a parameter as adapters.
-        """
+        """With what its method leaves to the ``adapters``, by name: the recipe, and parameter → why it is so."""
         from coremerge.methods import METHODS
 
-        for key, value in self.parameters.items():
-            if isinstance(value, tuple) and len(value) != len(adapters):
-                raise ConfigError(f"{len(value)} values for {len(adapters)} adapters", key=key, value=list(value))
         method = METHODS.resolve({self.method: self.parameters})
         found = {key: choose(adapters) for key, choose in method.entry.settles.items() if method.values[key] is None}
         if not found:
@@ -186,6 +181,16 @@ class Recipe(BaseModel):
         parameters = {**self.parameters, **{key: value for key, (value, _) in found.items()}}
         said = {key: f"{text_of(value)}, {why}" for key, (value, why) in found.items()}
         return self.model_copy(update={"parameters": parameters}), said
+
+    def check_count(self, count: int) -> None:
+        """Refuse a parameter that has another number of values than there are adapters.
+
+        Raises:
+            ConfigError: it has.
+        """
+        for key, value in self.parameters.items():
+            if isinstance(value, tuple) and len(value) != count:
+                raise ConfigError(f"{len(value)} values for {count} adapters", key=key, value=list(value))
 
     def resolve(self) -> Resolved:
         """Its operators with validated parameters, and what they declare of themselves.

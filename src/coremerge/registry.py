@@ -10,7 +10,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from coremerge.errors import ConfigError
 
@@ -102,11 +102,24 @@ class Entry(Generic[P]):
                 remedy=f"It takes: {', '.join(self.parameters) or 'none'}",
             )
         try:
-            strict = isinstance(value, bool) or None  # a truth is no number, though Python takes it for one
+            strict = _has_truth(value) or None  # a truth is no number, though Python takes it for one
             return _type(self.factory, key).validate_python(_null(value), strict=strict)
         except ValidationError as error:
             detail = error.errors()[0]["msg"]
+        except TypeError as error:
+            detail = str(error)
         raise ConfigError(f"not a value that {self.kind} {self.name!r} takes: {detail}", key=key, value=value)
+
+
+def _has_truth(value: object) -> bool:
+    """Whether it is a truth, or a list with one in it; a set has no order.
+
+    Raises:
+        TypeError: a set.
+    """
+    if isinstance(value, (set, frozenset)):
+        raise TypeError("a set has no order: give a list")
+    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_has_truth, value)))
 
 
 @cache
@@ -196,6 +209,8 @@ def text_of(value: object) -> str:
     """
     if isinstance(value, tuple):
         return f"[{', '.join(map(text_of, value))}]"
+    if isinstance(value, BaseModel):
+        return "{" + ", ".join(f"{key}: {text_of(own)}" for key, own in value if own is not None) + "}"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

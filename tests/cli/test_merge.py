@@ -178,7 +178,7 @@ def test_what_is_printed(run):
     assert told["merged"] == "3 adapters: A, B, C"
     assert told["modules"] == "4, of which 1 in every adapter"
     assert told["method"] == "whiten (even=0.97), in core space, stacked basis"
-    assert told["even"] == "0.97, as the adapters are of a language model that generates"
+    assert told["even"] == "0.97, as the adapters are of a language model that generates (CAUSAL_LM)"
     assert told["norms"].startswith("made equal before merging: A × ")
     assert told["scale"].endswith("(auto)")
     assert told["rank"] == "12"
@@ -320,6 +320,9 @@ class TestRecipeFile:
         words = ["merge", "A", "B", "--recipe", "r.yaml", "--dry-run", "--json"]
         assert json.loads(run(*words).stdout)["recipe"]["norms"] == "equal"
         assert json.loads(run(*words, "--norms", "own").stdout)["recipe"]["norms"] == "own"
+        Path("n.yaml").write_text("norms: equal\n")
+        named = ["merge", "A", "B", "--recipe", "n.yaml", "--method", "sum", "--dry-run", "--json"]
+        assert json.loads(run(*named).stdout)["recipe"]["norms"] == "equal"
         assert json.loads(run(*words, "--method", "ties").stdout)["recipe"]["norms"] == "own"
         assert json.loads(run(*words, "--method", "ties", "--norms", "equal").stdout)["recipe"]["norms"] == "equal"
 

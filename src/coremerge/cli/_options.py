@@ -25,7 +25,7 @@ def recipe_file(path: Path | None) -> RecipeFile:
 def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """``recipe`` with ``options`` in place of what it says.
 
-    Another method brings its own parameters; a recipe's steps and norms stay, but for those of the default method.
+    Another method brings its own parameters; a recipe's steps, and norms that it names, stay.
     Parameters without a method are added to the recipe's.
     """
     from coremerge.recipe import Recipe
@@ -35,8 +35,6 @@ def override(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         options = {**options, "parameters": {**recipe.parameters, **options.get("parameters", {})}}
     else:
         said.pop("parameters", None)
-        if "method" not in said:
-            said.pop("norms", None)
     return Recipe(**{**said, **options})
 
 
@@ -52,8 +50,7 @@ def _scalar(text: str) -> Any:
         value = parse_yaml(text)
     except ValueError:
         return text
-    scalars = value if isinstance(value, list) else [value]
-    return value if all(isinstance(one, (bool, int, float, type(None))) for one in scalars) else text
+    return value if isinstance(value, (bool, int, float, list, type(None))) else text
 
 
 def steps(named: Sequence[str] | None, none: bool) -> list[str] | None:

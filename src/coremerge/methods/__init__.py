@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from coremerge.layered import Condition, Layered, at
+from coremerge.layered import Condition, at
 from coremerge.lowrank import LowRank, Matrix
 from coremerge.registry import Registry
 
@@ -48,14 +49,16 @@ def _uniform(key: str, shape: torch.Size) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-Share = float | Sequence[float | Layered]
+Share = float | Sequence[Any]
 """A parameter: one for all adapters; or for each of them, in their order, a number or what differs by layer."""
 
 
 def of_task(value: Share, task: int, site: Site) -> float:
     """A parameter for one of the adapters, here."""
     own = value[task] if isinstance(value, Sequence) else value
-    return at(own, site.modules[0], site.last, "parameters") if isinstance(own, tuple) else own
+    return (
+        at(own, site.modules[0], site.last, f"the parameter of adapter {task + 1}") if isinstance(own, tuple) else own
+    )
 
 
 def shown(value: Share) -> str:
@@ -70,11 +73,15 @@ def shown(value: Share) -> str:
     return ", ".join(map(_shown, value)) + " (in their order)"
 
 
-def _shown(own: float | Layered) -> str:
+def _shown(own: Any) -> str:
     if not isinstance(own, tuple):
         return f"{own:g}"
     first, last = own[0], own[-1]
-    return "one by name" if isinstance(first, Condition) else f"{first:g} to {last:g} over the layers"
+    return (
+        "one by name (the first that fits)"
+        if isinstance(first, Condition)
+        else f"{first:g} to {last:g} over the layers"
+    )
 
 
 Method = Callable[[Sequence[LowRank], Site], Matrix]

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from coremerge.layered import Condition
+from coremerge.layered import SOME, Condition
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
 from coremerge.methods.ties import Densities, Reduce, entries, trimmed_and_elected, trims
@@ -16,7 +16,10 @@ from coremerge.registry import Values
 
 SOURCE = "DARE, arXiv 2311.03099"
 DropRate = Annotated[float, Field(ge=0, lt=1)]
-DropRates = DropRate | tuple[DropRate | tuple[DropRate, ...] | tuple[Condition, ...], ...]
+DropRates = (
+    DropRate
+    | tuple[DropRate | Annotated[tuple[DropRate, ...], SOME] | Annotated[tuple[Condition[DropRate], ...], SOME], ...]
+)
 """One for all adapters, or for each, in their order, one or what differs by layer."""
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from coremerge.errors import ConfigError
-from coremerge.layered import Condition
+from coremerge.layered import SOME, Condition
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site, of_task, shown
 from coremerge.methods.ties import Densities, Reduce, entries, errors_of, trim_each
@@ -27,7 +27,10 @@ def _drops(values: Values) -> list[str]:
 
 
 Epsilon = Annotated[float, Field(ge=0, lt=1)]
-Epsilons = Epsilon | tuple[Epsilon | tuple[Epsilon, ...] | tuple[Condition, ...], ...]
+Epsilons = (
+    Epsilon
+    | tuple[Epsilon | Annotated[tuple[Epsilon, ...], SOME] | Annotated[tuple[Condition[Epsilon], ...], SOME], ...]
+)
 
 
 @METHODS.register(

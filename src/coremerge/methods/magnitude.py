@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from coremerge.layered import Condition
+from coremerge.layered import SOME, Condition
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site, of_task, shown
 from coremerge.methods.ties import Densities, Reduce, entries, errors_of, kept, trim_each
@@ -16,7 +16,7 @@ from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
 
 Gamma = Annotated[float, Field(ge=0, lt=1)]
-Gammas = Gamma | tuple[Gamma | tuple[Gamma, ...] | tuple[Condition, ...], ...]
+Gammas = Gamma | tuple[Gamma | Annotated[tuple[Gamma, ...], SOME] | Annotated[tuple[Condition[Gamma], ...], SOME], ...]
 
 
 @METHODS.register(

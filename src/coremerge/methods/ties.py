@@ -10,14 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from coremerge.layered import Condition
+from coremerge.layered import SOME, Condition
 from coremerge.linalg import column_norms
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
 from coremerge.registry import Values
 
 Density = Annotated[float, Field(gt=0, le=1)]
-Densities = Density | tuple[Density | tuple[Density, ...] | tuple[Condition, ...], ...]
+Densities = (
+    Density
+    | tuple[Density | Annotated[tuple[Density, ...], SOME] | Annotated[tuple[Condition[Density], ...], SOME], ...]
+)
 """One for all adapters, or for each, in their order, one or what differs by layer."""
 
 Reduce = Literal["mean", "sum"]

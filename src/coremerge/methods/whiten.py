@@ -30,8 +30,8 @@ EVEN = 0.97
 def _even_for(adapters: Mapping[str, Adapter]) -> tuple[float, str]:
     """How even the strengths become, and why; chosen on validation rows of four worlds."""
     if any(map(generates, adapters.values())):
-        return EVEN, "as the adapters are of a language model that generates"
-    return 0.0, "as no adapter says that it is of a language model that generates"
+        return EVEN, "as the adapters are of a language model that generates (CAUSAL_LM)"
+    return 0.0, "as no adapter says that it is of a language model that generates (CAUSAL_LM)"
 
 
 @METHODS.register(
@@ -47,11 +47,11 @@ def whiten(
     """Put the tasks' singular vectors side by side, whiten each stack with a ridge, multiply back.
 
     X_t = U_t S_t V_tᵀ → X = W(U) · S · W(V)ᵀ, where U, S and V are side by side,
-    W(U) = √(1 + ridge) · B (BᵀB + ridge·D)^-½ with B = U √D, and D = S² / (S² + (max S · FAINT)²). Then the singular
-    values of X become σ / (1 − e·(1 − σ/σ₁)): with e = ``even`` where two or more different updates meet, and less the
-    more alike they are, down to 0 for copies.
+    W(U) = √(1 + ridge) · B (BᵀB + ridge·D)^-½ with B = U √D, D = d(σ/σ_t) · d(σ_t/max σ), σ_t the largest of X_t and
+    d(x) = x² / (x² + FAINT²). Then the singular values of X become σ / (1 − e·(1 − σ/σ₁)): with e = ``even`` where two
+    or more different updates meet, and less the more alike they are, down to 0 for copies.
 
-    Directions that no other adapter has stay as they are; those that several share are not counted several times;
+    Directions that no other adapter has stay where they are; those that several share are not counted several times;
     a small change of an adapter is a small change of the result. Nothing is cut.
 
     Args:
@@ -66,7 +66,7 @@ def whiten(
         values = torch.cat([part.values for part in parts], -1)
         if values.shape[-1] == 0:
             return LowRank(left, right)
-        weights = _weights(values)
+        weights = _weights([part.values for part in parts])
         whitened = LowRank(
             _whitened(left, weights, ridge) * values.unsqueeze(-2), _whitened(right.mT, weights, ridge).mT
         )
@@ -83,6 +83,9 @@ def _different(inner: Tensor) -> Tensor:
 
     Of their inner products G (..., T, T): (tr G)² / ‖G‖² is how many orthogonal updates of one size are as different.
     """
+    own = inner.diagonal(dim1=-2, dim2=-1)
+    largest = own.amax((-1,), keepdim=True).unsqueeze(-1)
+    inner = torch.where(largest > 0, inner / largest, 0.0)
     squares = inner.square().sum((-2, -1))
     count = inner.diagonal(dim1=-2, dim2=-1).sum(-1).square() / torch.where(squares > 0, squares, 1.0)
     return (2 * (1 - 1 / count.clamp_min(1))).clamp_max(1)
@@ -96,14 +99,26 @@ def _evened(svd: ThinSVD, even: Tensor) -> ThinSVD:
 
 
 FAINT = 0.03
-"""Of the largest singular value: a direction as strong as this has half a say in what the others become, and one that
-fades has less and less. Larger values weigh more on the strong directions; .03 was the best of .03, .05, .1 and .3 on
+"""Of an update's largest singular value, and of the largest of all updates: a direction as strong as this has half a
+say in what the others become, and one that fades has less and less. .03 was the best of .03, .05, .1 and .3 on
 validation rows of eight vision tasks; elsewhere they were alike."""
 
 
-def _weights(values: Tensor) -> Tensor:
-    """D of singular values (..., R): 1 where they are large, 0 where they are 0."""
-    largest = values.amax(-1, keepdim=True)
+def _weights(spectra: Sequence[Tensor]) -> Tensor:
+    """D (..., R) of the updates' singular values (..., r_t): alike in copies of one update, but for a factor."""
+    tops = torch.stack([_top(values) for values in spectra], -1)
+    says = _say(tops, _top(tops).unsqueeze(-1))
+    found = [_say(values, _top(values).unsqueeze(-1)) * says[..., t, None] for t, values in enumerate(spectra)]
+    return torch.cat(found, -1)
+
+
+def _top(values: Tensor) -> Tensor:
+    """The largest (...), 0 of none."""
+    return values.amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+
+
+def _say(values: Tensor, largest: Tensor) -> Tensor:
+    """1 of ``values`` that are large, 0 of those that are 0."""
     squares = torch.where(largest > 0, values / largest, 0.0).square()
     return squares / (squares + FAINT**2)
 
