@@ -21,7 +21,9 @@ ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 SUMS = ("linear", "task_arithmetic")
 """Whose weights are strengths: a scale of our choice would change what they say."""
 
-DARE = ("dare", "dare_linear", "dare_ties")
+DARE: Mapping[str, Mapping[str, Any]] = {"dare": {}, "dare_linear": {}, "dare_ties": {"density": 1.0}}
+"""Methods whose density is what DARE keeps → what else that leaves; nothing is trimmed afterwards."""
+
 RESCALED = (*DARE, "della", "della_linear")
 
 IGNORED = ("tokenizer_source", "tokenizer", "chat_template", "name")
@@ -191,8 +193,7 @@ def _of_method(method: str, found: dict[str, Any], parameters: dict[str, Any], n
     if method in DARE and "density" in parameters and "drop_rate" not in parameters:
         kept = parameters.pop("density")
         parameters["drop_rate"] = _rest(kept)
-        if method == "dare_ties":
-            parameters["density"] = 1.0
+        parameters |= DARE[method]
         notes.append(f"density is what {method} keeps, as in mergekit: a drop_rate of 1 - density")
     if method in SUMS and "scale" not in found and "lambda" not in parameters:
         found["scale"] = 1.0
