@@ -279,7 +279,14 @@ FEWER = {
 """Name → way."""
 
 CONTROLS = {"no adapter": ":", "no adapter, probes": "--"}
-OURS = ("core coremerge's default", "fit", "fit, rank 16", "weights: nsc-own", "weights: match")
+OURS = (
+    "core coremerge's default",
+    "core coremerge's default, scale by the base",
+    "fit",
+    "fit, rank 16",
+    "weights: nsc-own",
+    "weights: match",
+)
 
 
 def mean(seeds: Sequence[Mapping[str, Any]]) -> float:
