@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coremerge.adapter import Adapter, Info
-from coremerge.equal import GROWTH, common_size, equalized, factors, said, squared_norms
+from coremerge.equal import GROWTH, common_size, equalized, factors, gram_norms, said
 from coremerge.lowrank import LowRank
 from coremerge.merging import merge
 from coremerge.plan import make_plan
@@ -20,10 +20,10 @@ from laws import close, dense, lowrank, named, normal, orthogonal
 def test_norms_from_gram_matrices() -> None:
     update = lowrank(9, 7, 3)
     values = torch.linalg.svdvals(update.dense())
-    close(squared_norms(update), torch.stack([values[0], values.norm()]).square())
-    assert squared_norms(LowRank.zeros(4, 3)).tolist() == [0, 0]
-    assert squared_norms(update * math.nan).tolist() == [math.inf, math.inf]
-    assert squared_norms(update * 1e200).tolist() == [math.inf, math.inf]
+    close(gram_norms(update), torch.stack([values[0], values.norm()]).square())
+    assert gram_norms(LowRank.zeros(4, 3)).tolist() == [0, 0]
+    assert gram_norms(update * math.nan).tolist() == [math.inf, math.inf]
+    assert gram_norms(update * 1e200).tolist() == [math.inf, math.inf]
 
 
 class TestFactors:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter
 from coremerge.executors import local
-from coremerge.linalg import eigh, eigvalsh
+from coremerge.linalg import eigh, eigvalsh, fading
 from coremerge.lowrank import LowRank
 from coremerge.plan import Plan
 
@@ -98,17 +98,15 @@ def common_size(sizes: list[float]) -> float:
         >>> round(common_size([3.0, 3.0]), 6), round(common_size([3.0, 3.0, 1e-30]), 6)
         (3.0, 3.0)
     """
-    largest = max(sizes)
-    parts = [size / largest for size in sizes]
-    says = [part**2 / (part**2 + SMALL**2) for part in parts]
-    mean = math.fsum(say * math.log(part) for say, part in zip(says, parts, strict=True) if say) / math.fsum(says)
-    return largest * math.exp(mean)
+    given = torch.tensor(sizes, dtype=torch.float64)
+    says = counting(given)
+    logs = torch.where(says > 0, (given / given.max()).log(), 0.0)
+    return float(given.max() * ((says * logs).sum() / says.sum()).exp())
 
 
-def fading(sizes: Tensor) -> Tensor:
-    """How much each of ``sizes`` (T,) counts among them: n² / (n² + (:data:`SMALL` · max)²)."""
-    parts = (sizes / sizes.max()).square() if sizes.numel() else sizes
-    return parts / (parts + SMALL**2)
+def counting(sizes: Tensor) -> Tensor:
+    """How much each of ``sizes`` (T,) counts among them: see :data:`SMALL`."""
+    return fading(sizes, sizes.max(), SMALL) if sizes.numel() else sizes
 
 
 def said(factors: Mapping[str, float]) -> str:
@@ -136,20 +134,20 @@ def held_back(equal: Mapping[str, Equal]) -> Iterator[str]:
 def _squares(plan: Plan, name: str) -> dict[str, Tensor]:
     """Adapter name → squared norms of its update of the module, where it has a weight there."""
     having = [key for key in plan.modules[name].ranks if plan.weights[key][name]]
-    return {key: _squared_norms(plan.sized[key], name) for key in having}
+    return {key: _norms(plan.sized[key], name) for key in having}
 
 
-def _squared_norms(adapter: Adapter, name: str) -> Tensor:
+def _norms(adapter: Adapter, name: str) -> Tensor:
     """In float32 where that has the range for it: sizes need no more digits."""
-    found = squared_norms(adapter.read(name))
-    return found if bool(((found > SHORT) & (found < 1 / SHORT)).all()) else squared_norms(adapter[name])
+    found = gram_norms(adapter.read(name))
+    return found if bool(((found > SHORT) & (found < 1 / SHORT)).all()) else gram_norms(adapter[name])
 
 
 SHORT = 1e-30
 """Squares of numbers in float32 between this and its inverse have lost nothing."""
 
 
-def squared_norms(update: LowRank) -> Tensor:
+def gram_norms(update: LowRank) -> Tensor:
     """(2,): the squared spectral and Frobenius norm, from r × r Gram matrices; infinite where these are not finite."""
     left, right = (update.left.mT @ update.left).double(), (update.right @ update.right.mT).double()
     if not bool(left.isfinite().all() & right.isfinite().all()):

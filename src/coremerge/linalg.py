@@ -140,6 +140,15 @@ def eigvalsh(x: Tensor) -> Tensor:
     return values
 
 
+def fading(values: Tensor, largest: Tensor, share: float) -> Tensor:
+    """How much ``values`` (...) count beside the ``largest``: x² / (x² + ``share``²), x = values / largest.
+
+    Nearly 1 of what is far above ``share``, ½ of what is as large, and less and less of what fades; 0 of nothing.
+    """
+    squares = torch.where(largest > 0, values / largest, 0.0).square()
+    return squares / (squares + share**2)
+
+
 def solve(x: Tensor, y: Tensor) -> Tensor:
     """``x``⁻¹ ``y`` of a square, regular ``x``."""
     found: Tensor = torch.linalg.solve(x, y)

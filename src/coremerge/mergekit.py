@@ -66,7 +66,8 @@ def translated(data: Mapping[str, Any]) -> Translated:
     for key, values in own.items():
         told = [_or_else(value, shared if key == "weight" else parameters.get(key)) for value in values]
         if key == "weight":
-            _once(found, "weights", [1.0 if value is None else value for value in told])
+            weights = [1.0 if value is None else value for value in told]
+            say_once(found, "weights", weights, "models.parameters.weight")
         else:
             parameters[key] = _of_models(key, told)
     if shared is not None and not models:
@@ -212,12 +213,12 @@ def _rest(density: Any) -> Any:
     return density if number is None else round(1 - number, 12)
 
 
-def _once(found: dict[str, Any], key: str, value: Any) -> None:
-    if found.get(key) not in (None, value):
-        raise ConfigError(
-            f"{key} is {found[key]!r} in the same file",
-            key="models.parameters.weight",
-            value=value,
-            remedy="Say it once",
-        )
-    found[key] = value
+def say_once(values: dict[str, Any], key: str, value: object, name: str) -> None:
+    """Take ``value``, which the file gives as ``name``; the file may say it as ``key``, too, but not otherwise.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if values.get(key) not in (None, value):
+        raise ConfigError(f"{key} is {values[key]!r} in the same file", key=name, value=value, remedy="Say it once")
+    values[key] = value

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coremerge.adapter import Adapter, Lazy
 from coremerge.copies import as_one, holders, join_copies
-from coremerge.equal import equalized, fading
+from coremerge.equal import counting, equalized
 from coremerge.errors import TensorError
 from coremerge.executors import local
 from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
@@ -250,7 +250,7 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     rows = coordinates.rows
     cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
     seen = cores if rows is None else [_over_rows(core, rows) for core in cores]
-    merged = parts.method(seen, Site(plan.recipe.seed, tuple(names), tuple(plan.adapters), plan.last_layer))
+    merged = parts.method(seen, _site(names, plan))
     if rows is not None:
         merged = _scale_rows(merged, rows)
     merged = thin_svd(merged)
@@ -259,6 +259,10 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     for step in parts.after:
         merged = thin_svd(step(merged))
     return merged.cut(NOISE)
+
+
+def _site(names: Sequence[str], plan: Plan) -> Site:
+    return Site(plan.recipe.seed, tuple(names), tuple(plan.adapters), plan.last_layer)
 
 
 def _over_rows(core: LowRank, rows: Tensor) -> LowRank:
@@ -325,7 +329,7 @@ def solved_of(
         counts = torch.tensor([weights[0] != 0 for weights in _weights((name,), plan)])
         there = _there(pick(spectral).where(counts, 0.0))
         norms, sizes = ((factors * pick(x))[there] for x in (spectral, frobenius))
-        says = shares[there] * (fading(norms) if plan.equal else 1.0)
+        says = shares[there] * (counting(norms) if plan.equal else 1.0)
         energy, rest = float(values.square().sum()), float(values[wanted:].square().sum())
         if not math.isfinite(energy):
             raise TensorError(
@@ -472,11 +476,6 @@ def _biases(plan: Plan, parts: Parts, scale: float) -> Mapping[str, Tensor]:
             return scale * sum(having.values(), torch.zeros(()))
         zeros, one = torch.zeros_like(next(iter(having.values()))), torch.ones(1, 1, dtype=torch.float64)
         columns = [LowRank(having.get(key, zeros)[:, None], one) for key in plan.adapters]
-        return (
-            scale
-            * dense(
-                parts.method(columns, Site(plan.recipe.seed, (name,), tuple(plan.adapters), plan.last_layer))
-            ).flatten()
-        )
+        return scale * dense(parts.method(columns, _site((name,), plan))).flatten()
 
     return Lazy(names, load)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coremerge.equal import SMALL, held_back
+import torch
+
+from coremerge.equal import counting, held_back
 from coremerge.errors import ConfigError
 from coremerge.plan import Plan
 from coremerge.recipe import Resolved
@@ -209,8 +211,7 @@ def base_scale(reports: Mapping[str, ModuleReport], base_norms: Mapping[str, flo
     With M_l the merged update of module l, Δ_l that of task t and W_l the base's weight, all over ‖W_l‖_F: what a task
     meets of the others is d_t² = Σ_l ‖M_l‖² − (Σ_l ⟨M_l, Δ_l⟩)² / Σ_l ‖Δ_l‖², the part of M that is not along its own
     update. The root of its mean over tasks, times the factor, is held to that; a task counts less in the mean where its
-    own update is next to nothing. A single adapter and copies of one meet
-    nothing: infinite.
+    own update is next to nothing. A single adapter and copies of one meet nothing: infinite.
 
     Source: ours; docs/log.md.
     """
@@ -220,8 +221,8 @@ def base_scale(reports: Mapping[str, ModuleReport], base_norms: Mapping[str, flo
     tasks = dict.fromkeys(key for report in reports.values() for key in report.squares)
     own = {key: sum(share * report.squares.get(key, 0.0) for share, report in modules) for key in tasks}
     inner = {key: sum(share * report.along.get(key, 0.0) for share, report in modules) for key in tasks}
-    largest = max(own.values(), default=0.0)
-    says = {key: size / (size + SMALL**2 * largest) for key, size in own.items() if size > 0}
-    met = sum(say * max(0.0, whole - inner[key] ** 2 / own[key]) for key, say in says.items())
-    mean = met / sum(says.values()) if says else 0.0
+    there = [key for key in tasks if own[key] > 0]
+    says = counting(torch.tensor([own[key] ** 0.5 for key in there], dtype=torch.float64)).tolist()
+    met = sum(say * max(0.0, whole - inner[key] ** 2 / own[key]) for key, say in zip(there, says, strict=True))
+    mean = met / sum(says) if says else 0.0
     return BEARABLE / mean**0.5 if mean > CANCELLED * whole else math.inf

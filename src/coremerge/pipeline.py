@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from coremerge.executors import Executor
     from coremerge.formats.atomic import Resumable
     from coremerge.formats.into import IntoPlan
+    from coremerge.formats.placing import Placement
     from coremerge.unfinished import Unfinished
 
 
@@ -214,10 +215,9 @@ def prepare(
     if out is not None:
         check_output(out, overwrite=overwrite, inputs=files_of(adapters))
     plan = make_plan(adapters, with_labels(recipe or Recipe(), adapters, sources))
-    if plan.recipe.scale == "base" and base is None and into is None:
-        raise ConfigError("it goes by a base model, and none is named", key="scale", value="base", remedy="Give --base")
     given = Given(tuple(sources), into, base, vera_width, initial, allow_pickle, link, rename)
-    return Prepared(plan, None if into is None else _plan_into(into, plan), given, overwrite, start)
+    into_plan = None if into is None else _plan_into(into, plan)
+    return Prepared(plan, into_plan, given, overwrite, start, _beside_base(plan, base, into_plan))
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,7 @@ class Prepared:
         given: what it was prepared from.
         overwrite: replace a result that is there already.
         start: when it began.
+        placement: of the merge in the base model that the scale goes by, where it does.
     """
 
     plan: Plan
@@ -237,6 +238,7 @@ class Prepared:
     given: Given
     overwrite: bool
     start: float
+    placement: Placement | None = None
 
     @property
     def into(self) -> str | Path | None:
@@ -339,7 +341,7 @@ class Prepared:
             unfinished = stack.enter_context(self._unfinished(out, started, how, rank_pattern)) if resume else None
             held = unfinished.held if unfinished else stack.enter_context(closing(Held(folder=standing(out))))
             with memory_refused():
-                plan = self.plan if solve else equalized(self._beside_base(threads, tell), threads)
+                plan = self.plan if solve else equalized(self._with_norms(threads, tell), threads)
                 away = Away(replace(self, plan=plan), executor, device) if executor and not solve else None
                 how |= {"held": held, "solver": away.solve if away else None, "progress": _stage(tell, "merging")}
                 result = solve(plan) if solve else execute(plan, **how)
@@ -356,14 +358,13 @@ class Prepared:
         notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
         return Merged(plan, result.report, saved, sha256, seconds, notes, self.into)
 
-    def _beside_base(self, threads: int | None, tell: Progress) -> Plan:
+    def _with_norms(self, threads: int | None, tell: Progress) -> Plan:
         """The plan, with the norms of the base's weights where the scale goes by them."""
-        base = self.given.base or self.into
-        if self.plan.recipe.scale != "base" or base is None:
+        if self.placement is None:
             return self.plan
-        from coremerge.formats.base_norms import squared_norms
+        from coremerge.formats.base_norms import norms_at
 
-        norms = squared_norms(base, _stand_in(self.plan), threads=threads, progress=_stage(tell, "reading the base"))
+        norms = norms_at(self.placement, threads=threads, progress=_stage(tell, "reading the base"))
         return replace(self.plan, base_norms=norms)
 
     def _unfinished(
@@ -439,6 +440,20 @@ def _plan_into(base: str | Path, plan: Plan) -> IntoPlan:
     from coremerge.formats.into import plan_into
 
     return plan_into(base, _stand_in(plan), dtype=plan.recipe.dtype)
+
+
+def _beside_base(plan: Plan, base: str | Path | None, into_plan: IntoPlan | None) -> Placement | None:
+    """Where the merge is in the base that its scale goes by, from headers alone: the one it is written into, if any."""
+    if plan.recipe.scale != "base":
+        return None
+    if into_plan:
+        return into_plan.placement
+    if base is None:
+        raise ConfigError("it goes by a base model, and none is named", key="scale", value="base", remedy="Give --base")
+    from coremerge.formats.base_weights import open_base
+    from coremerge.formats.placing import Placement
+
+    return Placement(open_base(base), _stand_in(plan))
 
 
 def _stand_in(plan: Plan) -> Adapter:

@@ -373,6 +373,8 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown key.
     """
+    from coremerge.mergekit import ALIASES, say_once
+
     data = dict(data)
     parameters = data.pop("parameters", None) or {}
     if not isinstance(parameters, Mapping):
@@ -380,7 +382,7 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
     parameters = dict(parameters)
     values: dict[str, Any] = {key: data.pop(key) for key in list(data) if key in Recipe.model_fields}
     if "merge_method" in data:
-        _say(values, "method", data.pop("merge_method"), "merge_method")
+        say_once(values, "method", data.pop("merge_method"), "merge_method")
     method = values.pop("method", None)
     if "out_dtype" in data:
         values["dtype"] = data.pop("out_dtype")
@@ -394,27 +396,18 @@ def read_values(data: Mapping[str, Any]) -> dict[str, Any]:
         ]
         raise ConfigError("an unknown key", key=next(iter(data)), remedy=f"Known: {', '.join(known)}")
     if "normalize" in parameters:
-        _say(values, "normalize", parameters.pop("normalize"), "parameters.normalize")
+        say_once(values, "normalize", parameters.pop("normalize"), "parameters.normalize")
     elif method == "linear":
         values["normalize"] = True
     if "lambda" in parameters:
-        _say(values, "scale", parameters.pop("lambda"), "parameters.lambda")
+        say_once(values, "scale", parameters.pop("lambda"), "parameters.lambda")
     if method is not None:
-        from coremerge.mergekit import ALIASES
-
         values["method"], settled = ALIASES.get(str(method), (str(method), {}))
         for key, value in settled.items():
-            _say(parameters, key, value, f"{method}: {key}")
+            say_once(parameters, key, value, f"{method}: {key}")
     if parameters or method is not None:
         values["parameters"] = parameters
     return values
-
-
-def _say(values: dict[str, Any], key: str, value: object, name: str) -> None:
-    """Take ``value``, which the file gives as ``name``; the file may say it as ``key``, too, but not otherwise."""
-    if values.get(key) not in (None, value):
-        raise ConfigError(f"{key} is {values[key]!r} in the same file", key=name, value=value, remedy="Say it once")
-    values[key] = value
 
 
 WRITTEN_APART = {"method", "parameters", "steps", "weights", "space", "scale"}
@@ -427,30 +420,26 @@ WHOLE = {"dare_ties"}
 def write_recipe(recipe: Recipe, models: Sequence[str] = (), base_model: str | None = None) -> str:
     """``recipe`` as YAML that :func:`read_recipe` reads back."""
     data = recipe.model_dump(mode="json", exclude_defaults=True, exclude=WRITTEN_APART)
-    head: dict[str, Any] = {"merge_method": recipe.method}
-    weights = recipe.weights
-    parameters = (
-        {**recipe.resolve().method.values, **recipe.parameters} if recipe.method in WHOLE else recipe.parameters
-    )
     plain = recipe.model_dump(mode="json")
-    parameters = {key: plain["parameters"].get(key, value) for key, value in parameters.items()}
+    head: dict[str, Any] = {"merge_method": recipe.method}
+    weights = plain["weights"]
+    parameters = plain["parameters"]
+    if recipe.method in WHOLE:
+        parameters = {**recipe.resolve().method.values, **parameters}
     each = {key: parameters.pop(key) for key, value in recipe.parameters.items() if models and isinstance(value, tuple)}
+    if models and isinstance(weights, list):
+        each = {"weight": weights, **each}
+    elif weights is not None:
+        data["weights"] = weights
     if data.pop("normalize", False):
         parameters["normalize"] = True
     if models:
-        if not isinstance(weights, Mapping) and weights is not None:
-            each = {"weight": plain["weights"], **each}
-        own = [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)] or [{}] * len(
-            models
-        )
-        pairs = zip(models, own, strict=True)
-        head["models"] = [{"model": m, "parameters": o} if o else {"model": m} for m, o in pairs]
-    if isinstance(weights, Mapping) or (weights is not None and not models):
-        data["weights"] = plain["weights"]
+        own = [{key: values[at] for key, values in each.items()} for at in range(len(models))]
+        head["models"] = [{"model": m, **({"parameters": o} if o else {})} for m, o in zip(models, own, strict=True)]
     if base_model:
         head["base_model"] = base_model
     if parameters:
         head["parameters"] = parameters
     head["steps"] = [step if isinstance(step, str) else dict(step) for step in recipe.steps]
-    head.update(space=recipe.model_dump(mode="json")["space"], scale=recipe.scale, **data)
+    head.update(space=plain["space"], scale=recipe.scale, **data)
     return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)

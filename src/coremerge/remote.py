@@ -73,7 +73,9 @@ def order_of(prepared: Prepared, device: str) -> Order:
     places_of = dict(zip(map(str, given.sources), sources, strict=True))
     initial = {places_of.get(name, name): _place(place) for name, place in (given.initial or {}).items()}
     fixed = replace(given, sources=sources, initial=initial, **places)
-    return Order(fixed, prepared.plan.recipe, device, _stamps(prepared), prepared.plan.equal, prepared.plan.base_norms)
+    plan = prepared.plan
+    recipe = plan.recipe.model_copy(update={"scale": "auto"})  # set by who asks: workers need no base model for it
+    return Order(fixed, recipe, device, _stamps(prepared), plan.equal, plan.base_norms)
 
 
 def _fixed(source: str | Path, revision: str | None) -> str:

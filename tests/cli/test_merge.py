@@ -196,6 +196,7 @@ def test_a_cut_that_loses_much_is_warned_of(run):
 def test_a_scale_by_the_base(run):
     refused(run("merge", "A", "B", "-o", "OUT", "--scale", "base"), "scale", "base", "--base")
     refused(run("merge", "A", "B", "-o", "OUT", "--scale", "base", "--base", "nowhere"), "nowhere")
+    refused(run("merge", "A", "B", "--dry-run", "--scale", "base", "--base", "nowhere"), "nowhere")
     make_base(Path("base"))
     plain = json.loads(run("merge", "A", "B", "-o", "OUT", "--json").stdout)
     held = json.loads(run("merge", "A", "B", "-o", "HELD", "--scale", "base", "--base", "base", "--json").stdout)

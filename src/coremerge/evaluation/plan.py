@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coremerge.errors import ConfigError
 from coremerge.evaluation.scales import Scales
+from coremerge.methods.whiten import EVEN
 from coremerge.recipe import Recipe, read_values
 from coremerge.registry import Spec
 from coremerge.yamlfile import Whole, read_yaml, refusal
@@ -149,7 +150,7 @@ PLAN = make_plan(
         {"merge_method": "cart", "parameters": {"rank": [8, 4, 16]}},
         {"merge_method": "sum", "steps": ["isotropize"]},
         {"merge_method": "tsv", "steps": ["isotropize"], "parameters": {"rank": [4, 2, 8]}, "label": "few directions"},
-        {"merge_method": "whiten", "norms": "equal", "parameters": {"even": [0, 0.97]}, "label": "default"},
+        {"merge_method": "whiten", "norms": "equal", "parameters": {"even": [0, EVEN]}, "label": "default"},
     ],
     budget=20,
 )

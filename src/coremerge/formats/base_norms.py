@@ -6,39 +6,43 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coremerge.adapter import Adapter
 from coremerge.executors import local
-from coremerge.formats.base_weights import BLOCK, BaseModel, Shard, open_base
+from coremerge.formats.base_weights import BLOCK, Shard, open_base
 from coremerge.formats.placing import Edit, Placement
 from coremerge.formats.safetensors_file import FACTOR_DTYPES
 
+Progress = Callable[[int, int], None]
 
-def squared_norms(
-    base: str | Path | BaseModel,
-    adapter: Adapter,
-    *,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """Module → ‖W‖_F² of the weight, or of the rows of a fused one, that ``adapter`` has an update for.
 
-    Only these weights are read, each once; the adapter's factors are not.
+def squared_norms(base: str | Path, adapter: Adapter, **how: Any) -> dict[str, float]:
+    """:func:`norms_at` of an adapter and its base model's folder, hub id or URL.
 
     Raises:
         SourceError: the base cannot be read.
         MismatchError: a module has no weight in the base, or one of another shape.
         UnsupportedError: such a weight is quantised, or all are pickles.
     """
-    opened = base if isinstance(base, BaseModel) else open_base(base)
-    placement = Placement(opened, adapter)
+    return norms_at(Placement(open_base(base), adapter), **how)
+
+
+def norms_at(placement: Placement, *, threads: int | None = None, progress: Progress | None = None) -> dict[str, float]:
+    """Module → ‖W‖_F² of the weight, or of the rows of a fused one, that the adapter has an update for.
+
+    Only these weights are read, each once; the adapter's factors are not.
+
+    Raises:
+        SourceError: the base cannot be read.
+    """
     edits = {key: edit for key, edit in placement.edits.items() if edit.modules}
-    found: dict[str, float] = dict.fromkeys(adapter.modules, 0.0)
+    found: dict[str, float] = dict.fromkeys(placement.adapter.modules, 0.0)
     done = 0
-    for shard in opened.shards.values():
+    for shard in placement.base.shards.values():
         held = {key: placement.copied.get(key, key) for key in edits}
         here = {key: source for key, source in held.items() if source in shard.entries}
         with shard:

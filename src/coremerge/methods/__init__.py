@@ -55,10 +55,10 @@ Share = float | Sequence[Any]
 
 def of_task(value: Share, task: int, site: Site) -> float:
     """A parameter for one of the adapters, here."""
-    own = value[task] if isinstance(value, Sequence) else value
-    return (
-        at(own, site.modules[0], site.last, f"the parameter of adapter {task + 1}") if isinstance(own, tuple) else own
-    )
+    own: Any = value[task] if isinstance(value, Sequence) else value
+    if not isinstance(own, tuple):
+        return float(own)
+    return at(own, site.modules[0], site.last, f"the parameter of adapter {task + 1}")
 
 
 def shown(value: Share) -> str:
@@ -76,12 +76,9 @@ def shown(value: Share) -> str:
 def _shown(own: Any) -> str:
     if not isinstance(own, tuple):
         return f"{own:g}"
-    first, last = own[0], own[-1]
-    return (
-        "one by name (the first that fits)"
-        if isinstance(first, Condition)
-        else f"{first:g} to {last:g} over the layers"
-    )
+    if isinstance(own[0], Condition):
+        return "one by name (the first that fits)"
+    return f"{own[0]:g} to {own[-1]:g} over the layers"
 
 
 Method = Callable[[Sequence[LowRank], Site], Matrix]

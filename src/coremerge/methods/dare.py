@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
-from coremerge.layered import SOME, Condition
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
-from coremerge.methods.ties import Densities, Reduce, entries, trimmed_and_elected, trims
+from coremerge.methods.ties import Densities, Rates, Reduce, entries, trimmed_and_elected, trims
 from coremerge.registry import Values
 
 SOURCE = "DARE, arXiv 2311.03099"
-DropRate = Annotated[float, Field(ge=0, lt=1)]
-DropRates = (
-    DropRate
-    | tuple[DropRate | Annotated[tuple[DropRate, ...], SOME] | Annotated[tuple[Condition[DropRate], ...], SOME], ...]
-)
-"""One for all adapters, or for each, in their order, one or what differs by layer."""
 
 
 def _drops(values: Values) -> list[str]:
@@ -29,7 +20,7 @@ def _drops(values: Values) -> list[str]:
 
 
 @METHODS.register("dare", elementwise=True, source=SOURCE, cuts=_drops, neutral={"drop_rate": 0.0})
-def dare(drop_rate: DropRates = 0.5) -> Method:
+def dare(drop_rate: Rates = 0.5) -> Method:
     """Drop each entry with probability ``drop_rate``, divide the rest by 1 − ``drop_rate``, sum.
 
     The mask depends on the recipe's seed, the module's and the adapter's name only.
@@ -48,13 +39,12 @@ def dare(drop_rate: DropRates = 0.5) -> Method:
     cuts=lambda v: [*_drops(v), *trims(v)],
     neutral={"drop_rate": 0.0, "density": 1.0},
 )
-def dare_ties(drop_rate: DropRates = 0.5, density: Densities = 0.2, reduce: Reduce = "mean") -> Method:
+def dare_ties(drop_rate: Rates = 0.5, density: Densities = 0.2, reduce: Reduce = "mean") -> Method:
     """DARE, then TIES."""
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        grown = [
-            core * (1 / (1 - of_task(drop_rate, t, site))) for t, core in enumerate(cores)
-        ]  # what is left of them, and of their errors
+        left = [1 - of_task(drop_rate, t, site) for t in range(len(cores))]
+        grown = [core * (1 / share) for core, share in zip(cores, left, strict=True)]  # of them, and of their errors
         return trimmed_and_elected(drop(cores, site, drop_rate), grown, density, reduce, site)
 
     return merge

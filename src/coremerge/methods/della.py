@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from coremerge.errors import ConfigError
-from coremerge.layered import SOME, Condition
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site, of_task, shown
-from coremerge.methods.ties import Densities, Reduce, entries, errors_of, trim_each
+from coremerge.methods.ties import Densities, Rates, Reduce, entries, errors_of, trim_each
 from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
 
@@ -26,13 +23,6 @@ def _drops(values: Values) -> list[str]:
     ]
 
 
-Epsilon = Annotated[float, Field(ge=0, lt=1)]
-Epsilons = (
-    Epsilon
-    | tuple[Epsilon | Annotated[tuple[Epsilon, ...], SOME] | Annotated[tuple[Condition[Epsilon], ...], SOME], ...]
-)
-
-
 @METHODS.register(
     "della",
     elementwise=True,
@@ -42,7 +32,7 @@ Epsilons = (
 )
 def della(
     density: Densities = 0.5,
-    epsilon: Epsilons = 0.1,
+    epsilon: Rates = 0.1,
     elect: bool = True,
     reduce: Reduce = "mean",
 ) -> Method:
@@ -65,17 +55,15 @@ def della(
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
         x = trim_each(entries(cores), errors_of(cores))  # what rounding made has no sign to vote with
-        for t, one in enumerate(x):
-            middle, off = of_task(density, t, site), of_task(epsilon, t, site)
-            _check(middle, off)
-            kept = probabilities(one, middle, off)
+        chances = [(of_task(density, t, site), of_task(epsilon, t, site)) for t in range(len(cores))]
+        for t, (one, chance) in enumerate(zip(x, chances, strict=True)):
+            _check(*chance)
+            kept = probabilities(one, *chance)
             one.div_(kept).masked_fill_(site.uniform(t, one) >= kept, 0.0)
         if not elect:
             return x.sum(0)
-        least = [of_task(density, t, site) - of_task(epsilon, t, site) for t in range(len(cores))]
-        grown = [
-            core * (1 / share) for core, share in zip(cores, least, strict=True)
-        ]  # an entry's errors are at most so large now
+        least = [middle - off for middle, off in chances]
+        grown = [core * (1 / share) for core, share in zip(cores, least, strict=True)]  # an entry's errors, at most
         return elect_signs(x, reduce, errors_of(grown))
 
     return merge

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
-from coremerge.layered import SOME, Condition
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site, of_task, shown
-from coremerge.methods.ties import Densities, Reduce, entries, errors_of, kept, trim_each
+from coremerge.methods.ties import Densities, Rates, Reduce, entries, errors_of, kept, trim_each
 from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
-
-Gamma = Annotated[float, Field(ge=0, lt=1)]
-Gammas = Gamma | tuple[Gamma | Annotated[tuple[Gamma, ...], SOME] | Annotated[tuple[Condition[Gamma], ...], SOME], ...]
 
 
 @METHODS.register(
@@ -55,7 +49,7 @@ def _middle(values: Values) -> list[str]:
 )
 def breadcrumbs(
     density: Densities = 0.9,
-    gamma: Gammas = 0.01,
+    gamma: Rates = 0.01,
     elect: bool = False,
     reduce: Reduce = "mean",
 ) -> Method:

@@ -23,6 +23,9 @@ Densities = (
 )
 """One for all adapters, or for each, in their order, one or what differs by layer."""
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Rates = Rate | tuple[Rate | Annotated[tuple[Rate, ...], SOME] | Annotated[tuple[Condition[Rate], ...], SOME], ...]
+
 Reduce = Literal["mean", "sum"]
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from coremerge.language import generates
-from coremerge.linalg import polar
+from coremerge.linalg import fading, polar
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, inner_products, svds, thin_svd
 from coremerge.methods import METHODS, Method, Site
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 RIDGE = 0.03
 """Chosen on validation rows of four worlds, where .003 to .03 are alike, and .5 is half-way to the plain sum."""
-
 
 EVEN = 0.97
 """Of adapters of language models that generate: see :func:`_even_for`."""
@@ -83,8 +82,7 @@ def _different(inner: Tensor) -> Tensor:
 
     Of their inner products G (..., T, T): (tr G)² / ‖G‖² is how many orthogonal updates of one size are as different.
     """
-    own = inner.diagonal(dim1=-2, dim2=-1)
-    largest = own.amax((-1,), keepdim=True).unsqueeze(-1)
+    largest = inner.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     inner = torch.where(largest > 0, inner / largest, 0.0)
     squares = inner.square().sum((-2, -1))
     count = inner.diagonal(dim1=-2, dim2=-1).sum(-1).square() / torch.where(squares > 0, squares, 1.0)
@@ -107,20 +105,13 @@ validation rows of eight vision tasks; elsewhere they were alike."""
 def _weights(spectra: Sequence[Tensor]) -> Tensor:
     """D (..., R) of the updates' singular values (..., r_t): alike in copies of one update, but for a factor."""
     tops = torch.stack([_top(values) for values in spectra], -1)
-    says = _say(tops, _top(tops).unsqueeze(-1))
-    found = [_say(values, _top(values).unsqueeze(-1)) * says[..., t, None] for t, values in enumerate(spectra)]
-    return torch.cat(found, -1)
+    says = fading(tops, _top(tops).unsqueeze(-1), FAINT)
+    return torch.cat([fading(v, tops[..., t, None], FAINT) * says[..., t, None] for t, v in enumerate(spectra)], -1)
 
 
 def _top(values: Tensor) -> Tensor:
     """The largest (...), 0 of none."""
     return values.amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
-
-
-def _say(values: Tensor, largest: Tensor) -> Tensor:
-    """1 of ``values`` that are large, 0 of those that are 0."""
-    squares = torch.where(largest > 0, values / largest, 0.0).square()
-    return squares / (squares + FAINT**2)
 
 
 def _whitened(vectors: Tensor, weights: Tensor, ridge: float) -> Tensor:
