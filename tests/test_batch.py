@@ -296,6 +296,13 @@ def test_notes_of_jobs_are_in_their_rows(folder):
     assert row.notes == ("C lacks 2 of 4 modules: it contributes nothing there",)
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_was_made_of_a_recipe_is_said_too(folder, dry_run):
+    recipe = {"merge_method": "linear", "parameters": {"int8_mask": True}}
+    (row,) = run(write(folder, {"x": ["A", "B"]}, {"x": recipe}), dry_run=dry_run).rows
+    assert [note.partition(" ")[0] for note in row.notes] == ["int8_mask", "linear"]
+
+
 def test_a_manifest_that_cannot_be_used_stops_before_any_work(folder):
     with pytest.raises(CoremergeError, match=r"recipes\.default"):
         run(write(folder, recipes={"ties": TIES, "default": {"rank": 0}}))

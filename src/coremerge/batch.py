@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +48,7 @@ class Job:
     Attributes:
         name: ``SET/RECIPE``, or what the manifest calls it.
         dry_run: only look.
+        notes: what was made of its recipe, in plain words.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Job:
     device: str = "cpu"
     command: tuple[str, ...] | None = None
     dry_run: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ def _run(
             )  # fmt: skip
     check_output(job.out, overwrite=job.overwrite, inputs=files_of(prepared.plan.adapters))
     if job.dry_run:
-        return "planned", prepared.output_bytes, (*dict.fromkeys([*prepared.plan.warnings, *prepared.notes]),)
+        return "planned", prepared.output_bytes, _notes(job, prepared.plan.warnings, prepared.notes)
     merged = prepared.run(
         job.out,
         threads=job.threads,
@@ -278,7 +281,11 @@ def _run(
         progress=progress,
         attempt=attempt,
     )
-    return "done", _size(merged.saved.weights), (*dict.fromkeys([*merged.report.warnings, *merged.notes]),)
+    return "done", _size(merged.saved.weights), _notes(job, merged.report.warnings, merged.notes)
+
+
+def _notes(job: Job, *others: Iterable[str]) -> tuple[str, ...]:
+    return (*dict.fromkeys(chain(job.notes, *others)),)
 
 
 def _size(files: Iterable[Path]) -> int:
@@ -337,9 +344,10 @@ def jobs_of(
         base = manifest.sets[choice.set].base or recipes[choice.recipe].base_model
         given = _sources(manifest, choice, base)
         name, place = "/".join(choice.parts), Path(out).expanduser().joinpath(*choice.parts)
-        recipe = with_labels(recipes[choice.recipe].recipe, given["sources"], manifest.sets[choice.set].models)
+        file = recipes[choice.recipe]
+        recipe = with_labels(file.recipe, given["sources"], manifest.sets[choice.set].models)
         words = None if command is None else (*command, "--only", name)
-        jobs.append(Job(name=name, recipe=recipe, out=str(place), command=words, **given, **how))
+        jobs.append(Job(name=name, recipe=recipe, out=str(place), command=words, notes=file.notes, **given, **how))
     _check_apart(jobs)
     return _only(jobs, only)
 
