@@ -28,7 +28,7 @@ RECIPE = Recipe(space="core", method="tsv", steps=["isotropize"], rank="exact")
 SIDE_BY_SIDE = 16
 """Modules that are timed together, as a merge has them."""
 
-OPTIONS = ["--space", "core", "--method", "tsv", "--step", "isotropize", "--rank", "exact", "-q"]
+OPTIONS = ["--space", "core", "--method", "tsv", "--step", "isotropize", "--rank", "exact"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,23 @@ Part = Callable[[Settings], tuple[str, object]]
 
 def merge_command(folders: list[Path], out: Path, *options: str) -> list[str | Path]:
     """``coremerge merge`` as a process of its own."""
-    return [Path(sys.executable).with_name("coremerge"), "merge", *folders, "-o", out, *OPTIONS, *options]
+    return [*default_command(folders, out), *OPTIONS, *options]
+
+
+def default_command(folders: list[Path], out: Path, *options: str) -> list[str | Path]:
+    """The same with no other method than its own."""
+    return [Path(sys.executable).with_name("coremerge"), "merge", *folders, "-o", out, "-q", *options]
 
 
 def whole_command(settings: Settings, device: str = "cpu") -> tuple[str, object]:
     """The floor and the command by turns."""
     folders = shapes.make(settings.shape, settings.work)
     out = settings.work / "out"
+    on = [] if device == "cpu" else ["--device", device]
     commands: dict[str, list[str | Path]] = {
         "floor": [sys.executable, Path(__file__).with_name("floor.py"), out, *shapes.files(folders)],
-        "coremerge merge": merge_command(folders, out, *([] if device == "cpu" else ["--device", device])),
+        "coremerge merge": merge_command(folders, out, *on),
+        "coremerge merge, its default": default_command(folders, out, *on),
     }
     taken = alternate(commands, settings.repeats, lambda: remove(out))
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) if out.is_dir() else 0
@@ -67,7 +74,8 @@ def whole_command(settings: Settings, device: str = "cpu") -> tuple[str, object]
     text = results.table(["process", "wall s", "× floor", "processor s", "peak MB", "wall s, lowest to highest"], rows)
     return (
         f"{_described(settings.shape)}: {read / 1e6:.0f} MB in, {size / 1e6:.0f} MB out, inputs in the page cache."
-        f" tsv + isotropize in core space, scale auto, rank exact. Medians of {settings.repeats} runs, by turns."
+        " tsv + isotropize in core space, scale auto, rank exact; the default reads the factors once more, for their"
+        f" norms. Medians of {settings.repeats} runs, by turns."
         " The floor imports torch, reads the inputs' bytes and writes as many; both write to a fresh file and call"
         f" fsync.\n\n{text}",
         {name: [asdict(usage) for usage in usages] for name, usages in taken.items()},
