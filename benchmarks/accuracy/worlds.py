@@ -35,8 +35,9 @@ from coremerge.evaluation.scales import Scales, walk
 from coremerge.evaluation.scorer import Scored
 from coremerge.evaluation.taskset import Split, Task, TaskSet
 from coremerge.evaluation.unlabelled import read_unlabelled
-from coremerge.learning import fit, learn_weights
+from coremerge.learning import answered_batches, fit, learn_weights
 from coremerge.learning.backbone import Batch
+from coremerge.learning.own_answers import answering
 from coremerge.learning.rows import Example
 from coremerge.learning.settings import settle
 
@@ -135,10 +136,22 @@ class Cell:
             data = self.batches(BATCH["weights"])
             return dict(learn_weights(model, self.bench.adapters, data, seed=self.seed, **settings))
 
-    def fitted(self, **settings: Any) -> Mapping[str, Any]:
-        """Updates of a fit."""
-        model, data = self.bench.evaluator.encoder.model, self.batches(BATCH["fit"])
-        return dict(fit(model, self.bench.adapters, data, allow_disjoint=True, **settings).adapter)
+    @property
+    def answers(self) -> bool:
+        """Whether some of its adapters answer their inputs."""
+        return bool(answering(self.bench.adapters, self.inputs))
+
+    def fitted(self, *, answered: bool | None = None, **settings: Any) -> Mapping[str, Any]:
+        """Updates of a fit, to the adapters' own answers where they give some, unless ``answered`` is False."""
+        model, answered = self.bench.evaluator.encoder.model, self.answers if answered is None else answered
+        data = self._answered if answered else self.batches(BATCH["fit"])
+        settings |= {"answered": answered, "allow_disjoint": True}
+        return dict(fit(model, self.bench.adapters, data, **settings).adapter)
+
+    @cached_property
+    def _answered(self) -> dict[str, list[Batch]]:
+        encoder, adapters = self.bench.evaluator.encoder, self.bench.adapters
+        return answered_batches(encoder.model, adapters, self.inputs, encoder.processor, size=BATCH["fit"])
 
 
 Updates = Mapping[str, Any]
@@ -155,6 +168,7 @@ class Way:
         everywhere: for fewer adapters, too; otherwise for all alone.
         draws: makes something else of each draw, also where all adapters are merged.
         classes: needs a task of classification.
+        answers: needs adapters that answer.
     """
 
     label: str
@@ -163,6 +177,7 @@ class Way:
     everywhere: bool = False
     draws: bool = False
     classes: bool = False
+    answers: bool = False
 
 
 def of_recipe(recipe: Recipe) -> Callable[[Cell], tuple[Updates, float]]:
@@ -221,6 +236,7 @@ def ways() -> Iterator[Way]:
         yield Way(f"weights: nsc, then {label}", of_weights(recipe, objective="nsc"), draws=True)
     yield Way("fit", of_fit(), everywhere=True, draws=True)
     yield Way("fit, rank 16", of_fit(rank=16), everywhere=True, draws=True)
+    yield Way("fit, prompts alone", of_fit(answered=False), everywhere=True, draws=True, answers=True)
 
 
 @dataclass
@@ -348,6 +364,8 @@ def run(bench: Bench, journal: Journal, *, draws: int, only: Sequence[str], quic
 def _applies(way: Way, cell: Cell, *, whole: bool) -> bool:
     """Whether the way is measured on this cell."""
     if way.classes and not any(task.classes for task in cell.bench.taskset.tasks.values()):
+        return False
+    if way.answers and not cell.answers:
         return False
     return (way.draws or cell.seed == 0) if whole else way.everywhere
 

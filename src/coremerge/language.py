@@ -16,6 +16,20 @@ BENEATH_A_HEAD = (
 """How modules' names begin in decoders that have a language head: without one they have no prefix."""
 
 
+ANSWERS = (GENERATES, "SEQ_2_SEQ_LM")
+"""Task types of models whose output is text."""
+
+DECODERS = (*BENEATH_A_HEAD, "model.decoder.layers.", "decoder.block.")
+"""How modules' names begin in what says that text, the decoders of encoders among them."""
+
+
+def answers(adapter: Adapter) -> bool:
+    """Whether it is of a model whose output is text, of a decoder or of an encoder with one; told as above."""
+    if adapter.info.task_type:
+        return adapter.info.task_type in ANSWERS
+    return any(name.startswith(DECODERS) for name in adapter)
+
+
 def generates(adapter: Adapter) -> bool:
     """Whether its config says so, or, where it names no task, its modules lie beneath a language head."""
     if adapter.info.task_type:

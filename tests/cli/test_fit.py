@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import coremerge
 from families import WORDS, make_adapter, make_model
+from speakers import make_speaker
 
 TEXTS = ("w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w2 w4")
 DATA = ["--data", "A=a.jsonl", "--data", "B=b.txt"]
@@ -182,8 +183,20 @@ def test_a_task_set_brings_its_tasks_inputs(fit, tasks, given):
     assert all((one[key] == two[key]).all() for key in one)
 
 
+def test_inputs_without_a_name_serve_adapters_that_have_none(fit):
+    for out, given in {"POOL": ["b.txt"], "NAMED": ["A=b.txt", "B=b.txt"], "MIXED": ["A=a.jsonl", "b.txt"]}.items():
+        result = fit(*(word for text in given for word in ("--data", text)), "-o", out)
+        assert result.exit_code == 0, result.stderr
+    files = [Path(out, "adapter_model.safetensors").read_bytes() for out in ("POOL", "NAMED", "MIXED")]
+    assert files[0] == files[1] == files[2]  # a.jsonl and b.txt hold the same texts
+    for given, said in {"nowhere.txt": "no such file", "b.txt": "two sources without a name"}.items():
+        result = fit("--data", given, *(["--data", "a.jsonl"] if given == "b.txt" else []), "-o", "NO")
+        assert result.exit_code == 1 and said in result.stderr and not Path("NO").exists()
+    assert "every adapter has inputs of its own" in fit(*DATA, "--data", "b.txt", "-o", "NO").stderr
+
+
 def test_a_task_set_that_does_not_fit_is_refused(fit, tasks):
-    for given, said in {"C=set": "no adapter of that name", "nowhere": "is not NAME=PATH, nor a task set"}.items():
+    for given, said in {"C=set": "no adapter of that name", "A=": "is not NAME=PATH, nor a task set"}.items():
         assert said in fit("--data", "set", "--data", given, "-o", "OUT").stderr
     shutil.copytree("set", "again")
     assert "two task sets have this task" in fit("--data", "set", "--data", "again", "-o", "OUT").stderr
@@ -193,3 +206,33 @@ def test_a_task_set_that_does_not_fit_is_refused(fit, tasks):
         result = fit("--data", given, "-o", "OUT")
         assert result.exit_code == 1 and not Path("OUT").exists()
         assert said in result.stderr and "D, E, C" in result.stderr
+
+
+@pytest.fixture
+def decoders(run):
+    """Runs the command with two adapters of a tiny decoder that has a chat template."""
+    make_speaker("llama", Path("base"))
+    for seed, name in enumerate("AB"):
+        make_adapter("llama", Path(name), seed, task_type="CAUSAL_LM")
+    turns = [[{"role": "user", "content": text}] for text in TEXTS]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
+    return lambda *words: run("fit", "A", "B", "--base", "base", "--data", "chats.jsonl", *words)
+
+
+def test_adapters_that_answer_are_fitted_to_their_own_answers(decoders):
+    files = {}
+    for out, words in {"DEFAULT": [], "OWN": ["--answers", "own"], "NONE": ["--answers", "none"]}.items():
+        result = decoders("-o", out, *words)
+        assert result.exit_code == 0, result.stderr
+        assert ("with the adapters' own answers; prior: iso, ridge 0.01" in result.stdout) == (out != "NONE")
+        files[out] = Path(out, "adapter_model.safetensors").read_bytes()
+    assert files["DEFAULT"] == files["OWN"] != files["NONE"]
+    assert "own answers" in json.loads(Path("OWN/coremerge.json").read_text())["made"]
+    assert "own answers" not in json.loads(Path("NONE/coremerge.json").read_text())["made"]
+
+
+def test_answers_of_adapters_that_give_none_are_refused(fit):
+    result = fit(*DATA, "-o", "OUT", "--answers", "own")
+    assert result.exit_code == 1 and not Path("OUT").exists()
+    assert "no adapter is of a model that answers" in result.stderr and "--answers" in result.stderr
+    assert fit(*DATA, "-o", "OUT", "--answers", "some").exit_code == 2

@@ -18,10 +18,10 @@ from coremerge import load
 from coremerge.errors import ConfigError, MissingExtraError, SourceError, UnsupportedError
 from coremerge.evaluation import Evaluator, evaluate, read_taskset
 from coremerge.evaluation.answering import GenerationScorer, untemplated
-from coremerge.evaluation.answers import Speech, speech_of
 from coremerge.evaluation.prompts import read_questions
 from coremerge.learning.backbone import NotFiniteError, StoppedError
 from coremerge.learning.processor import parts_of
+from coremerge.learning.speech import Speech, speech_of
 from families import make_adapter, make_model
 from speakers import make_speaker, rows_for, slow_answer, slow_log_likelihood, write_rows
 from tolerances import SINGLE

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 HELP = (
     "Unlabelled inputs of an adapter's task: JSON lines (text, pair, messages, image, audio), a text file, a folder of"
-    " images, or a data set, once per adapter; or the folder of a task set whose tasks are named like the adapters."
+    " images, or a data set, once per adapter; or the folder of a task set whose tasks are named like the adapters; or,"
+    " without a name, inputs that nobody has sorted: they serve every adapter that has none of its own."
 )
-METAVAR = "NAME=PATH|TASKS"
+METAVAR = "NAME=PATH|TASKS|POOL"
 
 
 def inputs_of(given: Sequence[str], labels: Iterable[str], adapters: Sequence[str]) -> dict[str, str | list[Example]]:
@@ -22,13 +23,13 @@ def inputs_of(given: Sequence[str], labels: Iterable[str], adapters: Sequence[st
 
     Args:
         given: ``name=path``; or task sets, of which each task that has an adapter's label brings its inputs, unless it
-            is named alone, too.
+            is named alone, too; or one path without a name, whose inputs go to all adapters that have no others.
         labels: of the adapters.
         adapters: their sources, by which they may be named as well.
 
     Raises:
         BadParameter: neither of both.
-        ConfigError: a task set without a task of an adapter.
+        ConfigError: a task set without a task of an adapter, or a path without a name that serves none.
     """
     from coremerge.errors import ConfigError
     from coremerge.inputs import by_label
@@ -43,20 +44,51 @@ def inputs_of(given: Sequence[str], labels: Iterable[str], adapters: Sequence[st
             found[label] = examples
     named = by_label(pairs_of(given, [*labels, *adapters]), labels, adapters)
     check_names("data", named, labels)
-    return found | {label: _of_one(source, label) if _is_taskset(source) else source for label, source in named.items()}
+    found |= {label: _of_one(source, label) if _is_taskset(source) else source for label, source in named.items()}
+    pool = _pool(given)
+    if pool is not None and not set(labels) - set(found):
+        remedy = "Leave it out, or say whose it is: NAME=PATH"
+        raise ConfigError("every adapter has inputs of its own", key="data", value=pool, remedy=remedy)
+    return found if pool is None else {label: found.get(label, pool) for label in labels}
+
+
+def _pool(given: Sequence[str]) -> str | None:
+    """The one that has no name.
+
+    Raises:
+        ConfigError: there are two.
+    """
+    from coremerge.errors import ConfigError
+
+    pools = [text for text in given if _is_pool(text)]
+    if len(pools) > 1:
+        raise ConfigError(
+            "two sources without a name", key="data", value=", ".join(pools),
+            remedy="Put their inputs into one, or say whose they are: NAME=PATH",
+        )  # fmt: skip
+    return pools[0] if pools else None
 
 
 def pairs_of(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """What is ``name=path``; the rest are task sets.
+    """What is ``name=path``; the rest are task sets and a pool.
 
     Raises:
-        BadParameter: neither of both.
+        BadParameter: a name or a path is empty.
     """
     from coremerge.cli import _options
 
-    return _options.initial(
-        [text for text in given if not _is_taskset(text)], names, "--data", "NAME=PATH, nor a task set"
-    )
+    pairs = [text for text in given if not _is_taskset(text) and not _is_pool(text)]
+    return _options.initial(pairs, names, "--data", "NAME=PATH, nor a task set")
+
+
+def _is_pool(text: str) -> bool:
+    """Whether it has no name in front; a file's own name may have an = in it."""
+    if not text or _is_taskset(text):
+        return False
+    try:
+        return "=" not in text or Path(text).expanduser().exists()
+    except (OSError, RuntimeError):
+        return False
 
 
 def _is_taskset(source: str) -> bool:

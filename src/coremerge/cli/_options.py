@@ -164,7 +164,7 @@ def _weight(text: str, option: str = "--weights") -> float:
     try:
         return float(text)
     except ValueError:
-        forms = ". Give 0.5,0.5 or name=0.5,name=1, nsc-own, match, nsc, or a file" if option == "--weights" else ""
+        forms = ". Give 0.5,0.5 or name=0.5,name=1, match, nsc-own, nsc, or a file" if option == "--weights" else ""
         raise typer.BadParameter(f"{text!r} is not a number{forms}", param_hint=option) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,6 +18,9 @@ from coremerge.cli._output import Progress, duration, facts, number, print_json,
 from coremerge.text import size as size_of
 
 if TYPE_CHECKING:
+    from coremerge.adapter import Adapter
+    from coremerge.executors import Executor
+    from coremerge.learning.files import Inputs
     from coremerge.learning.fit import FitReport
     from coremerge.merging import MergeResult
     from coremerge.pipeline import Merged, Prepared
@@ -48,7 +52,14 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    ridge: Annotated[float, typer.Option(min=0.0, help="How strongly; inf: the prior alone.")] = 0.1,
+    ridge: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="How strongly; inf: the prior alone. Default: 0.1; 0.01 with answers.",
+            show_default=False,
+        ),
+    ] = None,
     beyond: Annotated[
         int,
         typer.Option(min=0, help="Directions of its inputs that a module may read besides those that adapters read."),
@@ -56,6 +67,15 @@ def fit(
     preference: Annotated[
         list[str] | None,
         typer.Option(help="How much a task's errors count; default 1. May be repeated.", metavar="NAME=NUMBER"),
+    ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="own (default where adapters are of models that answer): each task's adapter answers its prompts, and"
+            " the answers count as well; none: prompts alone.",
+            metavar="OWN|NONE",
+            show_default=False,
+        ),
     ] = None,
     count: Annotated[int, typer.Option("--inputs", min=1, help="Drawn for each task.")] = 64,
     size: Annotated[int, typer.Option("--batch", min=1, help="Inputs that go together.")] = 16,
@@ -110,7 +130,7 @@ def fit(
     from coremerge.cli import _options
     from coremerge.cli.merge import draw
     from coremerge.inputs import by_label
-    from coremerge.learning.files import loader, read_batches
+    from coremerge.learning.files import Inputs, loader, read_inputs
     from coremerge.learning.fit import PRIORS, prior_recipe
     from coremerge.pipeline import prepare
 
@@ -136,15 +156,18 @@ def fit(
         named = _data.inputs_of(data, labels, adapters)
         likes = by_label(_options.numbers(preference, "--preference"), labels, adapters)
         bar("reading inputs", 0, 1)
-        batches = read_batches(
-            prepared.plan.adapters, base, named, count=count, size=size, max_length=max_length, seed=seed
-        )
+        inputs = Inputs(read_inputs(labels, named, count=count, seed=seed), base, size, max_length)
+        answered = _answered(answers, inputs, labels)
+        batches = (
+            inputs.batches()
+        )  # also where answers come to them: what cannot be read is refused before the model is
         if not dry_run:
-            given = {"prior": chosen, "ridge": ridge, "beyond": beyond, "preferences": likes}
+            given: dict[str, Any] = {"prior": chosen, "ridge": ridge, "beyond": beyond, "preferences": likes}
             given |= {"rank_budget": rank_budget, "spill": spill, "resume": resume}
             command = ["coremerge", *sys.argv[1:]]
             with elsewhere as cluster:
-                solve = _solver(batches, loader(base, base_dtype, device), bar, **given, executor=cluster)
+                speaking = inputs if answered else None
+                solve = _solver(batches, speaking, partial(loader, base, base_dtype, device), bar, cluster, **given)
                 merged = prepared.run(out, command=command, progress=bar, solve=solve, rank_pattern=rank_pattern)
             if report:
                 draw(out, None, None, bar)
@@ -155,14 +178,47 @@ def fit(
         _show(merged, as_json, quiet)
 
 
+def _answered(answers: str | None, inputs: Inputs, adapters: Mapping[str, Adapter]) -> bool:
+    """Whether adapters answer their prompts.
+
+    Raises:
+        ConfigError: they are to, and none does.
+    """
+    from coremerge.cli import _options
+    from coremerge.errors import ConfigError
+
+    chosen = _options.one_of(answers, ("own", "none"), "--answers")
+    if chosen == "none":
+        return False
+    answering = inputs.answering(adapters)
+    if chosen == "own" and not answering:
+        raise ConfigError(
+            "no adapter is of a model that answers (task_type CAUSAL_LM or SEQ_2_SEQ_LM), or no input awaits an answer",
+            key="answers", value=answers, remedy="Leave out --answers, or give prompts: text, or messages of the user",
+        )  # fmt: skip
+    return bool(answering)
+
+
 def _solver(
-    batches: Mapping[str, Any], model: Callable[[], Any], bar: Progress, **settings: Any
+    batches: Mapping[str, Any],
+    answering: Inputs | None,
+    load: Callable[..., Callable[[], Any]],
+    bar: Progress,
+    executor: Executor | None,
+    **settings: Any,
 ) -> Callable[[Plan], MergeResult]:
     def solve(plan: Plan) -> MergeResult:
         from coremerge.learning.fit import fit_plan
 
         bar("loading the base model", 0, 1)
-        return fit_plan(model, plan, batches, progress=lambda done, count: bar("fitting", done, count), **settings)
+        model: Any = load()
+        given = batches
+        if answering is not None:
+            speaking = load(head=True)()
+            given = answering.answered(speaking, plan.adapters, lambda done, count: bar("answering", done, count))
+            model = model if executor else speaking
+        how = settings | {"answered": answering is not None, "executor": executor}
+        return fit_plan(model, plan, given, progress=lambda done, count: bar("fitting", done, count), **how)
 
     return solve
 

@@ -34,12 +34,12 @@ def learn_weights(
     data: Annotated[list[str], typer.Option(help=_data.HELP, metavar=_data.METAVAR)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="WEIGHTS.safetensors")],
     objective: Annotated[
-        str | None, typer.Option(help="nsc-own (default), match or nsc.", metavar="OBJECTIVE", show_default=False)
+        str | None, typer.Option(help="match (default), nsc-own or nsc.", metavar="OBJECTIVE", show_default=False)
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Settings: nsc-own, match; NSC as in its paper: language (default where tokens are read) or vision.",
+            help="Settings: match, nsc-own; NSC as in its paper: language (default where tokens are read) or vision.",
             metavar="PRESET",
             show_default=False,
         ),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from coremerge.outcome import Report
     from coremerge.pipeline import Merged, Prepared
 
-LEARNED = ("nsc-own", "match", "nsc")
+LEARNED = ("match", "nsc-own", "nsc")
 """Weights that are learned first."""
 
 
@@ -79,7 +79,7 @@ def merge(
         str | None,
         typer.Option(
             help="0.5,0.5 in the adapters' order; name=0.5,name=1; the same as JSON; a .json, .yaml or .safetensors"
-            " file (also per module); or nsc-own, match, nsc: learned first, from --data on --base.",
+            " file (also per module); or match, nsc-own, nsc: learned first, from --data on --base.",
             metavar="WEIGHTS",
         ),
     ] = None,
@@ -214,7 +214,7 @@ def merge(
         _data.pairs_of(data or (), sources)
         if (weights in LEARNED) != bool(data) or (weights in LEARNED and not base):
             raise typer.BadParameter(
-                "nsc-own, match and nsc go with --base and --data, and only they", param_hint="--weights"
+                "match, nsc-own and nsc go with --base and --data, and only they", param_hint="--weights"
             )
         if weights in LEARNED:
             given = given.model_copy(update={"weights": None})

@@ -10,10 +10,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from coremerge.errors import ConfigError
-from coremerge.evaluation.answers import Speech, Tokens, lengths, speech_of
 from coremerge.evaluation.choices import choice_likelihood, choice_tokens
-from coremerge.evaluation.decoding import decode
-from coremerge.evaluation.encoder import Encoder, Placed
+from coremerge.evaluation.encoder import Encoder
 from coremerge.evaluation.likelihood import likelihood
 from coremerge.evaluation.metrics import METRICS
 from coremerge.evaluation.prompts import Question, read_questions
@@ -21,8 +19,10 @@ from coremerge.evaluation.scorer import Groups, Scored
 from coremerge.evaluation.taskset import FILE, Split, TaskSet
 from coremerge.evaluation.text_metrics import TEXT_METRICS, Answered
 from coremerge.learning.backbone import Batch, inputs_of
+from coremerge.learning.decoding import decode
 from coremerge.learning.processor import Parts, parts_of, usual_length
 from coremerge.learning.rows import Example
+from coremerge.learning.speech import Placed, Speech, Tokens, lengths, speech_of
 
 TOGETHER = 32
 """Rows that go through at once: of SmolLM2-135M on a CPU, 10 to 25 % faster than 16; 50 are little more so."""

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from coremerge.errors import ConfigError
-from coremerge.evaluation.answers import Speech, Tokens, with_answers
-from coremerge.evaluation.encoder import Placed
 from coremerge.evaluation.likelihood import Run, log_probabilities, logits_at
 from coremerge.executors import local
+from coremerge.learning.speech import Placed, Speech, Tokens, with_answers
 
 
 def choice_tokens(choices: Sequence[str], speech: Speech) -> list[Tokens]:

@@ -21,6 +21,7 @@ from coremerge.learning.files import load_model
 from coremerge.learning.forward import find_modules
 from coremerge.learning.processor import load_processor
 from coremerge.learning.rows import Example
+from coremerge.learning.speech import Placed
 from coremerge.lowrank import LowRank
 
 BATCH = 16
@@ -28,9 +29,6 @@ BATCH = 16
 
 PATCHES = "patches"
 """Instead of a pooling: every token of its own."""
-
-Placed = tuple[Tensor, Batch]
-"""The places of some rows, and the batch that they make."""
 
 
 class Encoder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coremerge.errors import ConfigError, TensorError
-from coremerge.evaluation.encoder import PATCHES, Encoder, Placed, pool
+from coremerge.evaluation.encoder import PATCHES, Encoder, pool
 from coremerge.evaluation.heads import load_head, side_of
 from coremerge.evaluation.labels import labels_of
 from coremerge.evaluation.maps import assembled
@@ -22,6 +22,7 @@ from coremerge.evaluation.scorer import Groups, Scored
 from coremerge.evaluation.taskset import Split, TaskSet
 from coremerge.learning.backbone import Batch, check_numbers, inputs_of
 from coremerge.learning.rows import Example
+from coremerge.learning.speech import Placed
 
 MOST_SPECIAL = 8
 """Tokens before an image's patches, at most: one for the class, one for a teacher, four registers."""

@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from coremerge.evaluation.answers import Speech, Tokens, with_answers
-from coremerge.evaluation.encoder import Placed
 from coremerge.executors import local
 from coremerge.learning.backbone import check_numbers, run_model
+from coremerge.learning.speech import Placed, Speech, Tokens, with_answers
 
 ROWS = 256
 """Positions whose logits are turned into float32 at a time."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from coremerge.learning.fit import FitReport, fit
 from coremerge.learning.measure import measure_null_space
+from coremerge.learning.own_answers import answered_batches
 from coremerge.learning.ratio import null_space_ratio
 from coremerge.learning.result import Weights, read_weights
 from coremerge.learning.settings import PRESETS, Settings
@@ -20,6 +21,7 @@ __all__ = [
     "NullSpaceCallback",
     "Settings",
     "Weights",
+    "answered_batches",
     "fit",
     "learn_weights",
     "measure_null_space",

@@ -6,7 +6,8 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from coremerge.learning.backbone import Batch
 from coremerge.learning.data import make_batches
 from coremerge.learning.examples import read_examples
 from coremerge.learning.optional import first_line, optional
+from coremerge.learning.own_answers import Progress as Answers
+from coremerge.learning.own_answers import answered_batches, answering
 from coremerge.learning.processor import base_place, load_processor
 from coremerge.learning.result import Weights
 from coremerge.learning.rows import Example
@@ -84,12 +87,53 @@ def read_batches(
     seed: int = 0,
 ) -> Batches:
     """Label → batches for the base model: see :func:`learn_files`."""
+    return Inputs(read_inputs(adapters, data, count=count, seed=seed), base, size, max_length).batches()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was drawn for each task, and how it becomes batches.
+
+    Attributes:
+        examples: label → inputs.
+        base: the base model: a folder or a hub id.
+        size: inputs of a batch.
+        max_length: tokens of an input.
+    """
+
+    examples: Mapping[str, Sequence[Example]]
+    base: str | Path
+    size: int = 16
+    max_length: int | None = None
+
+    @cached_property
+    def processor(self) -> Any:
+        """Of the base model."""
+        return load_processor(self.base)
+
+    def batches(self) -> Batches:
+        """As they are."""
+        return {
+            key: make_batches(given, self.processor, size=self.size, max_length=self.max_length)
+            for key, given in self.examples.items()
+        }
+
+    def answering(self, adapters: Mapping[str, Adapter]) -> list[str]:
+        """See :func:`~coremerge.learning.own_answers.answering`."""
+        return answering(adapters, self.examples)
+
+    def answered(self, model: nn.Module, adapters: Mapping[str, Adapter], progress: Answers | None = None) -> Batches:
+        """See :func:`~coremerge.learning.own_answers.answered_batches`."""
+        how: dict[str, Any] = {"size": self.size, "max_length": self.max_length, "progress": progress}
+        return answered_batches(model, adapters, self.examples, self.processor, **how)
+
+
+def read_inputs(
+    adapters: Iterable[str], data: Mapping[str, str | Path | Sequence[Example]], *, count: int = 64, seed: int = 0
+) -> dict[str, list[Example]]:
+    """Label → the inputs that are drawn: see :func:`learn_files`."""
     check_names("data", data, adapters)
-    processor = load_processor(base)
-    return {
-        key: make_batches(read_examples(source, count=count, seed=seed), processor, size=size, max_length=max_length)
-        for key, source in data.items()
-    }
+    return {key: read_examples(source, count=count, seed=seed) for key, source in data.items()}
 
 
 def read_config(base: str | Path) -> Any:
@@ -103,9 +147,11 @@ def read_config(base: str | Path) -> Any:
         return None
 
 
-def loader(base: str | Path, dtype: str = "auto", device: str = "cpu") -> Callable[[], nn.Module]:
+def loader(
+    base: str | Path, dtype: str = "auto", device: str = "cpu", *, head: bool = False
+) -> Callable[[], nn.Module]:
     """:func:`load_model`, to be done later or elsewhere: a path is given in full."""
-    return partial(load_model, in_full(base), dtype, device)
+    return partial(load_model, in_full(base), dtype, device, head=head)
 
 
 def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, head: bool = False) -> nn.Module:

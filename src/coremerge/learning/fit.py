@@ -42,7 +42,8 @@ PRIORS: Mapping[str, Recipe | None] = {
 """By name: merges without data; SSR-Merge's router, RegMean and RegMean++, from the inputs; nothing at all."""
 
 PRIOR = "iso"
-RIDGE = 0.1
+RIDGE, RIDGE_ANSWERED = 0.1, 0.01
+"""Without and with answers: docs/log.md has others."""
 LEAST_ASIDE = 1e-6
 
 
@@ -86,6 +87,7 @@ def fit(
     ridge: float | None = None,
     aside: float = ASIDE,
     beyond: int = BEYOND,
+    answered: bool = False,
     preferences: Mapping[str, float] | None = None,
     seed: int = 0,
     dtype: str | None = None,
@@ -112,12 +114,13 @@ def fit(
             one of them has. The file has the largest of them for all, with zero rows. Costs a second fit.
         prior: what the cores are drawn to: a name of :data:`PRIORS` (by default ``"iso"``: the sum, isotropized, at
             automatic scale), a recipe, whose merge it is, or an adapter (as far as what is fitted spans it).
-        ridge: how strongly, as a share of the inputs' mean second moment along what the adapters read, 0.1 by default;
-            infinite: the prior alone.
+        ridge: how strongly, as a share of the inputs' mean second moment along what the adapters read; by default 0.1,
+            and 0.01 with answers; infinite: the prior alone.
         aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
             plain least squares.
         beyond: directions of its inputs that a module of the result may read besides those that the adapters read; 0:
             none. See :mod:`coremerge.learning.beyond`.
+        answered: prompts have answers behind them: see :mod:`coremerge.learning.own_answers`.
         preferences: task → how much its errors count; 1 for those not named, 0: not at all.
         seed: of anything random in the model, and in the prior.
         dtype: of the result: see :class:`~coremerge.Recipe`, as are ``extras`` and ``allow_disjoint``.
@@ -147,7 +150,7 @@ def fit(
     check_adapters(adapters)
     plan = make_plan(adapters, _recipe(PRIOR if prior is None else prior, output))
     given: dict[str, Any] = {"rank_budget": rank_budget, "ridge": ridge, "aside": aside, "beyond": beyond}
-    given["preferences"] = preferences
+    given |= {"answered": answered, "preferences": preferences}
     return fit_plan(
         model, plan, data, prior=prior, spill=spill, resume=resume, executor=executor, progress=progress, **given
     )
@@ -188,6 +191,7 @@ def fit_plan(
     ridge: float | None = None,
     aside: float = ASIDE,
     beyond: int = BEYOND,
+    answered: bool = False,
     preferences: Mapping[str, float] | None = None,
     spill: str | Path | bool | None = None,
     resume: str | Path | None = None,
@@ -196,7 +200,8 @@ def fit_plan(
 ) -> MergeResult:
     """:func:`fit` with a plan: its recipe is :func:`prior_recipe`, its rank that of the result."""
     start = time.perf_counter()
-    prior, ridge = PRIOR if prior is None else prior, RIDGE if ridge is None else ridge
+    prior = PRIOR if prior is None else prior
+    ridge = (RIDGE_ANSWERED if answered else RIDGE) if ridge is None else ridge
     likes = dict(preferences or {})
     rank = plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
     _check(plan, ridge, aside, likes)
@@ -235,7 +240,8 @@ def fit_plan(
         run = run_with(drawn, mark)
     reports = {name: run.solved[name].report for name in plan.modules}
     plain = report_of(plan, reports, 1.0, time.perf_counter() - start)
-    report = _told(plain, run, f"fitted to {_counted(batches)}; prior: {name}, ridge {ridge:g}", name, ridge)
+    inputs = _counted(batches) + (", with the adapters' own answers" if answered else "")
+    report = _told(plain, run, f"fitted to {inputs}; prior: {name}, ridge {ridge:g}", name, ridge)
     return MergeResult(lifted(plan, cores.parts, run.solved, reports), report, plan)
 
 

@@ -54,7 +54,7 @@ def learn_weights(
         adapters: name → adapter, of any rank, alpha and type; all modules linear (or GPT-2's Conv1D).
         data: the same names → batches, as the model takes them; labels are not read. An adapter without data has
             coefficients, too, learned from the others' inputs. Gone through again and again, in the order given.
-        objective: ``nsc-own`` (the default), ``match``, ``nsc`` or ``entropy``: see
+        objective: ``match`` (the default), ``nsc-own``, ``nsc`` or ``entropy``: see
             :mod:`coremerge.learning.objectives`.
         preset: a name of :data:`PRESETS`, or settings; by default the one that goes with the objective; of ``nsc``
             and ``entropy``, ``language`` where the model reads text, with an image or without, else ``vision``.

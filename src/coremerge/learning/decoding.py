@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from coremerge.evaluation.answers import Speech, before_answers
-from coremerge.evaluation.encoder import Placed
 from coremerge.executors import local
-from coremerge.learning.backbone import run_model
+from coremerge.learning.backbone import Batch, run_model
+from coremerge.learning.speech import Placed, Speech, Tokens, before_answers
 
 
 def decode(model: Any, chunks: Sequence[Placed], speech: Speech, most: int) -> list[str]:
@@ -27,11 +26,16 @@ def decode(model: Any, chunks: Sequence[Placed], speech: Speech, most: int) -> l
         speech: of the model.
         most: tokens of an answer.
     """
-    with _greedy(model, speech, most), _in_one_piece(model):
-        found = list(local.run(partial(_of_chunk, model, speech), chunks))
-    texts = [text for part in found for text in part]
+    found = continued(model, [batch for _, batch in chunks], speech, most)
+    texts = [speech.text(_until(row, speech.stops)) for part in found for row in part]
     places = torch.cat([places for places, _ in chunks])
     return [texts[i] for i in places.argsort().tolist()]
+
+
+def continued(model: Any, batches: Sequence[Batch], speech: Speech, most: int) -> list[list[Tokens]]:
+    """The same answers as tokens, of each batch's rows in their order; with the token that ended one, where one did."""
+    with _greedy(model, speech, most), _in_one_piece(model):
+        return list(local.run(partial(_of_batch, model, speech), batches))
 
 
 @contextmanager
@@ -68,14 +72,14 @@ def _in_one_piece(model: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _of_chunk(model: Any, speech: Speech, chunk: Placed) -> list[str]:
+def _of_batch(model: Any, speech: Speech, batch: Batch) -> list[Tokens]:
     from transformers import GenerationMixin
 
-    inputs = before_answers(chunk[1], speech)
+    inputs = before_answers(batch, speech)
     before = inputs["decoder_input_ids" if speech.paired else "input_ids"].shape[1]
     run = partial(GenerationMixin.generate, model, **inputs)  # not a model's own way, as Whisper's
-    said = run_model(model, inputs, run)[:, before:].tolist()
-    return [speech.text(_until(row, speech.stops)) for row in said]
+    said: list[list[int]] = run_model(model, inputs, run)[:, before:].tolist()
+    return [tuple(row[: len(_until(row, speech.stops)) + 1]) for row in said]
 
 
 def _until(tokens: Sequence[int], stops: Sequence[int]) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""Answers as tokens: how a model's begin and end, and prompts with their answers behind them."""
+"""Prompts and answers as tokens: how a model's begin and end, and prompts with their answers behind them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from coremerge.learning.processor import answer_beginning, parts_of, special_tok
 from coremerge.learning.rows import Example, Message
 
 Tokens = tuple[int, ...]
+
+Placed = tuple[Tensor, Batch]
+"""The places of some rows, and the batch that they make."""
 
 
 @dataclass(frozen=True)
