@@ -195,6 +195,19 @@ def star(x: Tensor, keep: float = 0.4) -> Tensor:
     return left[:, :k] @ torch.diag(s[:k] * s.sum() / s[:k].sum()) @ right[:k] if k else torch.zeros_like(x)
 
 
+def svc(x: Tensor, inputs: Sequence[Tensor], alpha: float | None = None, faint: float = 0.01) -> Tensor:
+    """Σ γ σ u vᵀ, γ = Σ d_t / Σ d_t max(α, ⟨uᵀX, uᵀX_t⟩ / ‖uᵀX_t‖²), α = 1 / Σ d_t; d_t = 1 but for faint uᵀX_t."""
+    u, s, vh = thin(x)
+    out = torch.zeros_like(x)
+    for r in range(len(s)):
+        rows = [u[:, r] @ y for y in inputs if (u[:, r] @ y).norm() > 0]
+        d = [(1 + faint**2) * float(_say(row.norm() / max(other.norm() for other in rows), faint)) for row in rows]
+        least = alpha or 1 / max(1, sum(d))
+        whole = sum(own * max(least, float(u[:, r] @ x @ row / (row @ row))) for own, row in zip(d, rows, strict=True))
+        out += (sum(d) / whole if rows else 1.0) * s[r] * torch.outer(u[:, r], vh[r])
+    return out
+
+
 def isotropize(x: Tensor, span: bool = True) -> Tensor:
     """mean(S) · P Qᵀ over the numerical rank, or over all min(p, q) directions."""
     p, s, qh = thin(x) if span else torch.linalg.svd(x, full_matrices=False)

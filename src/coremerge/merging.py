@@ -250,14 +250,15 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     rows = coordinates.rows
     cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
     seen = cores if rows is None else [_over_rows(core, rows) for core in cores]
-    merged = parts.method(seen, _site(names, plan))
+    site = _site(names, plan)
+    merged = parts.method(seen, site)
     if rows is not None:
         merged = _scale_rows(merged, rows)
     merged = thin_svd(merged)
     if parts.after:  # they alone ask which of its directions are more than the inputs' errors
         merged = replace(merged, noise=total(cores).noise_along(merged.left, merged.right))
     for step in parts.after:
-        merged = thin_svd(step(merged))
+        merged = thin_svd(step(merged, cores, site))
     return merged.cut(NOISE)
 
 

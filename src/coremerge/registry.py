@@ -47,6 +47,8 @@ class Entry(Generic[P]):
         neutral: of a method: parameters with which it gives a single adapter back as it is, where its own defaults do
             not. They are taken where there is one update to merge, unless a person names one of them.
         flattens: of a step: its result is flat, all directions equally strong, and loses much when it is cut.
+        lifts: of a step: a faint direction may come out stronger beside the others, so that rounding errors must be
+            told from directions, even of a sum; by default what ``flattens`` does.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Entry(Generic[P]):
     flattens: bool = False
     continuous: bool = False
     settles: Settles = field(default_factory=dict)
+    lifts: bool = False
 
     @property
     def help(self) -> str:
@@ -238,6 +241,7 @@ class Registry(Generic[P]):
         flattens: bool = False,
         continuous: bool = False,
         settles: Settles | None = None,
+        lifts: bool = False,
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -258,6 +262,7 @@ class Registry(Generic[P]):
                 flattens,
                 continuous,
                 dict(settles or {}),
+                lifts or flattens,
             )
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory
