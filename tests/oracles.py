@@ -137,6 +137,24 @@ def della(xs: Sequence[Tensor], uniforms: Sequence[Tensor], density: float = 0.5
     return ties(kept, density=1.0)
 
 
+def dc(xs: Sequence[Tensor], smoothing: str = "average", rho: float = 5.0, density: float = 0.001) -> Tensor:
+    """Smooth, see all in polar factors of both stacks, keep the largest entries, TIES's mean, diagonal blocks alone."""
+    parts = [thin(x) for x in xs]
+    left, right = polar(torch.cat([u for u, _, _ in parts], 1)), polar(torch.cat([vh for _, _, vh in parts], 0))
+    ms, mask = [], torch.zeros(left.shape[1], left.shape[1], dtype=torch.float64)
+    for u, s, vh in parts:
+        r = len(s)
+        ratio = 1.0 if smoothing == "average" or not r else min(rho, float(s[0] / s[-1]))
+        line = torch.linspace(ratio, 1.0, r, dtype=torch.float64)
+        m = left.T @ u @ torch.diag(s if smoothing == "own" else s.sum() * line / line.sum()) @ vh @ right.T
+        kept = m.abs().flatten().sort(descending=True).values[: max(1, r, int(density * m.numel()))]
+        ms.append(torch.where(m.abs() >= kept[-1] * (1 - 1e-7) if len(kept) else m != 0, m, 0.0))
+        at = len(mask) - sum(len(own[1]) for own in parts[len(ms) - 1 :])
+        mask[at : at + r, at : at + r] = 1
+    ms = [torch.where(m.abs() > 1e-7, m, 0.0) for m in ms]
+    return left @ (mask * ties(ms, density=1.0)) @ right if left.shape[1] else torch.zeros_like(xs[0])
+
+
 def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:
     """The top of the sum, the top of each task's residual, polar factors of both sides; rank-counted Iso-CTS."""
     u, s, vh = thin(sum_(xs))
