@@ -213,6 +213,11 @@ def star(x: Tensor, keep: float = 0.4) -> Tensor:
     return left[:, :k] @ torch.diag(s[:k] * s.sum() / s[:k].sum()) @ right[:k] if k else torch.zeros_like(x)
 
 
+def lines(x: Tensor, layer: int | None = None, last: int = 1, alpha: float = 0.5, beta: float = 1.0) -> Tensor:
+    """(α + β · l / (L − 1)) X; outside of layers α X."""
+    return (alpha if layer is None else alpha + beta * layer / last) * x
+
+
 def svc(x: Tensor, inputs: Sequence[Tensor], alpha: float | None = None, faint: float = 0.01) -> Tensor:
     """Σ γ σ u vᵀ, γ = Σ d_t / Σ d_t max(α, ⟨uᵀX, uᵀX_t⟩ / ‖uᵀX_t‖²), α = 1 / Σ d_t; d_t = 1 but for faint uᵀX_t."""
     u, s, vh = thin(x)

@@ -49,6 +49,7 @@ STEP_ORACLES: dict[str, Callable[..., Tensor]] = {
     "truncate": lambda x: oracles.truncate(x, 2),
     "soften": oracles.soften,
     "svc": oracles.svc,
+    "lines": oracles.lines,
     **dict.fromkeys(("balance", "star"), lambda x: x),  # of the update, below; its core stays what it is
 }
 STEP_SPECS: list[Spec | None] = [

@@ -466,17 +466,22 @@ def _short_lift_will_do(solved: Solved, dtype: torch.dtype) -> bool:
 
 
 def _biases(plan: Plan, parts: Parts, scale: float) -> Mapping[str, Tensor]:
-    """``lora_bias`` biases, which are linear terms of the output: merged by a linear method itself, else summed."""
+    """``lora_bias`` biases, which are linear terms of the output: merged by a linear method itself, else summed.
+
+    Steps after it that are linear, too, act on them.
+    """
     names = tuple(name for name in plan.modules if any(name in a.biases for a in plan.adapters.values()))
     linear = plan.resolved.method.entry.linear
 
     def load(name: str) -> Tensor:
         having = {key: plan.weights[key][name] * a.biases[name].double() for key, a in plan.adapters.items()
                   if name in a.biases}  # fmt: skip
-        if not linear:
-            return scale * sum(having.values(), torch.zeros(()))
         zeros, one = torch.zeros_like(next(iter(having.values()))), torch.ones(1, 1, dtype=torch.float64)
         columns = [LowRank(having.get(key, zeros)[:, None], one) for key in plan.adapters]
-        return scale * dense(parts.method(columns, _site((name,), plan))).flatten()
+        site = _site((name,), plan)
+        merged = parts.method(columns, site) if linear else total(columns)
+        for step in parts.scaling:
+            merged = step(merged, columns, site)
+        return scale * dense(merged).flatten()
 
     return Lazy(names, load)

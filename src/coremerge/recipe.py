@@ -287,13 +287,15 @@ class Resolved:
         from coremerge.steps import Before
 
         steps = [step.make() for step in self.steps]
+        after = [(step, of) for step, of in zip(steps, self.steps, strict=True) if not isinstance(step, Before)]
         return Parts(
             self.space.entry.make({**self.settings, **self.space.given}),
             self.method.make(),
             tuple(s.apply for s in steps if isinstance(s, Before)),
-            tuple(s for s in steps if not isinstance(s, Before)),
+            tuple(step for step, _ in after),
             linear=self.method.entry.linear and not any(step.entry.lifts for step in self.after),
             alone=None if self.alone is None else self.alone.parts(),
+            scaling=tuple(step for step, of in after if of.entry.linear),
         )
 
 
@@ -312,6 +314,7 @@ class Parts:
     Attributes:
         linear: the whole is a weighted sum, in which even directions count that are rounding errors.
         alone: see :attr:`Resolved.alone`.
+        scaling: of the steps after the method, those that are linear.
     """
 
     space: Space
@@ -320,6 +323,7 @@ class Parts:
     after: tuple[After | Beside, ...]
     linear: bool = False
     alone: Parts | None = None
+    scaling: tuple[After | Beside, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Entry(Generic[P]):
     Attributes:
         unitary: f(P Xᵢ Q) = P f(Xᵢ) Q for orthogonal P, Q: the space it works in does not change the result.
         elementwise: works entry by entry, so that the result depends on the basis.
-        linear: a weighted sum of its inputs.
+        linear: a weighted sum of its inputs; of a step, what it is given times a number.
         continuous: of a method: a small change of its inputs is a small change of its result.
         settles: of a method: parameter → what gives its value from the adapters, by name, and says why, where it is
             None.

@@ -50,4 +50,4 @@ Step = Before | After | Beside
 
 STEPS: Registry[Step] = Registry("step")
 
-from coremerge.steps import balance, isotropize, soften, star, svc, truncate  # noqa: E402, F401  (each registers itself)
+from coremerge.steps import balance, isotropize, lines, soften, star, svc, truncate  # noqa: E402, F401  (each registers itself)
