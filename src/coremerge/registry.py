@@ -49,6 +49,7 @@ class Entry(Generic[P]):
         flattens: of a step: its result is flat, all directions equally strong, and loses much when it is cut.
         lifts: of a step: a faint direction may come out stronger beside the others, so that rounding errors must be
             told from directions, even of a sum; by default what ``flattens`` does.
+        group: of a method: under which of :data:`coremerge.catalog.GROUPS` it is listed; by default its traits say.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Entry(Generic[P]):
     continuous: bool = False
     settles: Settles = field(default_factory=dict)
     lifts: bool = False
+    group: str = ""
 
     @property
     def help(self) -> str:
@@ -242,6 +244,7 @@ class Registry(Generic[P]):
         continuous: bool = False,
         settles: Settles | None = None,
         lifts: bool = False,
+        group: str = "",
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -263,6 +266,7 @@ class Registry(Generic[P]):
                 continuous,
                 dict(settles or {}),
                 lifts or flattens,
+                group,
             )
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory
