@@ -137,6 +137,24 @@ def della(xs: Sequence[Tensor], uniforms: Sequence[Tensor], density: float = 0.5
     return ties(kept, density=1.0)
 
 
+def dc(xs: Sequence[Tensor], smoothing: str = "average", rho: float = 5.0, density: float = 0.001) -> Tensor:
+    """Smooth, see all in polar factors of both stacks, keep the largest entries, TIES's mean, diagonal blocks alone."""
+    parts = [thin(x) for x in xs]
+    left, right = polar(torch.cat([u for u, _, _ in parts], 1)), polar(torch.cat([vh for _, _, vh in parts], 0))
+    ms, mask = [], torch.zeros(left.shape[1], left.shape[1], dtype=torch.float64)
+    for u, s, vh in parts:
+        r = len(s)
+        ratio = 1.0 if smoothing == "average" or not r else min(rho, float(s[0] / s[-1]))
+        line = torch.linspace(ratio, 1.0, r, dtype=torch.float64)
+        m = left.T @ u @ torch.diag(s if smoothing == "own" else s.sum() * line / line.sum()) @ vh @ right.T
+        kept = m.abs().flatten().sort(descending=True).values[: max(1, r, int(density * m.numel()))]
+        ms.append(torch.where(m.abs() >= kept[-1] * (1 - 1e-7) if len(kept) else m != 0, m, 0.0))
+        at = len(mask) - sum(len(own[1]) for own in parts[len(ms) - 1 :])
+        mask[at : at + r, at : at + r] = 1
+    ms = [torch.where(m.abs() > 1e-7, m, 0.0) for m in ms]
+    return left @ (mask * ties(ms, density=1.0)) @ right if left.shape[1] else torch.zeros_like(xs[0])
+
+
 def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:
     """The top of the sum, the top of each task's residual, polar factors of both sides; rank-counted Iso-CTS."""
     u, s, vh = thin(sum_(xs))
@@ -193,6 +211,24 @@ def star(x: Tensor, keep: float = 0.4) -> Tensor:
     left, s, right = thin(x)
     k = next((i + 1 for i in range(len(s)) if s[: i + 1].sum() >= keep * s.sum()), 0)
     return left[:, :k] @ torch.diag(s[:k] * s.sum() / s[:k].sum()) @ right[:k] if k else torch.zeros_like(x)
+
+
+def lines(x: Tensor, layer: int | None = None, last: int = 1, alpha: float = 0.5, beta: float = 1.0) -> Tensor:
+    """(α + β · l / (L − 1)) X; outside of layers α X."""
+    return (alpha if layer is None else alpha + beta * layer / last) * x
+
+
+def svc(x: Tensor, inputs: Sequence[Tensor], alpha: float | None = None, faint: float = 0.01) -> Tensor:
+    """Σ γ σ u vᵀ, γ = Σ d_t / Σ d_t max(α, ⟨uᵀX, uᵀX_t⟩ / ‖uᵀX_t‖²), α = 1 / Σ d_t; d_t = 1 but for faint uᵀX_t."""
+    u, s, vh = thin(x)
+    out = torch.zeros_like(x)
+    for r in range(len(s)):
+        rows = [u[:, r] @ y for y in inputs if (u[:, r] @ y).norm() > 0]
+        d = [(1 + faint**2) * float(_say(row.norm() / max(other.norm() for other in rows), faint)) for row in rows]
+        least = alpha or 1 / max(1, sum(d))
+        whole = sum(own * max(least, float(u[:, r] @ x @ row / (row @ row))) for own, row in zip(d, rows, strict=True))
+        out += (sum(d) / whole if rows else 1.0) * s[r] * torch.outer(u[:, r], vh[r])
+    return out
 
 
 def isotropize(x: Tensor, span: bool = True) -> Tensor:

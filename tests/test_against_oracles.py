@@ -44,10 +44,12 @@ def in_full(updates: Sequence[LowRank], merged: Merge) -> Tensor:
 
 
 SPACE_ORACLES = {"core": in_core, "knots": in_knots, "full": in_full}
-STEP_ORACLES: dict[str, Merge | Callable[[Tensor], Tensor]] = {
+STEP_ORACLES: dict[str, Callable[..., Tensor]] = {
     "isotropize": oracles.isotropize,
     "truncate": lambda x: oracles.truncate(x, 2),
     "soften": oracles.soften,
+    "svc": oracles.svc,
+    "lines": oracles.lines,
     **dict.fromkeys(("balance", "star"), lambda x: x),  # of the update, below; its core stays what it is
 }
 STEP_SPECS: list[Spec | None] = [
@@ -73,7 +75,11 @@ def expected(space: str, method: str, step: str | None, name: str, updates: Sequ
     def merged(cores: Sequence[Tensor]) -> Tensor:
         drawn = {"uniforms": [site.uniform(t, core) for t, core in enumerate(cores)]}
         core = oracle(cores, **(drawn if "uniforms" in inspect.signature(oracle).parameters else {}))
-        return core if step is None else STEP_ORACLES[step](core)  # type: ignore[arg-type]
+        if step is None:
+            return core
+        known = {"inputs": cores}
+        beside = {key: known[key] for key in inspect.signature(STEP_ORACLES[step]).parameters if key in known}
+        return STEP_ORACLES[step](core, **beside)
 
     return SPACE_ORACLES[space](updates, merged)
 

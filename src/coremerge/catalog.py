@@ -15,6 +15,18 @@ from coremerge.registry import Entry
 _NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "none"}
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
+GROUPS = {
+    "when in doubt": "with --norms equal it is the default; nothing has to be set, and a small change of an adapter is"
+    " a small change of the merge",
+    "sums": "exactly what the adapters do, added up: a style at half strength, one adapter minus another, adapters that"
+    " hardly overlap",
+    "directions": "several tasks in one adapter; what they share is counted once, or kept apart from what is each one's"
+    " own; space and basis do not matter",
+    "entries": "as published for whole models; of each adapter's numbers some are kept and the others dropped; space"
+    " and basis matter",
+}
+"""What methods are for: the name of a group → when to choose from it. A method says its own when it is registered."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -44,6 +56,7 @@ class Part:
         description: the docstring without its arguments.
         source: the paper.
         nature: what it is, in plain words.
+        group: of a method: what it is for, a key of :data:`GROUPS`; None: it is no method.
     """
 
     name: str
@@ -53,6 +66,7 @@ class Part:
     source: str
     nature: tuple[str, ...]
     parameters: tuple[Parameter, ...]
+    group: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -60,7 +74,7 @@ class Part:
 
 
 def catalog() -> list[Part]:
-    """Everything that can be named in a recipe: methods, then spaces, then steps."""
+    """Everything that can be named in a recipe: methods, group by group, then spaces, then steps."""
     return [_part(entry) for entry in _entries()]
 
 
@@ -82,9 +96,15 @@ def _entries() -> Iterator[Entry[Any]]:
     from coremerge.spaces import SPACES
     from coremerge.steps import STEPS
 
-    yield from sorted(METHODS.entries.values(), key=lambda entry: (not entry.linear, not entry.elementwise))
+    groups = [*GROUPS, *dict.fromkeys(map(_group, METHODS.entries.values()))]
+    yield from sorted(METHODS.entries.values(), key=lambda entry: groups.index(_group(entry)))
     yield from SPACES.entries.values()
     yield from STEPS.entries.values()
+
+
+def _group(entry: Entry[Any]) -> str:
+    """As declared, or as its traits say."""
+    return entry.group or ("sums" if entry.linear else "entries" if entry.elementwise else "directions")
 
 
 def _part(entry: Entry[Any]) -> Part:
@@ -108,6 +128,7 @@ def _part(entry: Entry[Any]) -> Part:
         entry.source,
         tuple(_nature(entry)),
         parameters,
+        _group(entry) if entry.kind == "method" else None,
     )
 
 

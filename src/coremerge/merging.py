@@ -250,14 +250,15 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     rows = coordinates.rows
     cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
     seen = cores if rows is None else [_over_rows(core, rows) for core in cores]
-    merged = parts.method(seen, _site(names, plan))
+    site = _site(names, plan)
+    merged = parts.method(seen, site)
     if rows is not None:
         merged = _scale_rows(merged, rows)
     merged = thin_svd(merged)
     if parts.after:  # they alone ask which of its directions are more than the inputs' errors
         merged = replace(merged, noise=total(cores).noise_along(merged.left, merged.right))
     for step in parts.after:
-        merged = thin_svd(step(merged))
+        merged = thin_svd(step(merged, cores, site))
     return merged.cut(NOISE)
 
 
@@ -465,17 +466,22 @@ def _short_lift_will_do(solved: Solved, dtype: torch.dtype) -> bool:
 
 
 def _biases(plan: Plan, parts: Parts, scale: float) -> Mapping[str, Tensor]:
-    """``lora_bias`` biases, which are linear terms of the output: merged by a linear method itself, else summed."""
+    """``lora_bias`` biases, which are linear terms of the output: merged by a linear method itself, else summed.
+
+    Steps after it that are linear, too, act on them.
+    """
     names = tuple(name for name in plan.modules if any(name in a.biases for a in plan.adapters.values()))
     linear = plan.resolved.method.entry.linear
 
     def load(name: str) -> Tensor:
         having = {key: plan.weights[key][name] * a.biases[name].double() for key, a in plan.adapters.items()
                   if name in a.biases}  # fmt: skip
-        if not linear:
-            return scale * sum(having.values(), torch.zeros(()))
         zeros, one = torch.zeros_like(next(iter(having.values()))), torch.ones(1, 1, dtype=torch.float64)
         columns = [LowRank(having.get(key, zeros)[:, None], one) for key in plan.adapters]
-        return scale * dense(parts.method(columns, _site((name,), plan))).flatten()
+        site = _site((name,), plan)
+        merged = parts.method(columns, site) if linear else total(columns)
+        for step in parts.scaling:
+            merged = step(merged, columns, site)
+        return scale * dense(merged).flatten()
 
     return Lazy(names, load)

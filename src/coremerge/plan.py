@@ -217,7 +217,7 @@ class Plan:
     @cached_property
     def last_layer(self) -> int:
         """The highest number of a layer: where gradients end."""
-        return last_layer(self.modules)
+        return last_layer(module for adapter in self.adapters.values() for module in adapter)
 
     @property
     def is_dense(self) -> bool:

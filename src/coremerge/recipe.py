@@ -25,10 +25,10 @@ from coremerge.registry import Operator, Spec
 from coremerge.yamlfile import NO_TRUTH, NameText, Number, Whole, read_mapping, text_of
 
 if TYPE_CHECKING:
-    from coremerge.lowrank import LowRank, Matrix
+    from coremerge.lowrank import LowRank
     from coremerge.methods import Method
     from coremerge.spaces import Space
-    from coremerge.steps import Step
+    from coremerge.steps import After, Beside, Step
 
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
@@ -284,16 +284,18 @@ class Resolved:
 
     def parts(self) -> Parts:
         """The functions."""
-        from coremerge.steps import After, Before
+        from coremerge.steps import Before
 
         steps = [step.make() for step in self.steps]
+        after = [(step, of) for step, of in zip(steps, self.steps, strict=True) if not isinstance(step, Before)]
         return Parts(
             self.space.entry.make({**self.settings, **self.space.given}),
             self.method.make(),
             tuple(s.apply for s in steps if isinstance(s, Before)),
-            tuple(s.apply for s in steps if isinstance(s, After)),
-            linear=self.method.entry.linear and not any(step.entry.flattens for step in self.after),
+            tuple(step for step, _ in after),
+            linear=self.method.entry.linear and not any(step.entry.lifts for step in self.after),
             alone=None if self.alone is None else self.alone.parts(),
+            scaling=tuple(step for step, of in after if of.entry.linear),
         )
 
 
@@ -312,14 +314,16 @@ class Parts:
     Attributes:
         linear: the whole is a weighted sum, in which even directions count that are rounding errors.
         alone: see :attr:`Resolved.alone`.
+        scaling: of the steps after the method, those that are linear.
     """
 
     space: Space
     method: Method
     before: tuple[Callable[[LowRank], LowRank], ...]
-    after: tuple[Callable[[Matrix], Matrix], ...]
+    after: tuple[After | Beside, ...]
     linear: bool = False
     alone: Parts | None = None
+    scaling: tuple[After | Beside, ...] = ()
 
 
 @dataclass(frozen=True)

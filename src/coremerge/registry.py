@@ -30,7 +30,7 @@ class Entry(Generic[P]):
     Attributes:
         unitary: f(P Xᵢ Q) = P f(Xᵢ) Q for orthogonal P, Q: the space it works in does not change the result.
         elementwise: works entry by entry, so that the result depends on the basis.
-        linear: a weighted sum of its inputs.
+        linear: a weighted sum of its inputs; of a step, what it is given times a number.
         continuous: of a method: a small change of its inputs is a small change of its result.
         settles: of a method: parameter → what gives its value from the adapters, by name, and says why, where it is
             None.
@@ -47,6 +47,9 @@ class Entry(Generic[P]):
         neutral: of a method: parameters with which it gives a single adapter back as it is, where its own defaults do
             not. They are taken where there is one update to merge, unless a person names one of them.
         flattens: of a step: its result is flat, all directions equally strong, and loses much when it is cut.
+        lifts: of a step: a faint direction may come out stronger beside the others, so that rounding errors must be
+            told from directions, even of a sum; by default what ``flattens`` does.
+        group: of a method: under which of :data:`coremerge.catalog.GROUPS` it is listed; by default its traits say.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Entry(Generic[P]):
     flattens: bool = False
     continuous: bool = False
     settles: Settles = field(default_factory=dict)
+    lifts: bool = False
+    group: str = ""
 
     @property
     def help(self) -> str:
@@ -238,6 +243,8 @@ class Registry(Generic[P]):
         flattens: bool = False,
         continuous: bool = False,
         settles: Settles | None = None,
+        lifts: bool = False,
+        group: str = "",
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -258,6 +265,8 @@ class Registry(Generic[P]):
                 flattens,
                 continuous,
                 dict(settles or {}),
+                lifts or flattens,
+                group,
             )
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from coremerge.catalog import GROUPS, catalog
 from coremerge.methods import METHODS
+from coremerge.recipe import Recipe
 from coremerge.spaces import SPACES
 from coremerge.steps import STEPS
 
@@ -19,6 +21,42 @@ def test_lists_everything_with_its_parameters_and_paper(run):
             assert entry.source in " ".join(shown.split())
     assert "density=0.2, reduce=mean" in shown
     assert "parameters: rank\n" in shown  # of truncate: required
+
+
+def test_methods_are_listed_by_what_they_are_for(run):
+    """Each once, under its own group, the default's first; a group says when to choose from it."""
+    shown = run("methods").stdout
+    places = [shown.index(f"\n{group}: ") for group in GROUPS]
+    assert places == sorted(places)
+    for name in METHODS:
+        at = shown.index(f"\n  {name} ")
+        (group,) = [part.group for part in catalog() if (part.kind, part.name) == ("method", name)]
+        before = [place for place in places if place < at]
+        assert len(before) == [*GROUPS].index(group) + 1
+    assert f"\n  {Recipe().method} " in shown[places[0] : places[1]]
+    assert "\ngroup   sums\n" in run("methods", "mean").stdout
+    assert "group" not in run("methods", "truncate").stdout
+
+
+def test_a_method_says_its_group_and_one_that_does_not_has_that_of_its_traits(run, monkeypatch):
+    monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))
+    for name, traits in {
+        "likesum": {"unitary": True, "linear": True},
+        "likeiso": {"unitary": True},
+        "liketies": {"elementwise": True},
+        "said": {"elementwise": True, "group": "sums"},
+        "other": {"unitary": True, "group": "of one's own"},
+    }.items():
+        METHODS.register(name, source="none", **traits)(METHODS["sum"].factory)
+    found = {part.name: part.group for part in catalog() if part.kind == "method"}
+    assert [found[name] for name in ("likesum", "likeiso", "liketies", "said")] == [
+        "sums",
+        "directions",
+        "entries",
+        "sums",
+    ]
+    assert list(found)[-1] == "other"
+    assert "\nof one's own\n\n  other " in run("methods").stdout
 
 
 def test_one_in_full(run):
@@ -50,6 +88,8 @@ def test_json(run):
     assert {part["name"] for part in found["methods"]} == set(METHODS)
     assert {part["name"] for part in found["spaces"]} == set(SPACES)
     assert {part["name"] for part in found["steps"]} == set(STEPS)
+    assert {part["group"] for part in found["methods"]} == set(found["groups"])
+    assert {part["group"] for part in found["spaces"] + found["steps"]} == {None}
     (ties,) = (part for part in found["methods"] if part["name"] == "ties")
     assert ties["parameters"][0] == {
         "name": "density",

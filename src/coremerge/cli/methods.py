@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,9 +25,9 @@ def methods(
 ) -> None:
     """List the methods, spaces and steps.
 
-    With their parameters, defaults and papers.
+    With their parameters, defaults and papers; methods by what they are for.
     """
-    from coremerge.catalog import catalog, find
+    from coremerge.catalog import GROUPS, catalog, find
 
     if name is not None:
         part = find(name)
@@ -34,11 +35,15 @@ def methods(
         return
     parts = catalog()
     if as_json:
-        print_json({f"{kind}s": [part.to_dict() for part in parts if part.kind == kind] for kind in USAGE})
+        listed = {f"{kind}s": [part.to_dict() for part in parts if part.kind == kind] for kind in USAGE}
+        print_json({**listed, "groups": GROUPS})
         return
     for kind, usage in USAGE.items():
         say(f"{kind}s  ({usage})\n")
-        say("\n".join(_line(part) for part in parts if part.kind == kind) + "\n")
+        for group, members in groupby((part for part in parts if part.kind == kind), key=lambda part: part.group):
+            if group is not None:
+                say("\n".join(_wrap(f"{group}: {GROUPS[group]}" if group in GROUPS else group, 0)) + "\n")
+            say("\n".join(map(_line, members)) + "\n")
     say("coremerge methods NAME tells more of one.")
 
 
@@ -55,6 +60,7 @@ def _in_full(part: Part) -> str:
         default = "required" if p.required else f"default {_shown(p.default)}"
         lines += [f"  {p.name}  ({p.type}; {default})", *_wrap(p.help, 6)]
     lines += ["", f"use     {USAGE[part.kind].replace('NAME', part.name)}"]
+    lines += [f"group   {part.group}"] if part.group else []
     lines += [f"nature  {text}" for text in part.nature]
     lines += [f"source  {part.source}"] if part.source else []
     return "\n".join(lines).replace("\n\n\n", "\n\n")

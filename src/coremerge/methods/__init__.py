@@ -85,4 +85,4 @@ Method = Callable[[Sequence[LowRank], Site], Matrix]
 
 METHODS: Registry[Method] = Registry("method")
 
-from coremerge.methods import cart, cts, dare, della, linear, magnitude, ties, tsv, whiten, wudi  # noqa: E402, F401  (each registers itself)
+from coremerge.methods import cart, cts, dare, dc, della, linear, magnitude, ties, tsv, whiten, wudi  # noqa: E402, F401  (each registers itself)

@@ -50,13 +50,20 @@ def tsv(rank: Annotated[int, Field(ge=1)] | None = None, pad: bool = False) -> M
 
 def orthogonalized(parts: Sequence[ThinSVD]) -> Matrix:
     """polar([U_1 … U_T]) · diag(S_1 … S_T) · polar([V_1 … V_T])ᵀ."""
-    rounding = _rounding(parts)
-    left, left_orthonormal = polar(torch.cat([part.left for part in parts], -1), rounding=rounding)
-    right, right_orthonormal = polar(torch.cat([part.right for part in parts], -2).mT, rounding=rounding)
+    (left, left_orthonormal), (right, right_orthonormal) = covers(parts)
     values = torch.cat([part.values for part in parts], -1)
     if left_orthonormal and right_orthonormal:
         return ThinSVD(left, values, right.mT)
     return LowRank(left * values.unsqueeze(-2), right.mT)
+
+
+def covers(parts: Sequence[ThinSVD]) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]]:
+    """polar([U_1 … U_T]) and polar([V_1 … V_T]), and whether their columns are orthonormal."""
+    rounding = _rounding(parts)
+    return (
+        polar(torch.cat([part.left for part in parts], -1), rounding=rounding),
+        polar(torch.cat([part.right for part in parts], -2).mT, rounding=rounding),
+    )
 
 
 def _rounding(parts: Sequence[ThinSVD]) -> Tensor | None:

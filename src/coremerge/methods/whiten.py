@@ -38,6 +38,7 @@ def _even_for(adapters: Mapping[str, Adapter]) -> tuple[float, str]:
     unitary=True,
     continuous=True,
     settles={"even": _even_for},
+    group="when in doubt",
     source="ours: TSV, arXiv 2412.00081, weighted by singular values and with a ridge, so that it is continuous",
 )
 def whiten(

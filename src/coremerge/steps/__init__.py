@@ -1,15 +1,20 @@
 """Steps around a method. One idea a file.
 
-A :class:`Before` step maps each update to an update; an :class:`After` step maps the merged core to a core.
+A :class:`Before` step maps each update to an update; an :class:`After` step maps the merged core to a core, and a
+:class:`Beside` step does so by what the inputs are, and where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from coremerge.lowrank import LowRank, Matrix
 from coremerge.registry import Registry
+
+if TYPE_CHECKING:
+    from coremerge.methods import Site
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,24 @@ class After:
 
     apply: Callable[[Matrix], Matrix]
 
+    def __call__(self, merged: Matrix, cores: Sequence[LowRank], site: Site) -> Matrix:
+        """What becomes of ``merged``."""
+        return self.apply(merged)
 
-Step = Before | After
+
+@dataclass(frozen=True)
+class Beside:
+    """Applied to the merged core likewise, beside the weighted cores that were merged, and where that is."""
+
+    apply: Callable[[Matrix, Sequence[LowRank], Site], Matrix]
+
+    def __call__(self, merged: Matrix, cores: Sequence[LowRank], site: Site) -> Matrix:
+        """What becomes of ``merged``."""
+        return self.apply(merged, cores, site)
+
+
+Step = Before | After | Beside
 
 STEPS: Registry[Step] = Registry("step")
 
-from coremerge.steps import balance, isotropize, soften, star, truncate  # noqa: E402, F401  (each registers itself)
+from coremerge.steps import balance, isotropize, lines, soften, star, svc, truncate  # noqa: E402, F401  (each registers itself)
