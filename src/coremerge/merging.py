@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from coremerge.spaces import Combination, Coordinates
 
 if TYPE_CHECKING:
     from coremerge.held import Held
+
+S = TypeVar("S")
 
 Group = tuple[str, ...]
 """Modules of one shape and the same ranks, which are merged together."""
@@ -126,14 +128,16 @@ def execute(
     of modules somewhere else: see :func:`solve`.
     """
     from coremerge.held import Held
+    from coremerge.surveying import surveyed
 
     start = time.perf_counter()
     plan = equalized(plan, threads)
     check_base(plan)
+    check_scales(plan)
+    plan = surveyed(plan, threads=threads, device=device, batch=batch)
     parts = plan.recipe.parts()
     held = Held() if held is None else held
-    check_scales(plan)
-    groups = [g for g in plan.groups(batch or (None if device == "cpu" else 32)) if not held.keys() >= set(g)]
+    groups = [g for g in groups_of(plan, device, batch) if not held.keys() >= set(g)]
 
     def here(names: Group) -> dict[str, Solved]:
         return solve(names, plan, parts, device)
@@ -146,6 +150,11 @@ def execute(
     scale = scale_of(plan, reports)
     report = report_of(plan, reports, scale, time.perf_counter() - start)
     return MergeResult(lifted(plan, parts, held, reports, scale=scale, device=device), report, plan)
+
+
+def groups_of(plan: Plan, device: str = "cpu", batch: int | None = None) -> list[Group]:
+    """The modules as they are merged together."""
+    return list(plan.groups(batch or (None if device == "cpu" else 32)))
 
 
 def read_updates(
@@ -201,6 +210,39 @@ def solve(
     Raises:
         TensorError: factors that are not finite, or of a size that cannot be computed with.
     """
+
+    def work(names: Group, coordinates: Coordinates, alone: Parts | None) -> dict[str, Solved]:
+        merged = _merged(names, coordinates, plan, alone or parts)
+        kept = _directions(coordinates, plan, alone=alone is not None)
+        found = solved_of(names, coordinates, merged, plan, directions=kept, alone=alone is not None)
+        return dict(zip(names, found, strict=True))
+
+    return together(work, names, plan, parts, join=_all, device=device, dtype=dtype)
+
+
+def _all(found: Sequence[dict[str, Solved]]) -> dict[str, Solved]:
+    return {name: one for some in found for name, one in some.items()}
+
+
+def together(
+    work: Callable[[Group, Coordinates, Parts | None], S],
+    names: Group,
+    plan: Plan,
+    parts: Parts,
+    *,
+    join: Callable[[Sequence[S]], S],
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> S:
+    """What ``work`` makes of modules of one shape, or ``join`` of what it makes of each, where their ranks differ.
+
+    ``work`` is given their names, the updates in the recipe's space, without weights, and what acts in place of
+    ``parts`` where there is one update to merge. Errors are those of :func:`solve`.
+    """
+
+    def again(names: Group, dtype: torch.dtype | None = torch.float64) -> S:
+        return together(work, names, plan, parts, join=join, device=device, dtype=dtype)
+
     try:
         updates = read_updates(names, plan, parts, device, dtype)
         weights = _weights(names, plan)
@@ -211,22 +253,19 @@ def solve(
         coordinates = parts.space(updates)
         sizes = sizes_of(coordinates.cores)
         if dtype is None and beyond_short(updates, sizes):
-            return solve(names, plan, parts, device, torch.float64)
+            return again(names)
         check_sizes(names, sizes, plan)
         coordinates, distinct = join_copies(coordinates, weights)
         alone = parts.alone if count == 1 or distinct == 1 else None
         if plain and count > 1 and distinct == 1:
             coordinates = as_one(parts.space([update.rounded(None) for update in updates]), updates, weights)
-        merged = _merged(names, coordinates, plan, alone or parts)
-        kept = _directions(coordinates, plan, alone=alone is not None)
-        found = solved_of(names, coordinates, merged, plan, directions=kept, alone=alone is not None)
-        return dict(zip(names, found, strict=True))
+        return work(names, coordinates, alone)
     except RaggedRankError:
-        return _one_by_one(names, plan, parts, device, dtype)
+        return join([again((name,), dtype) for name in names])
     except LinAlgError:
         check_finite(names, plan)
         if dtype is None or len(names) > 1:
-            return _one_by_one(names, plan, parts, device, torch.float64)
+            return join([again((name,)) for name in names])
         raise TensorError(
             "its values are too large to be computed with", key=names[0], remedy="Check lora_alpha and the weights"
         ) from None
@@ -241,16 +280,11 @@ def _directions(coordinates: Coordinates, plan: Plan, *, alone: bool) -> int | N
     return max(core.rank for core in coordinates.cores) if kept is None else kept
 
 
-def _one_by_one(names: Group, plan: Plan, parts: Parts, device: str, dtype: torch.dtype | None) -> dict[str, Solved]:
-    return {name: solve((name,), plan, parts, device, dtype)[name] for name in names}
-
-
 def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: Parts) -> ThinSVD:
     """Weights, method and the steps after it; in isometric coordinates, cut at the numerical rank."""
     rows = coordinates.rows
-    cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
-    seen = cores if rows is None else [_over_rows(core, rows) for core in cores]
-    merged = parts.method(seen, _site(names, plan))
+    cores = _counted(names, coordinates, plan)
+    merged = parts.method(seen(names, coordinates, plan), site_of(names, plan))
     if rows is not None:
         merged = _scale_rows(merged, rows)
     merged = thin_svd(merged)
@@ -261,8 +295,15 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     return merged.cut(NOISE)
 
 
-def _site(names: Sequence[str], plan: Plan) -> Site:
-    return Site(plan.recipe.seed, tuple(names), tuple(plan.adapters), plan.last_layer)
+def seen(names: Sequence[str], coordinates: Coordinates, plan: Plan) -> list[LowRank]:
+    """The cores as a method is given them."""
+    cores, rows = _counted(names, coordinates, plan), coordinates.rows
+    return cores if rows is None else [_over_rows(core, rows) for core in cores]
+
+
+def site_of(names: Sequence[str], plan: Plan) -> Site:
+    """Where the modules of those names are merged."""
+    return Site(plan.recipe.seed, tuple(names), tuple(plan.adapters), plan.last_layer, plan.known)
 
 
 def _over_rows(core: LowRank, rows: Tensor) -> LowRank:
@@ -277,6 +318,11 @@ def _over_rows(core: LowRank, rows: Tensor) -> LowRank:
 def _weights(names: Sequence[str], plan: Plan) -> list[list[float]]:
     """Adapter by adapter, of each module."""
     return [[plan.weights[key].get(name, 1.0) for name in names] for key in plan.adapters]
+
+
+def _counted(names: Sequence[str], coordinates: Coordinates, plan: Plan) -> list[LowRank]:
+    """The cores times their weights."""
+    return [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
 
 
 def _weighted(core: LowRank, weights: Sequence[float]) -> LowRank:
@@ -359,7 +405,7 @@ def solved_of(
 
 def _beside(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> tuple[Tensor, Tensor]:
     """(..., T) each: of the weighted inputs the squared norm, and the inner product with what they became."""
-    weighted = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
+    weighted = _counted(names, coordinates, plan)
     whole = merged.lowrank()
     pairs = [(core.inner(core), core.inner(whole)) for core in weighted]
     squares, along = (torch.stack(list(column), -1) for column in zip(*pairs, strict=True))
@@ -476,6 +522,6 @@ def _biases(plan: Plan, parts: Parts, scale: float) -> Mapping[str, Tensor]:
             return scale * sum(having.values(), torch.zeros(()))
         zeros, one = torch.zeros_like(next(iter(having.values()))), torch.ones(1, 1, dtype=torch.float64)
         columns = [LowRank(having.get(key, zeros)[:, None], one) for key in plan.adapters]
-        return scale * dense(parts.method(columns, _site((name,), plan))).flatten()
+        return scale * dense(parts.method(columns, site_of((name,), plan))).flatten()
 
     return Lazy(names, load)

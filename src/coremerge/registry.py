@@ -46,6 +46,8 @@ class Entry(Generic[P]):
             default cores are as large as the updates.
         neutral: of a method: parameters with which it gives a single adapter back as it is, where its own defaults do
             not. They are taken where there is one update to merge, unless a person names one of them.
+        surveys: of a method: parameters → the pass over all modules that it needs before it merges any, a
+            :class:`~coremerge.methods.Survey`, or None.
         flattens: of a step: its result is flat, all directions equally strong, and loses much when it is cut.
     """
 
@@ -65,6 +67,7 @@ class Entry(Generic[P]):
     flattens: bool = False
     continuous: bool = False
     settles: Settles = field(default_factory=dict)
+    surveys: Callable[[Values], Any] | None = None
 
     @property
     def help(self) -> str:
@@ -185,6 +188,11 @@ class Operator(Generic[P]):
         return None if self.entry.keeps is None else self.entry.keeps(self.values)
 
     @property
+    def survey(self) -> Any:
+        """The pass over all modules that it needs before it merges any; None: it needs none."""
+        return None if self.entry.surveys is None else self.entry.surveys(self.values)
+
+    @property
     def cuts(self) -> tuple[str, ...]:
         """What it leaves out, in words that go on from its name."""
         if self.entry.cuts is not None:
@@ -238,6 +246,7 @@ class Registry(Generic[P]):
         flattens: bool = False,
         continuous: bool = False,
         settles: Settles | None = None,
+        surveys: Callable[[Values], Any] | None = None,
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -258,6 +267,7 @@ class Registry(Generic[P]):
                 flattens,
                 continuous,
                 dict(settles or {}),
+                surveys,
             )
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory

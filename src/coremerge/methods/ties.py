@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from coremerge.errors import ConfigError
 from coremerge.layered import SOME, Condition
 from coremerge.linalg import column_norms
 from coremerge.lowrank import LowRank
-from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
+from coremerge.methods import METHODS, Method, Share, Site, Survey, of_task, shown
+from coremerge.methods.largest import Tally, joined, tally
 from coremerge.registry import Values
 
 Density = Annotated[float, Field(gt=0, le=1)]
@@ -28,6 +30,9 @@ Rates = Rate | tuple[Rate | Annotated[tuple[Rate, ...], SOME] | Annotated[tuple[
 
 Reduce = Literal["mean", "sum"]
 
+Trim = Literal["module", "model"]
+"""Of which entries those that are kept are the largest."""
+
 
 def trims(values: Values) -> list[str]:
     """What is left out, in words."""
@@ -36,22 +41,84 @@ def trims(values: Values) -> list[str]:
 
 def kept(values: Values) -> str:
     """What trimming keeps, in words."""
-    return f"keeps the largest entries of each adapter's core, a share of {shown(values['density'])}"
+    of = "each adapter, over all its modules" if values["trim"] == "model" else "each adapter's core"
+    return f"keeps the largest entries of {of}, a share of {shown(values['density'])}"
+
+
+def check_trim(density: Share, trim: Trim) -> None:
+    """Refuse a density by layer of what is trimmed over all of them.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if trim == "model" and isinstance(density, tuple) and any(isinstance(own, tuple) for own in density):
+        raise ConfigError(
+            "over the whole model there is one density, and this one differs by layer", key="density", value=density,
+            remedy="Give a number, or trim=module",
+        )  # fmt: skip
+
+
+def over_model(values: Values, look: Callable[[Sequence[LowRank], Site], tuple[Tensor, Errors]]) -> Survey | None:
+    """The pass over all modules that finds the least entry of each adapter that is kept; None: it is not asked for.
+
+    ``look``: the entries that are to be trimmed, and their errors. An adapter's entries are those of the modules in
+    which it has any that is more than an error.
+    """
+    if values["trim"] != "model":
+        return None
+
+    def take_down(cores: Sequence[LowRank], site: Site) -> list[Tally]:
+        x = trim_each(*look(cores, site))
+        return [tally(one[(one != 0).flatten(-2).any(-1)]) for one in x]
+
+    def join(found: Sequence[list[Tally]]) -> list[Tally]:
+        return [joined(own) for own in zip(*found, strict=True)]
+
+    def settle(found: list[Tally]) -> tuple[float, ...]:
+        return tuple(_least_of(one, of_task(values["density"], t, Site())) for t, one in enumerate(found))
+
+    return Survey(take_down, join, settle)
+
+
+def _least_of(counted: Tally, density: float) -> float:
+    return counted.largest(max(1, round(density * counted.total))) if counted.total else 0.0
+
+
+def _as_given(cores: Sequence[LowRank], site: Site) -> tuple[Tensor, Errors]:
+    return entries(cores), errors_of(cores)
+
+
+def survey_of(values: Values) -> Survey | None:
+    """Of a method that trims the cores as they are given."""
+    return over_model(values, _as_given)
 
 
 @METHODS.register(
-    "ties", elementwise=True, source="TIES-Merging, arXiv 2306.01708", cuts=trims, neutral={"density": 1.0}
+    "ties",
+    elementwise=True,
+    source="TIES-Merging, arXiv 2306.01708",
+    cuts=trims,
+    neutral={"density": 1.0},
+    surveys=survey_of,
 )
-def ties(density: Densities = 0.2, reduce: Reduce = "mean") -> Method:
+def ties(density: Densities = 0.2, reduce: Reduce = "mean", trim: Trim = "module") -> Method:
     """Keep each task's largest entries, elect the sign of their sum, average the entries that agree with it.
 
     Args:
         density: the share of entries of each core that is kept, in (0, 1]; or a list, one for each adapter.
         reduce: ``mean`` over the agreeing non-zero entries, or their ``sum``.
+        trim: ``module``: the largest entries of each module; ``model``: of all modules together, as in the paper and in
+            KnOTS's code, so that a module with large entries keeps more of them. That takes a pass over all modules
+            before the merge.
+
+    Raises:
+        ConfigError: a density that differs by layer, of what is trimmed over the whole model.
     """
+    check_trim(density, trim)
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return trimmed_and_elected(entries(cores), cores, density, reduce, site)
+        errors = errors_of(cores)
+        return elect(trimmed(entries(cores), errors, density, trim, site), reduce, errors)
 
     return merge
 
@@ -68,10 +135,20 @@ Errors = Sequence[tuple[Tensor, Tensor] | None]
 """Of the entries of each core: see :func:`errors_of`."""
 
 
-def trimmed_and_elected(x: Tensor, cores: Sequence[LowRank], density: Share, reduce: Reduce, site: Site) -> Tensor:
-    """TIES of ``x`` (T, ..., p, q), which is written over: the entries of ``cores``, or some of them."""
-    errors = errors_of(cores)
-    return elect(trim_each(x, errors, density, site), reduce, errors)
+def trimmed(x: Tensor, errors: Errors, density: Share, within: Trim, site: Site) -> Tensor:
+    """``x`` (T, ..., p, q), which is written over, each core's entries trimmed within the module or the whole model.
+
+    Raises:
+        ValueError: for the whole model, without what :func:`over_model` found.
+    """
+    if within == "module":
+        return trim_each(x, errors, density, site)
+    if site.known is None:
+        raise ValueError("what is kept of the whole model is known after a pass over all modules")
+    for t, (one, least) in enumerate(zip(trim_each(x, errors), site.known, strict=True)):
+        if of_task(density, t, site) < 1:
+            one.masked_fill_(one.abs() < least, 0.0)
+    return x
 
 
 def errors_of(cores: Sequence[LowRank]) -> Errors:
