@@ -137,6 +137,19 @@ def della(xs: Sequence[Tensor], uniforms: Sequence[Tensor], density: float = 0.5
     return ties(kept, density=1.0)
 
 
+def pcb(xs: Sequence[Tensor], density: float = 0.1) -> Tensor:
+    """exp(T norm(x)²) · x · Σ x, its top share, min–max over what is kept; the mean of x by these weights."""
+    whole, count = sum_(xs), sum(bool(x.norm() > 0) for x in xs)
+    top, bottom = torch.zeros_like(whole), torch.zeros_like(whole)
+    for x in (x for x in xs if x.norm() > 0):
+        score = torch.exp(count * (x / x.abs().max()) ** 2) * x * whole
+        ordered = [*score.flatten().sort(descending=True).values.tolist(), 0.0]
+        least = max(0.0, ordered[max(1, round(density * x.numel()))]) if density < 1 else 0.0
+        weight = (score - least).clamp(min=0) / (ordered[0] - least)
+        top, bottom = top + weight * x, bottom + weight
+    return torch.where(bottom > 0, top / bottom, 0.0)
+
+
 def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:
     """The top of the sum, the top of each task's residual, polar factors of both sides; rank-counted Iso-CTS."""
     u, s, vh = thin(sum_(xs))

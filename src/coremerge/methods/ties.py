@@ -205,17 +205,22 @@ def elect(x: Tensor, reduce: Reduce, errors: Errors = ()) -> Tensor:
 
     A sum that is no larger than the ``errors`` of its terms is zero, where all of them are known.
     """
-    elected = x.sum(0)
-    known = [error for error in errors if error is not None]
-    if len(known) == len(x):
-        variance = torch.zeros_like(elected)
-        for one, (even, relative) in zip(x, known, strict=True):
-            variance += (relative[..., None, None] * one).square_().add_(even[..., None, None] ** 2)
-        elected.masked_fill_(elected.abs() <= VOTE * variance.sqrt_(), 0.0)
-    elected.sign_()
+    elected = sum_beyond(x, errors).sign_()
     merged, count = torch.zeros_like(elected), torch.zeros_like(elected)
     for one in x:
         agree = (one.sign() == elected).logical_and_(one != 0)
         merged += torch.where(agree, one, 0.0)
         count += agree
     return merged.div_(count.clamp_(min=1)) if reduce == "mean" else merged
+
+
+def sum_beyond(x: Tensor, errors: Errors) -> Tensor:
+    """The sum over T of ``x`` (T, ..., p, q), zero where it is no larger than the ``errors`` of its terms."""
+    whole = x.sum(0)
+    known = [error for error in errors if error is not None]
+    if len(known) < len(x):
+        return whole
+    variance = torch.zeros_like(whole)
+    for one, (even, relative) in zip(x, known, strict=True):
+        variance += (relative[..., None, None] * one).square_().add_(even[..., None, None] ** 2)
+    return whole.masked_fill_(whole.abs() <= VOTE * variance.sqrt_(), 0.0)
