@@ -48,7 +48,7 @@ STEP_ORACLES: dict[str, Merge | Callable[[Tensor], Tensor]] = {
     "isotropize": oracles.isotropize,
     "truncate": lambda x: oracles.truncate(x, 2),
     "soften": oracles.soften,
-    **dict.fromkeys(("balance", "star"), lambda x: x),  # of the update, below; its core stays what it is
+    **dict.fromkeys(("balance", "star", "lift"), lambda x: x),  # of the update, below; its core stays what it is
 }
 STEP_SPECS: list[Spec | None] = [
     None,

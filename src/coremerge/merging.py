@@ -29,7 +29,7 @@ from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Parts, Recipe
 from coremerge.rounding import stored_rounding
 from coremerge.sizes import SHORT, beyond_short, check_finite, check_scales, check_sizes, sizes_of
-from coremerge.spaces import Combination, Coordinates
+from coremerge.spaces import Combination, Coordinates, Lift
 
 if TYPE_CHECKING:
     from coremerge.held import Held
@@ -38,6 +38,9 @@ S = TypeVar("S")
 
 Group = tuple[str, ...]
 """Modules of one shape and the same ranks, which are merged together."""
+
+Updates = Sequence[LowRank]
+"""Of each adapter, of the modules of a group."""
 
 Progress = Callable[[int, int], None]
 """Called with the modules done and their number."""
@@ -211,9 +214,14 @@ def solve(
         TensorError: factors that are not finite, or of a size that cannot be computed with.
     """
 
-    def work(names: Group, coordinates: Coordinates, alone: Parts | None) -> dict[str, Solved]:
-        merged = _merged(names, coordinates, plan, alone or parts)
+    def work(names: Group, updates: Updates, coordinates: Coordinates, alone: Parts | None) -> dict[str, Solved]:
+        acting = alone or parts
+        merged = _merged(names, coordinates, plan, acting)
         kept = _directions(coordinates, plan, alone=alone is not None)
+        if acting.lifted:
+            whole = thin_svd(coordinates.lift(merged.lowrank(), updates))
+            coordinates = Coordinates(tuple(update.to(torch.float64) for update in updates), Lift())
+            merged = _after(whole, acting.lifted, _counted(names, coordinates, plan))
         found = solved_of(names, coordinates, merged, plan, directions=kept, alone=alone is not None)
         return dict(zip(names, found, strict=True))
 
@@ -225,7 +233,7 @@ def _all(found: Sequence[dict[str, Solved]]) -> dict[str, Solved]:
 
 
 def together(
-    work: Callable[[Group, Coordinates, Parts | None], S],
+    work: Callable[[Group, Updates, Coordinates, Parts | None], S],
     names: Group,
     plan: Plan,
     parts: Parts,
@@ -236,7 +244,7 @@ def together(
 ) -> S:
     """What ``work`` makes of modules of one shape, or ``join`` of what it makes of each, where their ranks differ.
 
-    ``work`` is given their names, the updates in the recipe's space, without weights, and what acts in place of
+    ``work`` is given their names, the updates, these in the recipe's space, without weights, and what acts in place of
     ``parts`` where there is one update to merge. Errors are those of :func:`solve`.
     """
 
@@ -247,7 +255,9 @@ def together(
         updates = read_updates(names, plan, parts, device, dtype)
         weights = _weights(names, plan)
         count = holders(updates, weights)
-        plain = parts.alone is not None and not parts.alone.after  # nothing acts on one update: all of it is kept
+        plain = parts.alone is not None and not (
+            parts.alone.after or parts.alone.lifted
+        )  # nothing acts on one update: all of it is kept
         if plain and count == 1:
             updates = [update.rounded(None) for update in updates]
         coordinates = parts.space(updates)
@@ -259,7 +269,7 @@ def together(
         alone = parts.alone if count == 1 or distinct == 1 else None
         if plain and count > 1 and distinct == 1:
             coordinates = as_one(parts.space([update.rounded(None) for update in updates]), updates, weights)
-        return work(names, coordinates, alone)
+        return work(names, updates, coordinates, alone)
     except RaggedRankError:
         return join([again((name,), dtype) for name in names])
     except LinAlgError:
@@ -287,10 +297,14 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     merged = parts.method(seen(names, coordinates, plan), site_of(names, plan))
     if rows is not None:
         merged = _scale_rows(merged, rows)
-    merged = thin_svd(merged)
-    if parts.after:  # they alone ask which of its directions are more than the inputs' errors
+    return _after(thin_svd(merged), parts.after, cores)
+
+
+def _after(merged: ThinSVD, steps: Sequence[Callable[[Matrix], Matrix]], cores: Sequence[LowRank]) -> ThinSVD:
+    """``merged`` from the weighted ``cores`` after ``steps``, cut at the numerical rank."""
+    if steps:  # they alone ask which of its directions are more than the inputs' errors
         merged = replace(merged, noise=total(cores).noise_along(merged.left, merged.right))
-    for step in parts.after:
+    for step in steps:
         merged = thin_svd(step(merged))
     return merged.cut(NOISE)
 

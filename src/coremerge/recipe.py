@@ -254,21 +254,26 @@ class Resolved:
 
     @property
     def is_full(self) -> bool:
-        """Whether cores are as large as the updates."""
-        return self.space.entry.shape is None
+        """Whether cores are as large as the updates, or a step works on all entries of these."""
+        return self.space.entry.shape is None or any(step.dense for step in self.lifted)
 
     def core_shape(self, summed: int, update: tuple[int, int]) -> tuple[int, int]:
-        """The most that cores can be, for adapters of ``summed`` ranks and an ``update`` (m, n)."""
+        """The most that is worked on at once, for adapters of ``summed`` ranks and an ``update`` (m, n)."""
+        return update if self.is_full else self._shape(summed, update)
+
+    def _shape(self, summed: int, update: tuple[int, int]) -> tuple[int, int]:
         shape = self.space.entry.shape
         return update if shape is None else shape(summed, update)
 
     def rank(self, ranks: Iterable[int], update: tuple[int, int]) -> int:
         """The most that the merge of updates (m, n) of these ranks can have, before it is cut to the recipe's."""
         ranks = [_bound(self.before, rank, min(update)) for rank in ranks]
-        largest = min(*update, *self.core_shape(sum(ranks), update))
+        largest = min(*update, *self._shape(sum(ranks), update))
         kept = ranks if self.method.keeps is None else [min(rank, self.method.keeps) for rank in ranks]
         rank = largest if self.method.spreads else min(largest, sum(kept))
-        return _bound(self.after, rank, largest)
+        lifted = self.lifted
+        rank = _bound(self.after[: len(self.after) - len(lifted)], rank, largest)
+        return _bound(lifted, rank, min(update))
 
     @cached_property
     def before(self) -> tuple[Operator[Step], ...]:
@@ -282,16 +287,27 @@ class Resolved:
         """The steps that act on the method's result."""
         return tuple(step for step in self.steps if step not in self.before)
 
+    @property
+    def lifted(self) -> tuple[Operator[Step], ...]:
+        """Those of :attr:`after` that act in weight space."""
+        from coremerge.steps import Lift
+
+        found = [i for i, step in enumerate(self.after) if isinstance(step.make(), Lift)]
+        return self.after[found[0] :] if found else ()
+
     def parts(self) -> Parts:
         """The functions."""
         from coremerge.steps import After, Before
 
         steps = [step.make() for step in self.steps]
+        lifted = [step for step in (one.make() for one in self.lifted) if isinstance(step, After)]
+        after = [step for step in steps if isinstance(step, After)]
         return Parts(
             self.space.entry.make({**self.settings, **self.space.given}),
             self.method.make(),
             tuple(s.apply for s in steps if isinstance(s, Before)),
-            tuple(s.apply for s in steps if isinstance(s, After)),
+            tuple(step.apply for step in after[: len(after) - len(lifted)]),
+            tuple(step.apply for step in lifted),
             linear=self.method.entry.linear and not any(step.entry.flattens for step in self.after),
             alone=None if self.alone is None else self.alone.parts(),
         )
@@ -310,6 +326,8 @@ class Parts:
     """A recipe's functions.
 
     Attributes:
+        after: applied to the merged core.
+        lifted: applied then, in weight space.
         linear: the whole is a weighted sum, in which even directions count that are rounding errors.
         alone: see :attr:`Resolved.alone`.
     """
@@ -318,6 +336,7 @@ class Parts:
     method: Method
     before: tuple[Callable[[LowRank], LowRank], ...]
     after: tuple[Callable[[Matrix], Matrix], ...]
+    lifted: tuple[Callable[[Matrix], Matrix], ...] = ()
     linear: bool = False
     alone: Parts | None = None
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from coremerge.executors import local
-from coremerge.merging import Group, groups_of, seen, site_of, together
+from coremerge.merging import Group, Updates, groups_of, seen, site_of, together
 from coremerge.plan import Plan
 from coremerge.recipe import Parts
 from coremerge.spaces import Coordinates
@@ -32,7 +32,7 @@ def surveyed(plan: Plan, *, threads: int | None = None, device: str = "cpu", bat
         return plan
     parts = plan.recipe.parts()
 
-    def work(names: Group, coordinates: Coordinates, _: Parts | None) -> Any:
+    def work(names: Group, _: Updates, coordinates: Coordinates, alone: Parts | None) -> Any:
         return survey.look(seen(names, coordinates, plan), site_of(names, plan))
 
     def look(names: Group) -> Any:

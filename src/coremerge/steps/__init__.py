@@ -1,6 +1,7 @@
 """Steps around a method. One idea a file.
 
-A :class:`Before` step maps each update to an update; an :class:`After` step maps the merged core to a core.
+A :class:`Before` step maps each update to an update; an :class:`After` step maps the merged core to a core, or after
+:class:`Lift` the merged update to an update.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ class After:
     apply: Callable[[Matrix], Matrix]
 
 
-Step = Before | After
+@dataclass(frozen=True)
+class Lift:
+    """What comes after it is applied in weight space."""
+
+
+Step = Before | After | Lift
 
 STEPS: Registry[Step] = Registry("step")
 
-from coremerge.steps import balance, isotropize, soften, star, truncate  # noqa: E402, F401  (each registers itself)
+from coremerge.steps import balance, isotropize, lift, soften, star, truncate  # noqa: E402, F401  (each registers itself)
