@@ -150,6 +150,20 @@ def pcb(xs: Sequence[Tensor], density: float = 0.1) -> Tensor:
     return torch.where(bottom > 0, top / bottom, 0.0)
 
 
+def sce(xs: Sequence[Tensor], select_topk: float = 1.0) -> Tensor:
+    """The entries of largest variance; of those each task's share of squares; the mean by it of the majority's sign."""
+    stack = torch.stack(list(xs))
+    if select_topk < 1 and len(xs) > 1:
+        variance = ((stack - stack.mean(0)) ** 2).mean(0)
+        there = variance > CUT**2 * variance.max()
+        keep = max(1, int(select_topk * int(there.sum())))
+        stack = stack * (there & (variance >= variance.flatten().sort(descending=True).values[keep - 1]))
+    shares = stack.square().sum((1, 2), keepdim=True)
+    weights = shares * (stack.sign() == stack.sum(0).sign()) * (stack != 0)
+    total = weights.sum(0)
+    return torch.where(total > 0, (weights * stack).sum(0) / total, 0.0)
+
+
 def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:
     """The top of the sum, the top of each task's residual, polar factors of both sides; rank-counted Iso-CTS."""
     u, s, vh = thin(sum_(xs))

@@ -104,4 +104,4 @@ class Survey:
 
 METHODS: Registry[Method] = Registry("method")
 
-from coremerge.methods import cart, cts, dare, della, linear, magnitude, pcb, ties, tsv, whiten, wudi  # noqa: E402, F401  (each registers itself)
+from coremerge.methods import cart, cts, dare, della, linear, magnitude, pcb, sce, ties, tsv, whiten, wudi  # noqa: E402, F401  (each registers itself)

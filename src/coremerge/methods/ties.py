@@ -216,11 +216,16 @@ def elect(x: Tensor, reduce: Reduce, errors: Errors = ()) -> Tensor:
 
 def sum_beyond(x: Tensor, errors: Errors) -> Tensor:
     """The sum over T of ``x`` (T, ..., p, q), zero where it is no larger than the ``errors`` of its terms."""
-    whole = x.sum(0)
+    whole, variance = x.sum(0), variance_of(x, errors)
+    return whole if variance is None else whole.masked_fill_(whole.abs() <= VOTE * variance.sqrt_(), 0.0)
+
+
+def variance_of(x: Tensor, errors: Errors) -> Tensor | None:
+    """Of the errors of the sum over T of ``x`` (T, ..., p, q), entry by entry; None: some are not known."""
     known = [error for error in errors if error is not None]
     if len(known) < len(x):
-        return whole
-    variance = torch.zeros_like(whole)
+        return None
+    variance = torch.zeros_like(x[0])
     for one, (even, relative) in zip(x, known, strict=True):
         variance += (relative[..., None, None] * one).square_().add_(even[..., None, None] ** 2)
-    return whole.masked_fill_(whole.abs() <= VOTE * variance.sqrt_(), 0.0)
+    return variance
