@@ -47,6 +47,23 @@ def knots_space(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]
     return u, s, list(vh.split(deltas[0].shape[1], dim=1))
 
 
+def ctm_space(deltas: Sequence[Tensor], k: int = 16, share: float = 0.25) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Tucker-2 of updates rescaled towards their mean norm, by alternating SVDs of their unfoldings; P, Q, Pᵀ Δ_t Q."""
+    norms = torch.stack([x.norm() for x in deltas])
+    scaled = [x / n * (share * n + (1 - share) * norms.mean()) for x, n in zip(deltas, norms, strict=True) if n > 0]
+    if not scaled:
+        scaled = list(deltas)
+    left, right = thin(torch.cat(scaled, 1))[0], thin(torch.cat(scaled, 0))[2].T
+    left, right, kept = left[:, :k], right[:, :k], 0.0
+    for _ in range(1000):
+        left = torch.linalg.svd(torch.cat([x @ right for x in scaled], 1))[0][:, : left.shape[1]]
+        right = torch.linalg.svd(torch.cat([left.T @ x for x in scaled], 0))[2].T[:, : right.shape[1]]
+        before, kept = kept, sum(float((left.T @ x @ right).square().sum()) for x in scaled)
+        if kept - before <= 1e-6 * kept:
+            break
+    return left, right, [left.T @ x @ right for x in deltas]
+
+
 def sum_(xs: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(xs)).sum(0)
 

@@ -43,7 +43,12 @@ def in_full(updates: Sequence[LowRank], merged: Merge) -> Tensor:
     return merged([x.dense() for x in updates])
 
 
-SPACE_ORACLES = {"core": in_core, "knots": in_knots, "full": in_full}
+def in_ctm(updates: Sequence[LowRank], merged: Merge) -> Tensor:
+    p, q, cores = oracles.ctm_space([x.dense() for x in updates])
+    return p @ merged(cores) @ q.T
+
+
+SPACE_ORACLES = {"core": in_core, "knots": in_knots, "full": in_full, "ctm": in_ctm}
 STEP_ORACLES: dict[str, Merge | Callable[[Tensor], Tensor]] = {
     "isotropize": oracles.isotropize,
     "truncate": lambda x: oracles.truncate(x, 2),

@@ -217,12 +217,12 @@ def solve(
     def work(names: Group, updates: Updates, coordinates: Coordinates, alone: Parts | None) -> dict[str, Solved]:
         acting = alone or parts
         merged = _merged(names, coordinates, plan, acting)
-        kept = _directions(coordinates, plan, alone=alone is not None)
+        kept = _kept_energies(coordinates, _directions(coordinates, plan, alone=alone is not None))
         if acting.lifted:
             whole = thin_svd(coordinates.lift(merged.lowrank(), updates))
             coordinates = Coordinates(tuple(update.to(torch.float64) for update in updates), Lift())
             merged = _after(whole, acting.lifted, _counted(names, coordinates, plan))
-        found = solved_of(names, coordinates, merged, plan, directions=kept, alone=alone is not None)
+        found = solved_of(names, coordinates, merged, plan, kept=kept, alone=alone is not None)
         return dict(zip(names, found, strict=True))
 
     return together(work, names, plan, parts, join=_all, device=device, dtype=dtype)
@@ -360,23 +360,21 @@ def solved_of(
     merged: ThinSVD,
     plan: Plan,
     *,
-    directions: int | None = None,
+    kept: Tensor | None = None,
     alone: bool = False,
 ) -> Iterator[Solved]:
     """One :class:`Solved` per module, on the CPU, cut to the recipe's rank.
 
-    ``directions``: that the method kept of each core, to say what they have of it. ``alone``: there was one update to
-    merge, which was taken as it is.
+    ``kept``: (..., T), see :func:`_kept_energies`. ``alone``: there was one update to merge, which was taken as it is.
     """
     wanted = plan.recipe.rank if isinstance(plan.recipe.rank, int) else merged.values.shape[-1]
-    kept = merged.truncate(wanted)
-    result = kept.lowrank()
+    cut = merged.truncate(wanted)
+    result = cut.lowrank()
     combination = coordinates.lift.fold(result)
     amplification = _amplification(coordinates, combination, result)
-    spectral = torch.stack([_spectral_norm(core.svd) for core in coordinates.cores], -1)
-    squares = [core.svd.values.square() for core in coordinates.cores]
-    energies = torch.stack([x.sum(-1) for x in squares], -1)
-    tops = None if directions is None else torch.stack([_largest(x, directions) for x in squares], -1)
+    inputs = coordinates.whole or coordinates.cores
+    spectral = torch.stack([_spectral_norm(core.svd) for core in inputs], -1)
+    energies = torch.stack([core.svd.values.square().sum(-1) for core in inputs], -1)
     frobenius = energies.sqrt()
     factors, shares = _of_equal(plan)
     beside = _beside(names, coordinates, merged, plan) if plan.base_norms else None
@@ -401,14 +399,14 @@ def solved_of(
             shape=planned.module.shape,
             ranks=planned.ranks,
             merged_rank=len(values),
-            rank=kept.values.shape[-1],
+            rank=cut.values.shape[-1],
             energy=energy,
             lost=rest / energy if energy else 0.0,
             input_norm=_mean(norms, says),
             input_frobenius=_mean(sizes, says),
             norm=float(values.max()) if len(values) else 0.0,
-            input_energy={} if tops is None else _by_adapter(pick(energies), name, plan),
-            input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),
+            input_energy={} if kept is None else _by_adapter(pick(energies), name, plan),
+            input_kept={} if kept is None else _by_adapter(pick(kept), name, plan),
             zero=tuple(key for key, each in _by_adapter(pick(energies), name, plan).items() if not each),
             alone=alone,
             squares={} if beside is None else _by_adapter(pick(beside[0]), name, plan),
@@ -417,11 +415,22 @@ def solved_of(
         yield Solved(combination.map(pick), float(pick(amplification)), report)
 
 
+def _kept_energies(coordinates: Coordinates, directions: int | None) -> Tensor | None:
+    """(..., T): of the inputs, what the space has of them, of which the method keeps so many; None: all of them."""
+    if directions is None and coordinates.whole is None:
+        return None
+    squares = [core.svd.values.square() for core in coordinates.cores]
+    return torch.stack([x.sum(-1) if directions is None else _largest(x, directions) for x in squares], -1)
+
+
 def _beside(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> tuple[Tensor, Tensor]:
     """(..., T) each: of the weighted inputs the squared norm, and the inner product with what they became."""
     weighted = _counted(names, coordinates, plan)
+    inputs = (
+        weighted if coordinates.whole is None else _counted(names, replace(coordinates, cores=coordinates.whole), plan)
+    )
     whole = merged.lowrank()
-    pairs = [(core.inner(core), core.inner(whole)) for core in weighted]
+    pairs = [(one.inner(one), core.inner(whole)) for one, core in zip(inputs, weighted, strict=True)]
     squares, along = (torch.stack(list(column), -1) for column in zip(*pairs, strict=True))
     return squares, along
 
@@ -461,7 +470,7 @@ def _amplification(coordinates: Coordinates, combination: Combination, result: L
     Cores have the norms of the stacked factors, as the bases are orthonormal. Infinite where a norm is not ordinary: it
     may not be one for float32.
     """
-    stack = total(coordinates.cores)
+    stack = total(coordinates.whole or coordinates.cores)
     sides = [
         (combination.of_left, stack.left, combination.left, result.left),
         (combination.of_right, stack.right, combination.right, result.right),

@@ -211,7 +211,7 @@ class Plan:
             return 0
         k = min(p, q)
         decomposed = 2 * p * q + k * (p + q) + 5 * k * k
-        return int(self.resolved.method.copies * count * p * q) + decomposed + min(4 * p * q, PIECES // 8)
+        return int(self.resolved.copies * count * p * q) + decomposed + min(4 * p * q, PIECES // 8)
 
     def _kept(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape

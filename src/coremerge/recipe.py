@@ -48,7 +48,7 @@ class Recipe(BaseModel):
     """How adapters become one.
 
     Args:
-        space: ``core`` (default), ``knots`` or ``full``; with parameters as ``"knots:scaled=false"``.
+        space: ``core`` (default), ``knots``, ``full`` or ``ctm``; with parameters as ``"ctm:rank=8"``.
         method: a name of ``coremerge methods``.
         parameters: the method's.
         steps: applied in order: those that act on updates before the method, the others on its result.
@@ -250,7 +250,12 @@ class Resolved:
     @property
     def dense(self) -> bool:
         """Whether a method or step works on all entries of cores."""
-        return self.method.dense or any(step.dense for step in self.steps)
+        return self.copies > 0 or any(step.dense for step in self.steps)
+
+    @property
+    def copies(self) -> float:
+        """How many matrices of all entries of cores the space and the method hold for each of the inputs."""
+        return self.method.copies + self.space.copies
 
     @property
     def is_full(self) -> bool:
@@ -269,6 +274,7 @@ class Resolved:
         """The most that the merge of updates (m, n) of these ranks can have, before it is cut to the recipe's."""
         ranks = [_bound(self.before, rank, min(update)) for rank in ranks]
         largest = min(*update, *self._shape(sum(ranks), update))
+        largest = largest if self.space.keeps is None else min(largest, self.space.keeps)
         kept = ranks if self.method.keeps is None else [min(rank, self.method.keeps) for rank in ranks]
         rank = largest if self.method.spreads else min(largest, sum(kept))
         lifted = self.lifted

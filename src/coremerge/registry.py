@@ -39,8 +39,8 @@ class Entry(Generic[P]):
             it works on entries at all (true counts as 1): memory is told by it. By default as ``elementwise`` says.
         spreads: parameters → whether its result can have the rank min(p, q), whatever the inputs' ranks are; by
             default what is not ``unitary`` does.
-        keeps: parameters → how many directions it keeps at most: a method of each adapter, a step of what it is given;
-            None: all of them.
+        keeps: parameters → how many directions it keeps at most: a method of each adapter, a step of what it is given,
+            a space on each side of all together; None: all of them.
         cuts: parameters → what it leaves out, in words that go on from its name; by default what ``keeps`` says.
         shape: of a space: (R, (m, n)) → the most that p and q can be, R being the sum of the adapters' ranks; by
             default cores are as large as the updates.
