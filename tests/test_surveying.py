@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import oracles
 from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError
 from coremerge.lowrank import LowRank
@@ -76,6 +77,16 @@ def test_what_is_kept_is_the_largest_share_of_the_flattened_model(space: str, de
         keep = round(density * len(flat))
         assert int((flat.abs() >= found.known[t]).sum()) == keep, key
         assert float(flat.abs().sort(descending=True).values[keep - 1]) == pytest.approx(found.known[t], rel=1e-10)
+
+
+@pytest.mark.parametrize(("method", "density"), [("ties", 0.15), ("ties", 0.5), ("magnitude", 0.3)])
+def test_the_merge_is_that_of_flattened_models(method: str, density: float) -> None:
+    """The oracle of one matrix, given all modules of an adapter as one row."""
+    given = {k: Adapter.from_updates(dict(a), name=k) for k, a in adapters(3).items() if k != "a2"}
+    flat = [torch.cat([a[name].dense().flatten() for name in SHAPES]).unsqueeze(0) for a in given.values()]
+    expected = getattr(oracles, method)(flat, density)
+    found = run(given, method, recipe={"space": "full"}, parameters={"density": density}).adapter
+    close(torch.cat([found[name].dense().flatten() for name in SHAPES]).unsqueeze(0), expected, tol=1e-8)
 
 
 def test_modules_of_large_entries_keep_more_and_small_ones_less() -> None:
