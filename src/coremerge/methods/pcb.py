@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from coremerge.lowrank import LowRank
@@ -17,7 +19,9 @@ NEAR = 1e-12
 
 
 def _wins(values: Values) -> list[str]:
-    return [f"keeps the entries of each adapter's core that win the competition, a share of {shown(values['density'])}"]
+    clipped = f", the largest {values['clip']:g} of all lowered to the next" if values["clip"] else ""
+    share = shown(values["density"])
+    return [f"keeps the entries of each adapter's core that win the competition, a share of {share}{clipped}"]
 
 
 @METHODS.register(
@@ -25,9 +29,9 @@ def _wins(values: Values) -> list[str]:
     elementwise=True,
     source="PCB-Merging, arXiv 2410.02396, in the form of its published code",
     cuts=_wins,
-    neutral={"density": 1.0},
+    neutral={"density": 1.0, "clip": 0.0},
 )
-def pcb(density: Densities = 0.1) -> Method:
+def pcb(density: Densities = 0.1, clip: Annotated[float, Field(ge=0, lt=1)] = 1e-4) -> Method:
     """Average entries that are large in their task and go the way of the sum, weighed by how much they are both.
 
     An entry x of X_t has the score exp(T · (x / max |X_t|)²) · x · (Σ_s X_s), T being the tasks that are not zero here.
@@ -36,13 +40,14 @@ def pcb(density: Densities = 0.1) -> Method:
     task matter; not where tasks need their many small entries, as all others are dropped.
 
     The published code does this over the whole model, here it is module by module; it takes tanh of x · Σ X_s, which
-    changes next to nothing at the sizes that entries have (1e-2 and less) and would make the result depend on scale;
-    and it clips the largest and smallest 0.01 % of entries, of which a core has hardly any. Weights count in the
-    competition, too.
+    changes next to nothing at the sizes that entries have (1e-2 and less) and would make the result depend on scale.
+    Weights count in the competition, too.
 
     Args:
         density: the share of entries of each core that is kept, in (0, 1], its ``pcb_ratio``; or a list, one for each
             adapter.
+        clip: the share of each core's largest entries that are first lowered to the size of the next, so that outliers
+            do not win alone; none of a core of less than half its inverse.
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
@@ -53,7 +58,8 @@ def pcb(density: Densities = 0.1) -> Method:
         merged, total = torch.zeros_like(whole), torch.zeros_like(whole)
         for t, one in enumerate(x):
             share = _over_largest(one)
-            score = (rivals * (share.square() - 1)).exp_().mul_(share).mul_(whole)
+            one.copy_(_clipped(one, clip))
+            score = (rivals * (_over_largest(one).square() - 1)).exp_().mul_(share).mul_(whole)
             weight = _weights(score, of_task(density, t, site))
             merged += weight * one
             total += weight
@@ -68,6 +74,16 @@ def _over_largest(x: Tensor) -> Tensor:
         return x
     largest = x.abs().amax((-2, -1), keepdim=True)
     return torch.where(largest > 0, x / largest, 0.0)
+
+
+def _clipped(x: Tensor, share: float) -> Tensor:
+    """``x`` (..., p, q) with the largest magnitudes, a ``share`` of them, lowered to that of the next."""
+    size = x.shape[-2] * x.shape[-1]
+    count = min(round(share * size), size - 1)
+    if count <= 0:
+        return x
+    most = x.abs().flatten(-2).kthvalue(size - count, dim=-1).values[..., None, None]
+    return x.clamp(-most, most)
 
 
 def _weights(scores: Tensor, density: float) -> Tensor:
