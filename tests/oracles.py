@@ -47,6 +47,23 @@ def knots_space(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]
     return u, s, list(vh.split(deltas[0].shape[1], dim=1))
 
 
+def ctm_space(deltas: Sequence[Tensor], k: int = 16, share: float = 0.25) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Tucker-2 of updates rescaled towards their mean norm, by alternating SVDs of their unfoldings; P, Q, Pᵀ Δ_t Q."""
+    norms = torch.stack([x.norm() for x in deltas])
+    scaled = [x / n * (share * n + (1 - share) * norms.mean()) for x, n in zip(deltas, norms, strict=True) if n > 0]
+    if not scaled:
+        scaled = list(deltas)
+    left, right = thin(torch.cat(scaled, 1))[0], thin(torch.cat(scaled, 0))[2].T
+    left, right, kept = left[:, :k], right[:, :k], 0.0
+    for _ in range(1000):
+        left = torch.linalg.svd(torch.cat([x @ right for x in scaled], 1))[0][:, : left.shape[1]]
+        right = torch.linalg.svd(torch.cat([left.T @ x for x in scaled], 0))[2].T[:, : right.shape[1]]
+        before, kept = kept, sum(float((left.T @ x @ right).square().sum()) for x in scaled)
+        if kept - before <= 1e-6 * kept:
+            break
+    return left, right, [left.T @ x @ right for x in deltas]
+
+
 def sum_(xs: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(xs)).sum(0)
 
@@ -153,6 +170,33 @@ def dc(xs: Sequence[Tensor], smoothing: str = "average", rho: float = 5.0, densi
         mask[at : at + r, at : at + r] = 1
     ms = [torch.where(m.abs() > 1e-7, m, 0.0) for m in ms]
     return left @ (mask * ties(ms, density=1.0)) @ right if left.shape[1] else torch.zeros_like(xs[0])
+
+
+def pcb(xs: Sequence[Tensor], density: float = 0.1) -> Tensor:
+    """exp(T norm(x)²) · x · Σ x, its top share, min–max over what is kept; the mean of x by these weights."""
+    whole, count = sum_(xs), sum(bool(x.norm() > 0) for x in xs)
+    top, bottom = torch.zeros_like(whole), torch.zeros_like(whole)
+    for x in (x for x in xs if x.norm() > 0):
+        score = torch.exp(count * (x / x.abs().max()) ** 2) * x * whole
+        ordered = [*score.flatten().sort(descending=True).values.tolist(), 0.0]
+        least = max(0.0, ordered[max(1, round(density * x.numel()))]) if density < 1 else 0.0
+        weight = (score - least).clamp(min=0) / (ordered[0] - least)
+        top, bottom = top + weight * x, bottom + weight
+    return torch.where(bottom > 0, top / bottom, 0.0)
+
+
+def sce(xs: Sequence[Tensor], select_topk: float = 1.0) -> Tensor:
+    """The entries of largest variance; of those each task's share of squares; the mean by it of the majority's sign."""
+    stack = torch.stack(list(xs))
+    if select_topk < 1 and len(xs) > 1:
+        variance = ((stack - stack.mean(0)) ** 2).mean(0)
+        there = variance > CUT**2 * variance.max()
+        keep = max(1, int(select_topk * int(there.sum())))
+        stack = stack * (there & (variance >= variance.flatten().sort(descending=True).values[keep - 1]))
+    shares = stack.square().sum((1, 2), keepdim=True)
+    weights = shares * (stack.sign() == stack.sum(0).sign()) * (stack != 0)
+    total = weights.sum(0)
+    return torch.where(total > 0, (weights * stack).sum(0) / total, 0.0)
 
 
 def cts(xs: Sequence[Tensor], common: float = 0.8) -> Tensor:

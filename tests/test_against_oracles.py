@@ -43,14 +43,19 @@ def in_full(updates: Sequence[LowRank], merged: Merge) -> Tensor:
     return merged([x.dense() for x in updates])
 
 
-SPACE_ORACLES = {"core": in_core, "knots": in_knots, "full": in_full}
+def in_ctm(updates: Sequence[LowRank], merged: Merge) -> Tensor:
+    p, q, cores = oracles.ctm_space([x.dense() for x in updates])
+    return p @ merged(cores) @ q.T
+
+
+SPACE_ORACLES = {"core": in_core, "knots": in_knots, "full": in_full, "ctm": in_ctm}
 STEP_ORACLES: dict[str, Callable[..., Tensor]] = {
     "isotropize": oracles.isotropize,
     "truncate": lambda x: oracles.truncate(x, 2),
     "soften": oracles.soften,
     "svc": oracles.svc,
     "lines": oracles.lines,
-    **dict.fromkeys(("balance", "star"), lambda x: x),  # of the update, below; its core stays what it is
+    **dict.fromkeys(("balance", "star", "lift"), lambda x: x),  # of the update, below; its core stays what it is
 }
 STEP_SPECS: list[Spec | None] = [
     None,

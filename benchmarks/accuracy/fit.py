@@ -22,7 +22,6 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import results
-from benchmarks.accuracy import ctm
 from benchmarks.accuracy.distill import STEPS, distilled
 from benchmarks.accuracy.work import EXAMPLE, QUICK, Bench, bench_of, spread, worst
 from coremerge import Recipe, merge
@@ -173,8 +172,7 @@ def without_data(bench: Bench, **recipe: Any) -> Callable[[Data], MergeResult]:
     """A merge of the adapters alone."""
 
     def make(data: Data) -> MergeResult:
-        with ctm.registered():
-            return merge(bench.adapters, Recipe(**recipe))
+        return merge(bench.adapters, Recipe(**recipe))
 
     return make
 

@@ -25,7 +25,7 @@ class Cost:
     Attributes:
         modules: their number.
         read: bytes of the adapters' factors: read once to merge and once to lift, and before that once for their norms,
-            where these are made equal.
+            where these are made equal, and once where the method has to know something of all modules.
         written: bytes of the result.
         tall: operations on factors of m or n rows.
         core: operations on cores.
@@ -88,13 +88,14 @@ def cost_of_module(plan: Plan, name: str) -> Cost:
     """
     planned = plan.modules[name]
     (m, n), summed, rank = planned.module.shape, sum(planned.ranks.values()), planned.module.rank
-    times = 2 + (plan.recipe.norms == "equal" and len(plan.adapters) > 1)
+    looks = plan.resolved.method.survey is not None
+    times = 2 + (plan.recipe.norms == "equal" and len(plan.adapters) > 1) + looks
     stored = sum(plan.adapters[key].modules[name].dtype.itemsize * r for key, r in planned.ranks.items())
     return Cost(
         modules=1,
         read=times * stored * (m + n),
         written=rank * (m + n) * plan.dtype.itemsize,
-        tall=2.0 * (m + n) * summed * (summed + rank),
+        tall=2.0 * (m + n) * summed * (summed * (1 + looks) + rank),
         core=float(min(m, n, summed) ** 3),
         dense=float(len(planned.ranks) * m * n * min(m, n)) if plan.is_dense else 0.0,
     )

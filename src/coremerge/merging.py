@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +29,19 @@ from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Parts, Recipe
 from coremerge.rounding import stored_rounding
 from coremerge.sizes import SHORT, beyond_short, check_finite, check_scales, check_sizes, sizes_of
-from coremerge.spaces import Combination, Coordinates
+from coremerge.spaces import Combination, Coordinates, Lift
 
 if TYPE_CHECKING:
     from coremerge.held import Held
+    from coremerge.steps import After, Beside
+
+S = TypeVar("S")
 
 Group = tuple[str, ...]
 """Modules of one shape and the same ranks, which are merged together."""
+
+Updates = Sequence[LowRank]
+"""Of each adapter, of the modules of a group."""
 
 Progress = Callable[[int, int], None]
 """Called with the modules done and their number."""
@@ -126,14 +132,16 @@ def execute(
     of modules somewhere else: see :func:`solve`.
     """
     from coremerge.held import Held
+    from coremerge.surveying import surveyed
 
     start = time.perf_counter()
     plan = equalized(plan, threads)
     check_base(plan)
+    check_scales(plan)
+    plan = surveyed(plan, threads=threads, device=device, batch=batch)
     parts = plan.recipe.parts()
     held = Held() if held is None else held
-    check_scales(plan)
-    groups = [g for g in plan.groups(batch or (None if device == "cpu" else 32)) if not held.keys() >= set(g)]
+    groups = [g for g in groups_of(plan, device, batch) if not held.keys() >= set(g)]
 
     def here(names: Group) -> dict[str, Solved]:
         return solve(names, plan, parts, device)
@@ -146,6 +154,11 @@ def execute(
     scale = scale_of(plan, reports)
     report = report_of(plan, reports, scale, time.perf_counter() - start)
     return MergeResult(lifted(plan, parts, held, reports, scale=scale, device=device), report, plan)
+
+
+def groups_of(plan: Plan, device: str = "cpu", batch: int | None = None) -> list[Group]:
+    """The modules as they are merged together."""
+    return list(plan.groups(batch or (None if device == "cpu" else 32)))
 
 
 def read_updates(
@@ -201,32 +214,69 @@ def solve(
     Raises:
         TensorError: factors that are not finite, or of a size that cannot be computed with.
     """
+
+    def work(names: Group, updates: Updates, coordinates: Coordinates, alone: Parts | None) -> dict[str, Solved]:
+        acting = alone or parts
+        merged = _merged(names, coordinates, plan, acting)
+        kept = _kept_energies(coordinates, _directions(coordinates, plan, alone=alone is not None))
+        if acting.lifted:
+            whole = thin_svd(coordinates.lift(merged.lowrank(), updates))
+            coordinates = Coordinates(tuple(update.to(torch.float64) for update in updates), Lift())
+            merged = _after(whole, acting.lifted, _counted(names, coordinates, plan), site_of(names, plan))
+        found = solved_of(names, coordinates, merged, plan, kept=kept, alone=alone is not None)
+        return dict(zip(names, found, strict=True))
+
+    return together(work, names, plan, parts, join=_all, device=device, dtype=dtype)
+
+
+def _all(found: Sequence[dict[str, Solved]]) -> dict[str, Solved]:
+    return {name: one for some in found for name, one in some.items()}
+
+
+def together(
+    work: Callable[[Group, Updates, Coordinates, Parts | None], S],
+    names: Group,
+    plan: Plan,
+    parts: Parts,
+    *,
+    join: Callable[[Sequence[S]], S],
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> S:
+    """What ``work`` makes of modules of one shape, or ``join`` of what it makes of each, where their ranks differ.
+
+    ``work`` is given their names, the updates, these in the recipe's space, without weights, and what acts in place of
+    ``parts`` where there is one update to merge. Errors are those of :func:`solve`.
+    """
+
+    def again(names: Group, dtype: torch.dtype | None = torch.float64) -> S:
+        return together(work, names, plan, parts, join=join, device=device, dtype=dtype)
+
     try:
         updates = read_updates(names, plan, parts, device, dtype)
         weights = _weights(names, plan)
         count = holders(updates, weights)
-        plain = parts.alone is not None and not parts.alone.after  # nothing acts on one update: all of it is kept
+        plain = parts.alone is not None and not (
+            parts.alone.after or parts.alone.lifted
+        )  # nothing acts on one update: all of it is kept
         if plain and count == 1:
             updates = [update.rounded(None) for update in updates]
         coordinates = parts.space(updates)
         sizes = sizes_of(coordinates.cores)
         if dtype is None and beyond_short(updates, sizes):
-            return solve(names, plan, parts, device, torch.float64)
+            return again(names)
         check_sizes(names, sizes, plan)
         coordinates, distinct = join_copies(coordinates, weights)
         alone = parts.alone if count == 1 or distinct == 1 else None
         if plain and count > 1 and distinct == 1:
             coordinates = as_one(parts.space([update.rounded(None) for update in updates]), updates, weights)
-        merged = _merged(names, coordinates, plan, alone or parts)
-        kept = _directions(coordinates, plan, alone=alone is not None)
-        found = solved_of(names, coordinates, merged, plan, directions=kept, alone=alone is not None)
-        return dict(zip(names, found, strict=True))
+        return work(names, updates, coordinates, alone)
     except RaggedRankError:
-        return _one_by_one(names, plan, parts, device, dtype)
+        return join([again((name,), dtype) for name in names])
     except LinAlgError:
         check_finite(names, plan)
         if dtype is None or len(names) > 1:
-            return _one_by_one(names, plan, parts, device, torch.float64)
+            return join([again((name,)) for name in names])
         raise TensorError(
             "its values are too large to be computed with", key=names[0], remedy="Check lora_alpha and the weights"
         ) from None
@@ -241,29 +291,34 @@ def _directions(coordinates: Coordinates, plan: Plan, *, alone: bool) -> int | N
     return max(core.rank for core in coordinates.cores) if kept is None else kept
 
 
-def _one_by_one(names: Group, plan: Plan, parts: Parts, device: str, dtype: torch.dtype | None) -> dict[str, Solved]:
-    return {name: solve((name,), plan, parts, device, dtype)[name] for name in names}
-
-
 def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: Parts) -> ThinSVD:
     """Weights, method and the steps after it; in isometric coordinates, cut at the numerical rank."""
     rows = coordinates.rows
-    cores = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
-    seen = cores if rows is None else [_over_rows(core, rows) for core in cores]
-    site = _site(names, plan)
-    merged = parts.method(seen, site)
+    cores, site = _counted(names, coordinates, plan), site_of(names, plan)
+    merged = parts.method(seen(names, coordinates, plan), site)
     if rows is not None:
         merged = _scale_rows(merged, rows)
-    merged = thin_svd(merged)
-    if parts.after:  # they alone ask which of its directions are more than the inputs' errors
+    return _after(thin_svd(merged), parts.after, cores, site)
+
+
+def _after(merged: ThinSVD, steps: Sequence[After | Beside], cores: Sequence[LowRank], site: Site) -> ThinSVD:
+    """``merged`` from the weighted ``cores`` after ``steps``, cut at the numerical rank."""
+    if steps:  # they alone ask which of its directions are more than the inputs' errors
         merged = replace(merged, noise=total(cores).noise_along(merged.left, merged.right))
-    for step in parts.after:
+    for step in steps:
         merged = thin_svd(step(merged, cores, site))
     return merged.cut(NOISE)
 
 
-def _site(names: Sequence[str], plan: Plan) -> Site:
-    return Site(plan.recipe.seed, tuple(names), tuple(plan.adapters), plan.last_layer)
+def seen(names: Sequence[str], coordinates: Coordinates, plan: Plan) -> list[LowRank]:
+    """The cores as a method is given them."""
+    cores, rows = _counted(names, coordinates, plan), coordinates.rows
+    return cores if rows is None else [_over_rows(core, rows) for core in cores]
+
+
+def site_of(names: Sequence[str], plan: Plan) -> Site:
+    """Where the modules of those names are merged."""
+    return Site(plan.recipe.seed, tuple(names), tuple(plan.adapters), plan.last_layer, plan.known)
 
 
 def _over_rows(core: LowRank, rows: Tensor) -> LowRank:
@@ -278,6 +333,11 @@ def _over_rows(core: LowRank, rows: Tensor) -> LowRank:
 def _weights(names: Sequence[str], plan: Plan) -> list[list[float]]:
     """Adapter by adapter, of each module."""
     return [[plan.weights[key].get(name, 1.0) for name in names] for key in plan.adapters]
+
+
+def _counted(names: Sequence[str], coordinates: Coordinates, plan: Plan) -> list[LowRank]:
+    """The cores times their weights."""
+    return [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
 
 
 def _weighted(core: LowRank, weights: Sequence[float]) -> LowRank:
@@ -301,23 +361,21 @@ def solved_of(
     merged: ThinSVD,
     plan: Plan,
     *,
-    directions: int | None = None,
+    kept: Tensor | None = None,
     alone: bool = False,
 ) -> Iterator[Solved]:
     """One :class:`Solved` per module, on the CPU, cut to the recipe's rank.
 
-    ``directions``: that the method kept of each core, to say what they have of it. ``alone``: there was one update to
-    merge, which was taken as it is.
+    ``kept``: (..., T), see :func:`_kept_energies`. ``alone``: there was one update to merge, which was taken as it is.
     """
     wanted = plan.recipe.rank if isinstance(plan.recipe.rank, int) else merged.values.shape[-1]
-    kept = merged.truncate(wanted)
-    result = kept.lowrank()
+    cut = merged.truncate(wanted)
+    result = cut.lowrank()
     combination = coordinates.lift.fold(result)
     amplification = _amplification(coordinates, combination, result)
-    spectral = torch.stack([_spectral_norm(core.svd) for core in coordinates.cores], -1)
-    squares = [core.svd.values.square() for core in coordinates.cores]
-    energies = torch.stack([x.sum(-1) for x in squares], -1)
-    tops = None if directions is None else torch.stack([_largest(x, directions) for x in squares], -1)
+    inputs = coordinates.whole or coordinates.cores
+    spectral = torch.stack([_spectral_norm(core.svd) for core in inputs], -1)
+    energies = torch.stack([core.svd.values.square().sum(-1) for core in inputs], -1)
     frobenius = energies.sqrt()
     factors, shares = _of_equal(plan)
     beside = _beside(names, coordinates, merged, plan) if plan.base_norms else None
@@ -342,14 +400,14 @@ def solved_of(
             shape=planned.module.shape,
             ranks=planned.ranks,
             merged_rank=len(values),
-            rank=kept.values.shape[-1],
+            rank=cut.values.shape[-1],
             energy=energy,
             lost=rest / energy if energy else 0.0,
             input_norm=_mean(norms, says),
             input_frobenius=_mean(sizes, says),
             norm=float(values.max()) if len(values) else 0.0,
-            input_energy={} if tops is None else _by_adapter(pick(energies), name, plan),
-            input_kept={} if tops is None else _by_adapter(pick(tops), name, plan),
+            input_energy={} if kept is None else _by_adapter(pick(energies), name, plan),
+            input_kept={} if kept is None else _by_adapter(pick(kept), name, plan),
             zero=tuple(key for key, each in _by_adapter(pick(energies), name, plan).items() if not each),
             alone=alone,
             squares={} if beside is None else _by_adapter(pick(beside[0]), name, plan),
@@ -358,11 +416,22 @@ def solved_of(
         yield Solved(combination.map(pick), float(pick(amplification)), report)
 
 
+def _kept_energies(coordinates: Coordinates, directions: int | None) -> Tensor | None:
+    """(..., T): of the inputs, what the space has of them, of which the method keeps so many; None: all of them."""
+    if directions is None and coordinates.whole is None:
+        return None
+    squares = [core.svd.values.square() for core in coordinates.cores]
+    return torch.stack([x.sum(-1) if directions is None else _largest(x, directions) for x in squares], -1)
+
+
 def _beside(names: Sequence[str], coordinates: Coordinates, merged: ThinSVD, plan: Plan) -> tuple[Tensor, Tensor]:
     """(..., T) each: of the weighted inputs the squared norm, and the inner product with what they became."""
-    weighted = [_weighted(core, own) for core, own in zip(coordinates.cores, _weights(names, plan), strict=True)]
+    weighted = _counted(names, coordinates, plan)
+    inputs = (
+        weighted if coordinates.whole is None else _counted(names, replace(coordinates, cores=coordinates.whole), plan)
+    )
     whole = merged.lowrank()
-    pairs = [(core.inner(core), core.inner(whole)) for core in weighted]
+    pairs = [(one.inner(one), core.inner(whole)) for one, core in zip(inputs, weighted, strict=True)]
     squares, along = (torch.stack(list(column), -1) for column in zip(*pairs, strict=True))
     return squares, along
 
@@ -402,7 +471,7 @@ def _amplification(coordinates: Coordinates, combination: Combination, result: L
     Cores have the norms of the stacked factors, as the bases are orthonormal. Infinite where a norm is not ordinary: it
     may not be one for float32.
     """
-    stack = total(coordinates.cores)
+    stack = total(coordinates.whole or coordinates.cores)
     sides = [
         (combination.of_left, stack.left, combination.left, result.left),
         (combination.of_right, stack.right, combination.right, result.right),
@@ -478,7 +547,7 @@ def _biases(plan: Plan, parts: Parts, scale: float) -> Mapping[str, Tensor]:
                   if name in a.biases}  # fmt: skip
         zeros, one = torch.zeros_like(next(iter(having.values()))), torch.ones(1, 1, dtype=torch.float64)
         columns = [LowRank(having.get(key, zeros)[:, None], one) for key in plan.adapters]
-        site = _site((name,), plan)
+        site = site_of((name,), plan)
         merged = parts.method(columns, site) if linear else total(columns)
         for step in parts.scaling:
             merged = step(merged, columns, site)

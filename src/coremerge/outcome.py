@@ -38,7 +38,8 @@ class ModuleReport:
             weight 0.
         input_frobenius: their mean Frobenius norm.
         norm: spectral norm of the merged update, before the overall scale.
-        input_energy: adapter name → squared Frobenius norm of its update, where the method keeps only some directions.
+        input_energy: adapter name → squared Frobenius norm of its update, where the space or the method keeps only some
+            directions.
         input_kept: adapter name → of that, what those directions have.
         zero: names of the adapters whose update is zero here.
         alone: there was one update to merge, which was taken as it is but for what a person named.
@@ -94,7 +95,7 @@ class Report:
 
     @property
     def input_kept(self) -> dict[str, float]:
-        """Adapter name → share of its energy in the directions that the method keeps of it; empty: it keeps all."""
+        """Adapter name → share of its energy in the directions that are kept of it; empty: all are."""
         modules = self.modules.values()
         names = dict.fromkeys(name for module in modules for name in module.input_energy)
         energy = {name: sum(module.input_energy.get(name, 0.0) for module in modules) for name in names}
@@ -128,7 +129,8 @@ def report_of(plan: Plan, modules: Mapping[str, ModuleReport], scale: float, sec
     warnings = [*plan.warnings, *found_zeros(plan, modules), *held_back(plan.equal)]
     if few := _few(Report(scale, rank, lost, seconds, modules, ()).input_kept):
         shares = ", ".join(f"{share:.0%} of {name}" for name, share in few.items())
-        warnings.append(f"{plan.resolved.method} keeps less than {FEW:.0%} of the energy of some adapters ({shares})")
+        keeper = f"the space {plan.resolved.space}" if plan.resolved.space.cuts else plan.resolved.method
+        warnings.append(f"{keeper} keeps less than {FEW:.0%} of the energy of some adapters ({shares})")
     factors = {name: one.factor for name, one in plan.equal.items()}
     report = Report(scale, rank, lost, seconds, dict(modules), tuple(warnings), norm_factors=factors)
     return replace(report, warnings=(*warnings, *_cut_short(plan, report)))

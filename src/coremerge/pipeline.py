@@ -37,6 +37,7 @@ from coremerge.plan import Plan, make_plan
 from coremerge.recipe import Recipe
 from coremerge.report.record import FILE as RECORD
 from coremerge.report.record import make_record
+from coremerge.surveying import surveyed
 from coremerge.unfinished import tidy
 from coremerge.zeros import check_not_all_zeros
 
@@ -341,7 +342,7 @@ class Prepared:
             unfinished = stack.enter_context(self._unfinished(out, started, how, rank_pattern)) if resume else None
             held = unfinished.held if unfinished else stack.enter_context(closing(Held(folder=standing(out))))
             with memory_refused():
-                plan = self.plan if solve else equalized(self._with_norms(threads, tell), threads)
+                plan = self.plan if solve else self._looked_through(how, tell, away=bool(executor))
                 away = Away(replace(self, plan=plan), executor, device) if executor and not solve else None
                 how |= {"held": held, "solver": away.solve if away else None, "progress": _stage(tell, "merging")}
                 result = solve(plan) if solve else execute(plan, **how)
@@ -357,6 +358,12 @@ class Prepared:
         seconds = time.perf_counter() - self.start
         notes = (*dict.fromkeys([*self.notes, *saved.notes]),)
         return Merged(plan, result.report, saved, sha256, seconds, notes, self.into)
+
+    def _looked_through(self, how: Mapping[str, Any], tell: Progress, *, away: bool) -> Plan:
+        """The plan with all that is to be known of all modules beforehand: here, also for a merge that is done away."""
+        plan = equalized(self._with_norms(how["threads"], tell), how["threads"])
+        device = "cpu" if away else how["device"]
+        return surveyed(plan, threads=how["threads"], device=device, batch=how["batch"])
 
     def _with_norms(self, threads: int | None, tell: Progress) -> Plan:
         """The plan, with the norms of the base's weights where the scale goes by them."""

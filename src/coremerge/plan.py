@@ -85,6 +85,7 @@ class Plan:
         settled: parameter of the method → what it was set to from the adapters, and why.
         sized: the adapters by whose sizes norms are made equal: without weights of rank components in their factors.
         base_norms: module → squared Frobenius norm of the base's weight, where the scale goes by it.
+        known: what the method has to know of all modules, once it is known: see :mod:`coremerge.surveying`.
     """
 
     adapters: Mapping[str, Adapter]
@@ -100,6 +101,7 @@ class Plan:
     settled: Mapping[str, str] = dataclass_field(default_factory=dict)
     base_norms: Mapping[str, float] = dataclass_field(default_factory=dict)
     sized: Mapping[str, Adapter] = dataclass_field(default_factory=dict)
+    known: Any = None
 
     @property
     def rank(self) -> int:
@@ -159,7 +161,20 @@ class Plan:
         entries = ENTRY_BYTES * sum(len(adapter.modules) for adapter in self.adapters.values())
         fixed = IMPORT_BYTES + entries + min(kept, CORE_BYTES) + self._extra_bytes()
         lifts = max((self._lift(p) for p in self.modules.values()), default=0) if threads > 1 else 0
+        fixed += self._tallies(threads)
         return fixed + sum(works[:threads]) + threads * written + min(threads, len(self.modules)) * lifts
+
+    def _tallies(self, threads: int) -> int:
+        """Bytes of what a pass over all modules takes down of them: of all, and of those that wait to be added."""
+        from coremerge.methods.largest import MOST
+
+        if self.resolved.method.survey is None:
+            return 0
+        sizes = [
+            math.prod(self.resolved.core_shape(sum(p.ranks.values()), p.module.shape)) for p in self.modules.values()
+        ]
+        whole, one = (min(MOST, n) for n in (sum(sizes), max(sizes, default=0)))
+        return 16 * len(self.adapters) * (whole + (2 * threads + 8) * one) + 64 * whole
 
     def _lift(self, planned: PlannedModule) -> int:
         """Bytes of factors that are lifted, scaled and converted by threads of their own, beside what others freed."""
@@ -196,7 +211,7 @@ class Plan:
             return 0
         k = min(p, q)
         decomposed = 2 * p * q + k * (p + q) + 5 * k * k
-        return int(self.resolved.method.copies * count * p * q) + decomposed + min(4 * p * q, PIECES // 8)
+        return int(self.resolved.copies * count * p * q) + decomposed + min(4 * p * q, PIECES // 8)
 
     def _kept(self, planned: PlannedModule) -> int:
         total, (m, n) = sum(planned.ranks.values()), planned.module.shape

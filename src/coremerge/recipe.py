@@ -48,7 +48,7 @@ class Recipe(BaseModel):
     """How adapters become one.
 
     Args:
-        space: ``core`` (default), ``knots`` or ``full``; with parameters as ``"knots:scaled=false"``.
+        space: ``core`` (default), ``knots``, ``full`` or ``ctm``; with parameters as ``"ctm:rank=8"``.
         method: a name of ``coremerge methods``.
         parameters: the method's.
         steps: applied in order: those that act on updates before the method, the others on its result.
@@ -250,25 +250,36 @@ class Resolved:
     @property
     def dense(self) -> bool:
         """Whether a method or step works on all entries of cores."""
-        return self.method.dense or any(step.dense for step in self.steps)
+        return self.copies > 0 or any(step.dense for step in self.steps)
+
+    @property
+    def copies(self) -> float:
+        """How many matrices of all entries of cores the space and the method hold for each of the inputs."""
+        return self.method.copies + self.space.copies
 
     @property
     def is_full(self) -> bool:
-        """Whether cores are as large as the updates."""
-        return self.space.entry.shape is None
+        """Whether cores are as large as the updates, or a step works on all entries of these."""
+        return self.space.entry.shape is None or any(step.dense for step in self.lifted)
 
     def core_shape(self, summed: int, update: tuple[int, int]) -> tuple[int, int]:
-        """The most that cores can be, for adapters of ``summed`` ranks and an ``update`` (m, n)."""
+        """The most that is worked on at once, for adapters of ``summed`` ranks and an ``update`` (m, n)."""
+        return update if self.is_full else self._shape(summed, update)
+
+    def _shape(self, summed: int, update: tuple[int, int]) -> tuple[int, int]:
         shape = self.space.entry.shape
         return update if shape is None else shape(summed, update)
 
     def rank(self, ranks: Iterable[int], update: tuple[int, int]) -> int:
         """The most that the merge of updates (m, n) of these ranks can have, before it is cut to the recipe's."""
         ranks = [_bound(self.before, rank, min(update)) for rank in ranks]
-        largest = min(*update, *self.core_shape(sum(ranks), update))
+        largest = min(*update, *self._shape(sum(ranks), update))
+        largest = largest if self.space.keeps is None else min(largest, self.space.keeps)
         kept = ranks if self.method.keeps is None else [min(rank, self.method.keeps) for rank in ranks]
         rank = largest if self.method.spreads else min(largest, sum(kept))
-        return _bound(self.after, rank, largest)
+        lifted = self.lifted
+        rank = _bound(self.after[: len(self.after) - len(lifted)], rank, largest)
+        return _bound(lifted, rank, min(update))
 
     @cached_property
     def before(self) -> tuple[Operator[Step], ...]:
@@ -282,20 +293,31 @@ class Resolved:
         """The steps that act on the method's result."""
         return tuple(step for step in self.steps if step not in self.before)
 
+    @property
+    def lifted(self) -> tuple[Operator[Step], ...]:
+        """Those of :attr:`after` that act in weight space."""
+        from coremerge.steps import Lift
+
+        found = [i for i, step in enumerate(self.after) if isinstance(step.make(), Lift)]
+        return self.after[found[0] :] if found else ()
+
     def parts(self) -> Parts:
         """The functions."""
-        from coremerge.steps import Before
+        from coremerge.steps import After, Before, Beside, Lift
 
         steps = [step.make() for step in self.steps]
-        after = [(step, of) for step, of in zip(steps, self.steps, strict=True) if not isinstance(step, Before)]
+        named = [(step, of) for step, of in zip(steps, self.steps, strict=True) if isinstance(step, After | Beside)]
+        acting = [step for step, _ in named]
+        first = len(acting) - sum(not isinstance(of.make(), Lift) for of in self.lifted)
         return Parts(
             self.space.entry.make({**self.settings, **self.space.given}),
             self.method.make(),
             tuple(s.apply for s in steps if isinstance(s, Before)),
-            tuple(step for step, _ in after),
+            tuple(acting[:first]),
+            tuple(acting[first:]),
             linear=self.method.entry.linear and not any(step.entry.lifts for step in self.after),
             alone=None if self.alone is None else self.alone.parts(),
-            scaling=tuple(step for step, of in after if of.entry.linear),
+            scaling=tuple(step for step, of in named if of.entry.linear),
         )
 
 
@@ -312,6 +334,8 @@ class Parts:
     """A recipe's functions.
 
     Attributes:
+        after: applied to the merged core.
+        lifted: applied then, in weight space.
         linear: the whole is a weighted sum, in which even directions count that are rounding errors.
         alone: see :attr:`Resolved.alone`.
         scaling: of the steps after the method, those that are linear.
@@ -321,6 +345,7 @@ class Parts:
     method: Method
     before: tuple[Callable[[LowRank], LowRank], ...]
     after: tuple[After | Beside, ...]
+    lifted: tuple[After | Beside, ...] = ()
     linear: bool = False
     alone: Parts | None = None
     scaling: tuple[After | Beside, ...] = ()

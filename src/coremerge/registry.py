@@ -39,13 +39,15 @@ class Entry(Generic[P]):
             it works on entries at all (true counts as 1): memory is told by it. By default as ``elementwise`` says.
         spreads: parameters → whether its result can have the rank min(p, q), whatever the inputs' ranks are; by
             default what is not ``unitary`` does.
-        keeps: parameters → how many directions it keeps at most: a method of each adapter, a step of what it is given;
-            None: all of them.
+        keeps: parameters → how many directions it keeps at most: a method of each adapter, a step of what it is given,
+            a space on each side of all together; None: all of them.
         cuts: parameters → what it leaves out, in words that go on from its name; by default what ``keeps`` says.
         shape: of a space: (R, (m, n)) → the most that p and q can be, R being the sum of the adapters' ranks; by
             default cores are as large as the updates.
         neutral: of a method: parameters with which it gives a single adapter back as it is, where its own defaults do
             not. They are taken where there is one update to merge, unless a person names one of them.
+        surveys: of a method: parameters → the pass over all modules that it needs before it merges any, a
+            :class:`~coremerge.methods.Survey`, or None.
         flattens: of a step: its result is flat, all directions equally strong, and loses much when it is cut.
         lifts: of a step: a faint direction may come out stronger beside the others, so that rounding errors must be
             told from directions, even of a sum; by default what ``flattens`` does.
@@ -70,6 +72,7 @@ class Entry(Generic[P]):
     settles: Settles = field(default_factory=dict)
     lifts: bool = False
     group: str = ""
+    surveys: Callable[[Values], Any] | None = None
 
     @property
     def help(self) -> str:
@@ -190,6 +193,11 @@ class Operator(Generic[P]):
         return None if self.entry.keeps is None else self.entry.keeps(self.values)
 
     @property
+    def survey(self) -> Any:
+        """The pass over all modules that it needs before it merges any; None: it needs none."""
+        return None if self.entry.surveys is None else self.entry.surveys(self.values)
+
+    @property
     def cuts(self) -> tuple[str, ...]:
         """What it leaves out, in words that go on from its name."""
         if self.entry.cuts is not None:
@@ -245,6 +253,7 @@ class Registry(Generic[P]):
         settles: Settles | None = None,
         lifts: bool = False,
         group: str = "",
+        surveys: Callable[[Values], Any] | None = None,
     ) -> Callable[[Callable[..., P]], Callable[..., P]]:
         """Decorator: adds the factory under ``name``, with what it declares of itself: see :class:`Entry`.
 
@@ -267,6 +276,7 @@ class Registry(Generic[P]):
                 dict(settles or {}),
                 lifts or flattens,
                 group,
+                surveys,
             )
             self.entries[name] = Entry(name, self.kind, factory, unitary, elementwise, linear, source, *declared)
             return factory

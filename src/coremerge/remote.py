@@ -52,6 +52,7 @@ class Order:
             others.
         equal: what brings the adapters to one norm: see :mod:`coremerge.equal`.
         base_norms: of the plan.
+        known: of the plan: what the method has to know of all modules.
         version: of coremerge.
     """
 
@@ -61,6 +62,7 @@ class Order:
     stamps: Sequence[tuple[str, Sequence[str]]]
     equal: Mapping[str, Equal] = field(default_factory=dict)
     base_norms: Mapping[str, float] = field(default_factory=dict)
+    known: Any = None
     version: str = __version__
 
 
@@ -75,7 +77,7 @@ def order_of(prepared: Prepared, device: str) -> Order:
     fixed = replace(given, sources=sources, initial=initial, **places)
     plan = prepared.plan
     recipe = plan.recipe.model_copy(update={"scale": "auto"})  # set by who asks: workers need no base model for it
-    return Order(fixed, recipe, device, _stamps(prepared), plan.equal, plan.base_norms)
+    return Order(fixed, recipe, device, _stamps(prepared), plan.equal, plan.base_norms, plan.known)
 
 
 def _fixed(source: str | Path, revision: str | None) -> str:
@@ -139,7 +141,8 @@ def opened(order: Order) -> Prepared:
                 file=source,
                 remedy="Give all machines the same files: on a disk that they share, or on the hub",
             )  # fmt: skip
-    return replace(prepared, plan=replace(weighted(prepared.plan, order.equal), base_norms=order.base_norms))
+    plan = replace(weighted(prepared.plan, order.equal), base_norms=order.base_norms, known=order.known)
+    return replace(prepared, plan=plan)
 
 
 def solve_group(order: Order, names: Group) -> dict[str, Solved]:

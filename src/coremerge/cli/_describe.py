@@ -116,10 +116,10 @@ def recipe_line(recipe: Recipe) -> str:
 
 
 def cut_facts(recipe: Recipe, kept: Mapping[str, float] | None = None) -> Iterator[tuple[str, str]]:
-    """What a recipe cuts by itself; ``kept``: adapter → share of its energy that the method keeps."""
+    """What a recipe cuts by itself; ``kept``: adapter → share of its energy that is kept."""
     from coremerge.report.cuts import cuts_of
 
-    for text in cuts_of(recipe.method, recipe.parameters, recipe.steps, kept):
+    for text in cuts_of(recipe.method, recipe.parameters, recipe.steps, kept, space=recipe.space):
         yield "cut", text
 
 

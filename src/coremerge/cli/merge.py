@@ -42,7 +42,7 @@ def merge(
         typer.Option(help="A recipe in mergekit's spelling; other options override it.", metavar="FILE.yaml"),
     ] = None,
     space: Annotated[
-        str | None, typer.Option(help="core (default), knots or full; knots:scaled=false.", metavar="SPACE")
+        str | None, typer.Option(help="core (default), knots, full or ctm; ctm:rank=8.", metavar="SPACE")
     ] = None,
     basis: Annotated[
         str | None, typer.Option(help="Of the core space: stacked (default) or balanced.", metavar="BASIS")

@@ -22,19 +22,21 @@ from coremerge.registry import Registry
 
 @dataclass(frozen=True)
 class Site:
-    """Where a merge happens: what random masks may depend on, and nothing else.
+    """Where a merge happens: what random masks may depend on, what is known of all modules, and nothing else.
 
     Attributes:
         seed: the recipe's.
         modules: the module's name, or the names in one batch.
         tasks: the adapters' names, in the order of the cores.
         last: the highest number of a layer: where gradients end.
+        known: what the method's :class:`Survey` found.
     """
 
     seed: int = 0
     modules: tuple[str, ...] = ("",)
     tasks: tuple[str, ...] = ()
     last: int = 0
+    known: Any = None
 
     def uniform(self, task: int, like: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) of the shape of ``like`` that depend on seed, module and adapter only."""
@@ -83,6 +85,23 @@ def _shown(own: Any) -> str:
 
 Method = Callable[[Sequence[LowRank], Site], Matrix]
 
+
+@dataclass(frozen=True)
+class Survey:
+    """A first pass over all modules, of a method that has to know something of all before it merges any.
+
+    Attributes:
+        look: what it takes down of the modules that it is given, as it would be given them to merge: small, and a thing
+            that can be sent.
+        join: of several such, in any order and however they were put together.
+        settle: what it makes of that: :attr:`Site.known`.
+    """
+
+    look: Callable[[Sequence[LowRank], Site], Any]
+    join: Callable[[Sequence[Any]], Any]
+    settle: Callable[[Any], Any]
+
+
 METHODS: Registry[Method] = Registry("method")
 
-from coremerge.methods import cart, cts, dare, dc, della, linear, magnitude, ties, tsv, whiten, wudi  # noqa: E402, F401  (each registers itself)
+from coremerge.methods import cart, cts, dare, dc, della, linear, magnitude, pcb, sce, ties, tsv, whiten, wudi  # noqa: E402, F401  (each registers itself)

@@ -7,8 +7,21 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from coremerge.lowrank import LowRank
-from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
-from coremerge.methods.ties import Densities, Rates, Reduce, entries, trimmed_and_elected, trims
+from coremerge.methods import METHODS, Method, Share, Site, Survey, of_task, shown
+from coremerge.methods.ties import (
+    Densities,
+    Errors,
+    Rates,
+    Reduce,
+    Trim,
+    check_trim,
+    elect,
+    entries,
+    errors_of,
+    over_model,
+    trimmed,
+    trims,
+)
 from coremerge.registry import Values
 
 SOURCE = "DARE, arXiv 2311.03099"
@@ -32,22 +45,39 @@ def dare(drop_rate: Rates = 0.5) -> Method:
     return merge
 
 
+def _survey(values: Values) -> Survey | None:
+    return over_model(values, lambda cores, site: _dropped(cores, site, values["drop_rate"]))
+
+
 @METHODS.register(
     "dare_ties",
     elementwise=True,
     source=SOURCE,
     cuts=lambda v: [*_drops(v), *trims(v)],
     neutral={"drop_rate": 0.0, "density": 1.0},
+    surveys=_survey,
 )
-def dare_ties(drop_rate: Rates = 0.5, density: Densities = 0.2, reduce: Reduce = "mean") -> Method:
-    """DARE, then TIES."""
+def dare_ties(
+    drop_rate: Rates = 0.5, density: Densities = 0.2, reduce: Reduce = "mean", trim: Trim = "module"
+) -> Method:
+    """DARE, then TIES.
+
+    Args:
+        trim: within each ``module`` or the whole ``model``, as in ``ties``; entries that were dropped count as zeros.
+    """
+    check_trim(density, trim)
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        left = [1 - of_task(drop_rate, t, site) for t in range(len(cores))]
-        grown = [core * (1 / share) for core, share in zip(cores, left, strict=True)]  # of them, and of their errors
-        return trimmed_and_elected(drop(cores, site, drop_rate), grown, density, reduce, site)
+        x, errors = _dropped(cores, site, drop_rate)
+        return elect(trimmed(x, errors, density, trim, site), reduce, errors)
 
     return merge
+
+
+def _dropped(cores: Sequence[LowRank], site: Site, drop_rate: Share) -> tuple[Tensor, Errors]:
+    left = [1 - of_task(drop_rate, t, site) for t in range(len(cores))]
+    grown = [core * (1 / share) for core, share in zip(cores, left, strict=True)]  # of them, and of their errors
+    return drop(cores, site, drop_rate), errors_of(grown)
 
 
 def drop(cores: Sequence[LowRank], site: Site, drop_rate: Share) -> Tensor:

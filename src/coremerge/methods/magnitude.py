@@ -8,7 +8,19 @@ from torch import Tensor
 
 from coremerge.lowrank import LowRank
 from coremerge.methods import METHODS, Method, Site, of_task, shown
-from coremerge.methods.ties import Densities, Rates, Reduce, entries, errors_of, kept, trim_each
+from coremerge.methods.ties import (
+    Densities,
+    Rates,
+    Reduce,
+    Trim,
+    check_trim,
+    entries,
+    errors_of,
+    kept,
+    survey_of,
+    trim_each,
+    trimmed,
+)
 from coremerge.methods.ties import elect as elect_signs
 from coremerge.registry import Values
 
@@ -19,16 +31,19 @@ from coremerge.registry import Values
     source="magnitude pruning, as PEFT's magnitude_prune",
     cuts=lambda values: [kept(values)],
     neutral={"density": 1.0},
+    surveys=survey_of,
 )
-def magnitude(density: Densities = 0.5) -> Method:
+def magnitude(density: Densities = 0.5, trim: Trim = "module") -> Method:
     """Keep each task's largest entries and sum them: TIES without its election of signs.
 
     Args:
         density: the share of entries of each core that is kept, in (0, 1]; or a list, one for each adapter.
+        trim: within each ``module`` or the whole ``model``, as in ``ties``.
     """
+    check_trim(density, trim)
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return trim_each(entries(cores), errors_of(cores), density, site).sum(0)
+        return trimmed(entries(cores), errors_of(cores), density, trim, site).sum(0)
 
     return merge
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from coremerge.errors import ConfigError
 from coremerge.layered import SOME, Condition
 from coremerge.linalg import column_norms
 from coremerge.lowrank import LowRank
-from coremerge.methods import METHODS, Method, Share, Site, of_task, shown
+from coremerge.methods import METHODS, Method, Share, Site, Survey, of_task, shown
+from coremerge.methods.largest import Tally, joined, tally
 from coremerge.registry import Values
 
 Density = Annotated[float, Field(gt=0, le=1)]
@@ -28,6 +30,9 @@ Rates = Rate | tuple[Rate | Annotated[tuple[Rate, ...], SOME] | Annotated[tuple[
 
 Reduce = Literal["mean", "sum"]
 
+Trim = Literal["module", "model"]
+"""Of which entries those that are kept are the largest."""
+
 
 def trims(values: Values) -> list[str]:
     """What is left out, in words."""
@@ -36,22 +41,84 @@ def trims(values: Values) -> list[str]:
 
 def kept(values: Values) -> str:
     """What trimming keeps, in words."""
-    return f"keeps the largest entries of each adapter's core, a share of {shown(values['density'])}"
+    of = "each adapter, over all its modules" if values["trim"] == "model" else "each adapter's core"
+    return f"keeps the largest entries of {of}, a share of {shown(values['density'])}"
+
+
+def check_trim(density: Share, trim: Trim) -> None:
+    """Refuse a density by layer of what is trimmed over all of them.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if trim == "model" and isinstance(density, tuple) and any(isinstance(own, tuple) for own in density):
+        raise ConfigError(
+            "over the whole model there is one density, and this one differs by layer", key="density", value=density,
+            remedy="Give a number, or trim=module",
+        )  # fmt: skip
+
+
+def over_model(values: Values, look: Callable[[Sequence[LowRank], Site], tuple[Tensor, Errors]]) -> Survey | None:
+    """The pass over all modules that finds the least entry of each adapter that is kept; None: it is not asked for.
+
+    ``look``: the entries that are to be trimmed, and their errors. An adapter's entries are those of the modules in
+    which it has any that is more than an error.
+    """
+    if values["trim"] != "model":
+        return None
+
+    def take_down(cores: Sequence[LowRank], site: Site) -> list[Tally]:
+        x = trim_each(*look(cores, site))
+        return [tally(one[(one != 0).flatten(-2).any(-1)]) for one in x]
+
+    def join(found: Sequence[list[Tally]]) -> list[Tally]:
+        return [joined(own) for own in zip(*found, strict=True)]
+
+    def settle(found: list[Tally]) -> tuple[float, ...]:
+        return tuple(_least_of(one, of_task(values["density"], t, Site())) for t, one in enumerate(found))
+
+    return Survey(take_down, join, settle)
+
+
+def _least_of(counted: Tally, density: float) -> float:
+    return counted.largest(max(1, round(density * counted.total))) if counted.total else 0.0
+
+
+def _as_given(cores: Sequence[LowRank], site: Site) -> tuple[Tensor, Errors]:
+    return entries(cores), errors_of(cores)
+
+
+def survey_of(values: Values) -> Survey | None:
+    """Of a method that trims the cores as they are given."""
+    return over_model(values, _as_given)
 
 
 @METHODS.register(
-    "ties", elementwise=True, source="TIES-Merging, arXiv 2306.01708", cuts=trims, neutral={"density": 1.0}
+    "ties",
+    elementwise=True,
+    source="TIES-Merging, arXiv 2306.01708",
+    cuts=trims,
+    neutral={"density": 1.0},
+    surveys=survey_of,
 )
-def ties(density: Densities = 0.2, reduce: Reduce = "mean") -> Method:
+def ties(density: Densities = 0.2, reduce: Reduce = "mean", trim: Trim = "module") -> Method:
     """Keep each task's largest entries, elect the sign of their sum, average the entries that agree with it.
 
     Args:
         density: the share of entries of each core that is kept, in (0, 1]; or a list, one for each adapter.
         reduce: ``mean`` over the agreeing non-zero entries, or their ``sum``.
+        trim: ``module``: the largest entries of each module; ``model``: of all modules together, as in the paper and in
+            KnOTS's code, so that a module with large entries keeps more of them. That takes a pass over all modules
+            before the merge.
+
+    Raises:
+        ConfigError: a density that differs by layer, of what is trimmed over the whole model.
     """
+    check_trim(density, trim)
 
     def merge(cores: Sequence[LowRank], site: Site) -> Tensor:
-        return trimmed_and_elected(entries(cores), cores, density, reduce, site)
+        errors = errors_of(cores)
+        return elect(trimmed(entries(cores), errors, density, trim, site), reduce, errors)
 
     return merge
 
@@ -68,10 +135,20 @@ Errors = Sequence[tuple[Tensor, Tensor] | None]
 """Of the entries of each core: see :func:`errors_of`."""
 
 
-def trimmed_and_elected(x: Tensor, cores: Sequence[LowRank], density: Share, reduce: Reduce, site: Site) -> Tensor:
-    """TIES of ``x`` (T, ..., p, q), which is written over: the entries of ``cores``, or some of them."""
-    errors = errors_of(cores)
-    return elect(trim_each(x, errors, density, site), reduce, errors)
+def trimmed(x: Tensor, errors: Errors, density: Share, within: Trim, site: Site) -> Tensor:
+    """``x`` (T, ..., p, q), which is written over, each core's entries trimmed within the module or the whole model.
+
+    Raises:
+        ValueError: for the whole model, without what :func:`over_model` found.
+    """
+    if within == "module":
+        return trim_each(x, errors, density, site)
+    if site.known is None:
+        raise ValueError("what is kept of the whole model is known after a pass over all modules")
+    for t, (one, least) in enumerate(zip(trim_each(x, errors), site.known, strict=True)):
+        if of_task(density, t, site) < 1:
+            one.masked_fill_(one.abs() < least, 0.0)
+    return x
 
 
 def errors_of(cores: Sequence[LowRank]) -> Errors:
@@ -128,17 +205,27 @@ def elect(x: Tensor, reduce: Reduce, errors: Errors = ()) -> Tensor:
 
     A sum that is no larger than the ``errors`` of its terms is zero, where all of them are known.
     """
-    elected = x.sum(0)
-    known = [error for error in errors if error is not None]
-    if len(known) == len(x):
-        variance = torch.zeros_like(elected)
-        for one, (even, relative) in zip(x, known, strict=True):
-            variance += (relative[..., None, None] * one).square_().add_(even[..., None, None] ** 2)
-        elected.masked_fill_(elected.abs() <= VOTE * variance.sqrt_(), 0.0)
-    elected.sign_()
+    elected = sum_beyond(x, errors).sign_()
     merged, count = torch.zeros_like(elected), torch.zeros_like(elected)
     for one in x:
         agree = (one.sign() == elected).logical_and_(one != 0)
         merged += torch.where(agree, one, 0.0)
         count += agree
     return merged.div_(count.clamp_(min=1)) if reduce == "mean" else merged
+
+
+def sum_beyond(x: Tensor, errors: Errors) -> Tensor:
+    """The sum over T of ``x`` (T, ..., p, q), zero where it is no larger than the ``errors`` of its terms."""
+    whole, variance = x.sum(0), variance_of(x, errors)
+    return whole if variance is None else whole.masked_fill_(whole.abs() <= VOTE * variance.sqrt_(), 0.0)
+
+
+def variance_of(x: Tensor, errors: Errors) -> Tensor | None:
+    """Of the errors of the sum over T of ``x`` (T, ..., p, q), entry by entry; None: some are not known."""
+    known = [error for error in errors if error is not None]
+    if len(known) < len(x):
+        return None
+    variance = torch.zeros_like(x[0])
+    for one, (even, relative) in zip(x, known, strict=True):
+        variance += (relative[..., None, None] * one).square_().add_(even[..., None, None] ** 2)
+    return variance

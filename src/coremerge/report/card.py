@@ -135,7 +135,11 @@ def describe(
 
     plan, report, info = result.plan, result.report, result.adapter.info
     recipe = plan.recipe
-    cuts = [] if report.made else [*cuts_of(recipe.method, recipe.parameters, recipe.steps, report.input_kept)]
+    cuts = (
+        []
+        if report.made
+        else [*cuts_of(recipe.method, recipe.parameters, recipe.steps, report.input_kept, space=recipe.space)]
+    )
     cuts += [f"norms: {said(report.norm_factors)}"] if report.norm_factors else []
     cuts += taken_as_it_is(plan, report)
     cuts += cut_to_rank(report.rank, report.lost, report.warnings)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coremerge.methods import METHODS
 from coremerge.registry import Operator, parse_spec
+from coremerge.spaces import SPACES
 from coremerge.steps import STEPS
 
 if TYPE_CHECKING:
@@ -22,23 +23,36 @@ LISTED = 8
 
 
 def cuts_of(
-    method: str, parameters: Mapping[str, Any], steps: Sequence[Any] = (), kept: Mapping[str, float] | None = None
+    method: str,
+    parameters: Mapping[str, Any],
+    steps: Sequence[Any] = (),
+    kept: Mapping[str, float] | None = None,
+    *,
+    space: Any = "core",
 ) -> Iterator[str]:
-    """A sentence for each thing that the method and the steps cut.
+    """A sentence for each thing that the space, the method and the steps cut.
 
     Args:
         method: a recipe's.
         parameters: the method's; those that are not named are at their defaults.
         steps: a recipe's.
-        kept: adapter → share of its energy that the method keeps, where it is known; where it is all, nothing is said.
+        kept: adapter → share of its energy that is kept, where it is known; where it is all, nothing is said.
+        space: a recipe's.
 
     Example:
         >>> list(cuts_of("tsv", {"rank": 4}, kept={"a": 0.54, "b": 1.0}))
         ['tsv (rank=4) keeps at most 4 directions of each adapter: of its energy 54 % (a), 100 % (b)']
     """
-    if method in METHODS and (not kept or min(kept.values()) < ALL):
-        operator: Operator[Any] = METHODS.resolve({method: parameters})
-        yield from (f"{operator} {what}{_shares(kept)}" for what in operator.cuts)
+    operator: Operator[Any]
+    if not kept or min(kept.values()) < ALL:
+        if parse_spec(space)[0] in SPACES:
+            operator = SPACES.resolve(space)
+            for what in operator.cuts:
+                yield f"the space {operator.entry.name} {what}{_shares(kept)}"
+                kept = None
+        if method in METHODS:
+            operator = METHODS.resolve({method: parameters})
+            yield from (f"{operator} {what}{_shares(kept)}" for what in operator.cuts)
     for step in steps:
         if parse_spec(step)[0] in STEPS:
             operator = STEPS.resolve(step)

@@ -155,7 +155,10 @@ def _dropped(record: Mapping[str, Any], numbers: Numbers) -> Part:
 def _cut(record: Mapping[str, Any]) -> Iterator[str]:
     recipe, warnings = record["recipe"], record["warnings"]
     if not record.get("made"):
-        yield from cuts_of(recipe["method"], recipe.get("parameters", {}), recipe["steps"], record.get("input_kept"))
+        yield from cuts_of(
+            recipe["method"], recipe.get("parameters", {}), recipe["steps"], record.get("input_kept"),
+            space=recipe.get("space", "core"),
+        )  # fmt: skip
     if fit := record.get("fit"):
         yield from cut_of_fit(fit.get("outputs_lost"), warnings)
     else:

@@ -1,7 +1,7 @@
 """Spaces: coordinates in which the updates of one module are merged.
 
-Every space is lossless and isometric: ``lift`` undoes ``project``, and norms, inner products and singular values of the
-cores are those of the updates.
+Every space is isometric: norms, inner products and singular values of cores are those of what ``lift`` makes of them.
+``lift`` undoes ``project``, but for a space that declares what it ``keeps``.
 """
 
 from __future__ import annotations
@@ -81,12 +81,14 @@ class Coordinates:
         lift: the way back.
         rows: row scales (..., p) by which a method's inputs are divided and its output multiplied, or None.
         share: of the errors of the stored numbers, the part that cores have: see :func:`share_of`.
+        whole: the updates in coordinates that lose nothing, where the cores have only a part of them.
     """
 
     cores: tuple[LowRank, ...]
     lift: Lift
     rows: Tensor | None = None
     share: float = 1.0
+    whole: tuple[LowRank, ...] | None = None
 
 
 def share_of(p: int, q: int, shape: tuple[int, int]) -> float:
@@ -105,4 +107,4 @@ Space = Callable[[Sequence[LowRank]], Coordinates]
 
 SPACES: Registry[Space] = Registry("space")
 
-from coremerge.spaces import core, full, knots  # noqa: E402, F401  (each registers itself)
+from coremerge.spaces import core, ctm, full, knots  # noqa: E402, F401  (each registers itself)

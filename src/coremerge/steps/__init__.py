@@ -1,7 +1,7 @@
 """Steps around a method. One idea a file.
 
 A :class:`Before` step maps each update to an update; an :class:`After` step maps the merged core to a core, and a
-:class:`Beside` step does so by what the inputs are, and where.
+:class:`Beside` step does so by what the inputs are, and where; after :class:`Lift` they map the merged update.
 """
 
 from __future__ import annotations
@@ -46,8 +46,13 @@ class Beside:
         return self.apply(merged, cores, site)
 
 
-Step = Before | After | Beside
+@dataclass(frozen=True)
+class Lift:
+    """What comes after it is applied in weight space."""
+
+
+Step = Before | After | Beside | Lift
 
 STEPS: Registry[Step] = Registry("step")
 
-from coremerge.steps import balance, isotropize, lines, soften, star, svc, truncate  # noqa: E402, F401  (each registers itself)
+from coremerge.steps import balance, isotropize, lift, lines, soften, star, svc, truncate  # noqa: E402, F401  (each registers itself)
