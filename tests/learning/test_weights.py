@@ -210,7 +210,9 @@ class TestDescent:
 
     @pytest.mark.parametrize("per", ["adapter", "module", "component"])
     def test_a_fixed_total(self, model, adapters, data, per):
-        found = learn_weights(model, adapters, data, steps=5, rate=0.1, per=per, start=0.5, fixed_total=True)
+        found = learn_weights(
+            model, adapters, data, steps=5, rate=0.1, per=per, start=0.5, bounds=None, fixed_total=True
+        )
         if per == "adapter":
             assert found.path.mean(-1).tolist() == pytest.approx([0.5] * 6)
         for module in adapters["a"]:

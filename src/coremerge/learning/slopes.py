@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coremerge.adapter import Adapter
 from coremerge.errors import InputError
+from coremerge.learning.attention import plain_attention
 from coremerge.learning.backbone import Batch, frozen, inputs_of, seeded
 from coremerge.learning.blocks import choose_modules, measured_of
 from coremerge.learning.forward import MergedModel, Target
@@ -124,6 +125,7 @@ class Descending:
         seed: of anything random in the model.
         autocast: run the model in this dtype.
         checkpointing: trade time for memory.
+        short: of all tasks, inputs are short: see :mod:`coremerge.learning.attention`.
     """
 
     model: nn.Module | Callable[[], nn.Module]
@@ -134,6 +136,7 @@ class Descending:
     seed: int
     autocast: torch.dtype | None
     checkpointing: bool
+    short: bool = False
 
     def __call__(self, tasks: Sequence[tuple[str, Sequence[Batch]]]) -> Slopes:
         """Those of some tasks."""
@@ -154,6 +157,8 @@ class Slopes:
         with ExitStack() as undo:
             undo.enter_context(seeded(opening.seed))
             undo.enter_context(frozen(model, checkpointing=opening.checkpointing))
+            if opening.short:
+                undo.enter_context(plain_attention(model, opening.autocast))
             merged = MergedModel(model, opening.adapters)
             device = merged.device
             self.tasks = [(task, [moved(batch, device) for batch in given]) for task, given in tasks]

@@ -16,6 +16,7 @@ from coremerge.adapter import Adapter
 from coremerge.errors import ConfigError
 from coremerge.executors import Executor, Group, shares
 from coremerge.executors.local import Here
+from coremerge.learning.attention import are_short
 from coremerge.learning.backbone import Batch, seeded
 from coremerge.learning.given import check_adapters, check_data, listed
 from coremerge.learning.result import Weights
@@ -95,6 +96,7 @@ def learn_weights(
         seed,
         autocast,
         checkpointing,
+        are_short(batch for found in batches.values() for batch in found),
     )
     with seeded(seed), closing(_group(opening, given, executor)) as group:
         run = _Descent(group, settings, tuple(tasks))
