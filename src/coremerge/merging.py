@@ -220,7 +220,9 @@ def solve(
         merged = _merged(names, coordinates, plan, acting)
         kept = _kept_energies(coordinates, _directions(coordinates, plan, alone=alone is not None))
         if acting.lifted:
-            whole = thin_svd(coordinates.lift(merged.lowrank(), updates))
+            core = merged.lowrank()
+            known = core.rounding if acting.after else None  # errors go along with what steps have made of directions
+            whole = thin_svd(coordinates.lift(core, updates).rounded(known))
             coordinates = Coordinates(tuple(update.to(torch.float64) for update in updates), Lift())
             merged = _after(whole, acting.lifted, _counted(names, coordinates, plan), site_of(names, plan))
         found = solved_of(names, coordinates, merged, plan, kept=kept, alone=alone is not None)
@@ -298,12 +300,15 @@ def _merged(names: Sequence[str], coordinates: Coordinates, plan: Plan, parts: P
     merged = parts.method(seen(names, coordinates, plan), site)
     if rows is not None:
         merged = _scale_rows(merged, rows)
-    return _after(thin_svd(merged), parts.after, cores, site)
+    return _after(replace(thin_svd(merged), noise=None), parts.after, cores, site)
 
 
 def _after(merged: ThinSVD, steps: Sequence[After | Beside], cores: Sequence[LowRank], site: Site) -> ThinSVD:
-    """``merged`` from the weighted ``cores`` after ``steps``, cut at the numerical rank."""
-    if steps:  # they alone ask which of its directions are more than the inputs' errors
+    """``merged`` from the weighted ``cores`` after ``steps``, cut at the numerical rank.
+
+    They alone ask which of its directions are more than errors: where nothing is said of these, they are the inputs'.
+    """
+    if steps and merged.noise is None:
         merged = replace(merged, noise=total(cores).noise_along(merged.left, merged.right))
     for step in steps:
         merged = thin_svd(step(merged, cores, site))

@@ -83,3 +83,17 @@ def test_batches_and_weights() -> None:
     plain = recipe.but(steps=["isotropize"])
     for name, update in merge(given, plain, threads=1, batch=1).adapter.items():
         close(merge(given, recipe, threads=1, batch=3).adapter[name].dense(), update.dense(), tol=1e-8)
+
+
+@pytest.mark.parametrize("space", ["core", "knots", "full"])
+def test_what_steps_before_it_made_of_directions_does_not_turn_them_into_errors(space: str) -> None:
+    """Stored in half precision, and a hundred thousand times weaker: the errors are so, too."""
+    weak = "lines:alpha=1e-5,beta=0"
+    updates = [lowrank(30, 20, 3, seed=s) for s in range(2)]
+    given = named([LowRank(u.left.half(), u.right.half()) for u in updates])
+    before, after = (
+        run(given, method="sum", space=space, steps=steps)
+        for steps in ([weak, "lift", "isotropize"], ["lift", "isotropize", weak])
+    )
+    assert before.report.rank == after.report.rank == 6
+    close(before.adapter["layer"].dense(), after.adapter["layer"].dense(), tol=1e-8)
