@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import coremerge
@@ -236,3 +237,22 @@ def test_answers_of_adapters_that_give_none_are_refused(fit):
     assert result.exit_code == 1 and not Path("OUT").exists()
     assert "no adapter is of a model that answers" in result.stderr and "--answers" in result.stderr
     assert fit(*DATA, "-o", "OUT", "--answers", "some").exit_code == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT asks models what transformers deprecates
+def test_names_like_a_decoders_do_not_make_an_encoder_answer(fit):
+    from peft import LoraConfig, get_peft_model
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    for seed, name in enumerate("AB"):
+        torch.manual_seed(seed)
+        model = ModernBertForMaskedLM(ModernBertConfig(vocab_size=WORDS, **sizes, **ends))
+        model.save_pretrained("base")
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["Wqkv"], init_lora_weights=False))
+        model.save_pretrained(name)  # of no task type: model.layers.0.attn.Wqkv
+    result = fit(*DATA, "-o", "OUT")
+    assert result.exit_code == 0 and "2 tasks; prior: iso, ridge 0.1" in result.stdout, result.stderr
+    result = fit(*DATA, "-o", "OWN", "--answers", "own")
+    assert result.exit_code == 1 and "the base model gives no text" in result.stderr

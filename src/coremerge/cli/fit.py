@@ -193,7 +193,8 @@ def _answered(answers: str | None, inputs: Inputs, adapters: Mapping[str, Adapte
     answering = inputs.answering(adapters)
     if chosen == "own" and not answering:
         raise ConfigError(
-            "no adapter is of a model that answers (task_type CAUSAL_LM or SEQ_2_SEQ_LM), or no input awaits an answer",
+            "no adapter is of a model that answers (task_type CAUSAL_LM or SEQ_2_SEQ_LM), the base model gives no text,"
+            " or no input awaits an answer",
             key="answers", value=answers, remedy="Leave out --answers, or give prompts: text, or messages of the user",
         )  # fmt: skip
     return bool(answering)

@@ -119,8 +119,8 @@ class Inputs:
         }
 
     def answering(self, adapters: Mapping[str, Adapter]) -> list[str]:
-        """See :func:`~coremerge.learning.own_answers.answering`."""
-        return answering(adapters, self.examples)
+        """See :func:`~coremerge.learning.own_answers.answering`; none where the base model gives no text."""
+        return answering(adapters, self.examples) if has_head(self.base) else []
 
     def answered(self, model: nn.Module, adapters: Mapping[str, Adapter], progress: Answers | None = None) -> Batches:
         """See :func:`~coremerge.learning.own_answers.answered_batches`."""
@@ -192,6 +192,15 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
     return loaded
 
 
+def has_head(base: str | Path) -> bool:
+    """Whether the base model gives text, as far as its config tells: loading says what is wrong with it.
+
+    Adapters whose configs name no task are taken for a language model's by names that other models have, too.
+    """
+    config = read_config(base)
+    return config is None or (not _is_masked(config) and _head_of(config) is not None)
+
+
 def _with_head(config: Any) -> Any:
     """The class that loads a model which answers with text: an encoder with a decoder, one that sees, or a decoder.
 
@@ -200,16 +209,28 @@ def _with_head(config: Any) -> Any:
     """
     import transformers
 
-    masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
-    if masked and not getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False):
+    if _is_masked(config):
         raise UnsupportedError(
             f"an encoder ({config.model_type}), which fills in words and does not answer", key="base",
             remedy="Give a decoder, or tasks with heads",
         )  # fmt: skip
+    return _head_of(config) or transformers.AutoModelForCausalLM
+
+
+def _is_masked(config: Any) -> bool:
+    import transformers
+
+    masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    return masked and not getattr(config, "is_encoder_decoder", False) and not getattr(config, "is_decoder", False)
+
+
+def _head_of(config: Any) -> Any:
+    import transformers
+
     pair = getattr(config, "is_encoder_decoder", False)
     seeing = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
     kinds = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq) if pair else seeing
-    return next((kind for kind in kinds if type(config) in kind._model_mapping), transformers.AutoModelForCausalLM)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), None)
 
 
 def running_dtype(config: Any, dtype: str = "auto", device: str = "cpu") -> str:
