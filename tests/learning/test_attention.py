@@ -46,5 +46,6 @@ def test_inputs_are_short_if_all_are() -> None:
     text, long = {"input_ids": torch.zeros(2, SHORT)}, {"input_ids": torch.zeros(2, SHORT + 1)}
     small, large = ({"pixel_values": torch.zeros(1, 3, side, side)} for side in (224, 238))
     assert are_short([text, small, text | small])
-    for batch in (long, large, text | large, {"input_features": torch.zeros(1, 8, 100)}):
+    sound = {"input_features": torch.zeros(2, 8, 3000)}
+    for batch in (long, large, text | large, sound, sound | {"decoder_input_ids": torch.zeros(2, 4)}):
         assert not are_short([text, batch])

@@ -19,6 +19,9 @@ tokens; in float32 .98 to 1.00, then 1.11."""
 PATCH = 14
 """Pixels that a token of an image has on a side, or more, in most models."""
 
+SOUNDS = ("input_features", "input_values")
+"""What models call them: of many more tokens than a text."""
+
 FUSED, PLAIN = "sdpa", "eager"
 """What ``transformers`` calls both."""
 
@@ -31,7 +34,8 @@ def are_short(batches: Iterable[Batch]) -> bool:
 def _tokens(batch: Batch) -> int:
     texts = [batch[key] for key in ("input_ids", "decoder_input_ids") if isinstance(batch.get(key), Tensor)]
     images = [batch["pixel_values"]] if isinstance(batch.get("pixel_values"), Tensor) else []
-    if not texts and not images:
+    sounds = [key for key in SOUNDS if key in batch]  # Whisper's come with the decoder's first tokens
+    if sounds or (not texts and not images):
         return SHORT + 1
     counts = [int(ids.shape[-1]) for ids in texts]
     counts += [image.shape[-2] * image.shape[-1] // PATCH**2 if image.ndim >= 4 else SHORT + 1 for image in images]
