@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from coremerge.learning.backbone import TOKEN_MASK, Batch
 from coremerge.learning.data import make_batches
 from coremerge.learning.examples import read_examples
 from coremerge.learning.files import load_model
-from coremerge.learning.own_answers import answering
+from coremerge.learning.own_answers import _with, answering
 from coremerge.learning.processor import load_processor
 from coremerge.learning.rows import Example, Message
 from coremerge.learning.speech import Speech, speech_of
@@ -91,6 +92,27 @@ def test_prompts_have_their_own_adapters_answers_behind_them(tmp_path: Path, fam
                 assert counts == [True] * (len(said) + 1) + [False] * (len(counts) - len(said) - 1)
             others += wanted != slow_answer(plain, inputs, MOST, speech.stops)
     assert others > len(examples) // 2  # it is the adapter that answers
+
+
+@pytest.mark.parametrize(("family", "form"), [("llama", "text"), ("llava", "text"), ("t5", "text")])
+def test_a_prompt_that_is_too_long_keeps_what_asks(tmp_path: Path, family: str, form: str) -> None:
+    base, (example, *_) = make_speaker(family, tmp_path / "base"), examples_of(family, form, tmp_path)
+    model: Any = load_model(base, head=True).eval()
+    processor, long = load_processor(base), replace(example, text="w1 w2 w3 w4 w5 w6 w7")
+    given: dict[str, Any] = {"max_length": 4 if family == "t5" else 3, "most": MOST}
+    (found,) = answered_batches(model, {"a": adapter_of(model)}, {"a": [long]}, processor, **given)["a"]
+    read = getattr(processor, "tokenizer", processor).decode(found["input_ids"][0])
+    assert ("w1 w2 w3" in read and "w4" not in read) if family == "t5" else ("w5 w6 w7" in read and "w4 w5" not in read)
+
+
+def test_a_mask_that_is_padded_further_does_not_matter(tmp_path: Path) -> None:
+    base = make_speaker("llama", tmp_path / "base")
+    model, example = load_model(base, head=True), Example(messages=(Message("user", "w1 w2"),))
+    speech = speech_of(model, load_processor(base), example)
+    (prompt,) = make_batches([example], load_processor(base))
+    wide = {key: torch.nn.functional.pad(value, (0, 9)) for key, value in prompt.items()}
+    one, other = (_with(batch, [(speech.end,)], speech) for batch in (prompt, wide))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_what_awaits_no_answer_stays_as_it_is(tmp_path: Path) -> None:

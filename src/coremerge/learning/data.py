@@ -33,7 +33,7 @@ _NOT_FOR_THE_MODEL = frozenset(
 
 
 def make_batches(
-    examples: Sequence[Example], processor: Any, *, size: int = 16, max_length: int | None = None
+    examples: Sequence[Example], processor: Any, *, size: int = 16, max_length: int | None = None, cut: str = "right"
 ) -> list[Batch]:
     """Tensors by the names that the model gives them; inputs of similar lengths together, in the same order each time.
 
@@ -47,17 +47,18 @@ def make_batches(
         size: inputs of a batch; the last may have fewer.
         max_length: tokens that a text is cut to, without an image's; by default as many as the tokenizer says, at most
             512.
+        cut: the side on which a text that is too long is cut, if it is no chat.
 
     Raises:
         ConfigError: inputs of several kinds, or of one that the processor does not take.
         InputError: none at all, or one that the processor or its chat template refuses.
         SourceError: an image or a sound that cannot be read.
     """
-    return [batch for _, batch in placed_batches(examples, processor, size=size, max_length=max_length)]
+    return [batch for _, batch in placed_batches(examples, processor, size=size, max_length=max_length, cut=cut)]
 
 
 def placed_batches(
-    examples: Sequence[Example], processor: Any, *, size: int = 16, max_length: int | None = None
+    examples: Sequence[Example], processor: Any, *, size: int = 16, max_length: int | None = None, cut: str = "right"
 ) -> list[tuple[list[int], Batch]]:
     """Those of :func:`make_batches`, each with its inputs' places among ``examples``."""
     for key, value in (("size", size), ("max_length", max_length)):
@@ -65,11 +66,11 @@ def placed_batches(
             raise ConfigError("at least 1 is needed", key=key, value=value)
     kind = one_kind(examples)
     parts = parts_of(processor)
-    with padding(parts.tokenizer):
+    with padding(parts.tokenizer, cut):
         plan = _PLANS[kind](examples, parts, max_length or usual_length(parts.tokenizer))
     order = sorted(range(len(examples)), key=plan.lengths.__getitem__)
     chunks = [order[at : at + size] for at in range(0, len(order), size)]
-    with padding(parts.tokenizer, plan.cut):
+    with padding(parts.tokenizer, plan.cut or cut):
         return [(chunk, _tensors(plan.encode(chunk))) for chunk in chunks]
 
 
@@ -80,12 +81,12 @@ class _Plan:
     Attributes:
         lengths: of each, so that similar ones go together.
         encode: places of some to a batch.
-        cut: the side on which a text that is too long is cut.
+        cut: the side on which a text that is too long is cut; None: as is asked for.
     """
 
     lengths: Sequence[int]
     encode: Callable[[Sequence[int]], Mapping[str, Any]]
-    cut: str = "right"
+    cut: str | None = None
 
 
 def _tensors(batch: Mapping[str, Any]) -> Batch:
@@ -97,7 +98,7 @@ def _texts(examples: Sequence[Example], parts: Parts, limit: int) -> _Plan:
 
 
 def _tokenized(
-    texts: Sequence[str], pairs: Sequence[str | None], parts: Parts, limit: int, cut: str = "right", **settings: Any
+    texts: Sequence[str], pairs: Sequence[str | None], parts: Parts, limit: int, cut: str | None = None, **settings: Any
 ) -> _Plan:
     if parts.tokenizer is None:
         raise ConfigError("the base model takes images, not texts", key="data", remedy="Give a folder of images")
@@ -222,7 +223,8 @@ def _pictured(texts: Sequence[str], examples: Sequence[Example], parts: Parts, l
 def _cut(text: str, parts: Parts, limit: int) -> str:
     settings = {"add_special_tokens": False, "truncation": True}
     tokens = parts.tokenizer(text, max_length=limit + 1, **settings)["input_ids"]
-    return text if len(tokens) <= limit else str(parts.tokenizer.decode(tokens[:limit]))
+    kept = tokens[-limit:] if parts.tokenizer.truncation_side == "left" else tokens[:limit]
+    return text if len(tokens) <= limit else str(parts.tokenizer.decode(kept))
 
 
 def _with_image(text: str, parts: Parts) -> str:

@@ -58,7 +58,8 @@ def answered_batches(
         examples: task → inputs, see :mod:`coremerge.learning.rows`.
         processor: see :func:`~coremerge.learning.processor.load_processor`.
         size: inputs of a batch.
-        max_length: tokens of an input, its answer not counted.
+        max_length: tokens of an input, its answer not counted; a decoder's prompt that is longer is cut at its
+            beginning.
         most: tokens of an answer.
         progress: called with the tasks that are answered, and all that are to be.
 
@@ -78,10 +79,12 @@ def answered_batches(
         others = [example for example in given if task not in tasks or not _awaits(example)]
         found[task] = make_batches(others, processor, size=size, max_length=max_length) if others else []
         if asking:
-            prompts = make_batches(asking, processor, size=size, max_length=max_length)
+            speech = speech_of(model, processor, asking[0])
+            cut = "right" if speech.paired else "left"  # what asks is at a prompt's end; an encoder's is as in training
+            prompts = make_batches(asking, processor, size=size, max_length=max_length, cut=cut)
             with frozen(model), carrying(model, adapters[task]) as device, inputs_of(task):
                 prompts = [moved(batch, device) for batch in prompts]
-                found[task] += _answered(model, prompts, speech_of(model, processor, asking[0]), most)
+                found[task] += _answered(model, prompts, speech, most)
             if progress:
                 progress(tasks.index(task) + 1, len(tasks))
     return found
@@ -130,6 +133,7 @@ def _with(batch: Batch, said: Sequence[Tokens], speech: Speech) -> Batch:
         return {**inputs, **kept, "decoder_attention_mask": present.long()}
     if TOKEN_MASK in batch:
         before = torch.zeros_like(deciding)
-        before[:, : batch[TOKEN_MASK].shape[1]] = batch[TOKEN_MASK].bool()
+        width = min(before.shape[1], batch[TOKEN_MASK].shape[1])  # some processors pad further than is needed
+        before[:, :width] = batch[TOKEN_MASK][:, :width].bool()
         inputs[TOKEN_MASK] = (before | deciding).to(batch[TOKEN_MASK].dtype)
     return inputs
