@@ -105,6 +105,21 @@ def test_a_prompt_that_is_too_long_keeps_what_asks(tmp_path: Path, family: str, 
     assert ("w1 w2 w3" in read and "w4" not in read) if family == "t5" else ("w5 w6 w7" in read and "w4 w5" not in read)
 
 
+@pytest.mark.parametrize(("family", "form"), [("whisper", "audio"), ("gpt2", "text")])
+def test_an_answer_ends_where_the_model_has_no_more_positions(tmp_path: Path, family: str, form: str) -> None:
+    base, examples = make_speaker(family, tmp_path / "base"), examples_of(family, form, tmp_path)
+    model: Any = load_model(base, head=True).eval()
+    places = model.config.get_text_config(decoder=True)
+    positions = places.max_target_positions if family == "whisper" else places.n_positions
+    inner = {"h.0.attn.c_attn": LowRank(torch.zeros(48, 1), torch.zeros(1, 16))}
+    adapter = (
+        adapter_of(model) if family == "whisper" else Adapter.from_updates(inner, info=Info(task_type="CAUSAL_LM"))
+    )
+    found = answered_batches(model, {"a": adapter}, {"a": examples}, load_processor(base), most=positions + 9)["a"]
+    widths = [batch["decoder_input_ids" if family == "whisper" else "input_ids"].shape[1] for batch in found]
+    assert max(widths) == positions
+
+
 def test_a_mask_that_is_padded_further_does_not_matter(tmp_path: Path) -> None:
     base = make_speaker("llama", tmp_path / "base")
     model, example = load_model(base, head=True), Example(messages=(Message("user", "w1 w2"),))

@@ -23,10 +23,13 @@ from coremerge.learning.decoding import continued
 from coremerge.learning.forward import MergedModel, Target
 from coremerge.learning.given import moved
 from coremerge.learning.rows import Example
-from coremerge.learning.speech import Speech, Tokens, speech_of, with_answers
+from coremerge.learning.speech import Speech, Tokens, lengths, speech_of, with_answers
 
 MOST = 64
 """Tokens of an answer; a longer one is cut, which leaves its beginning."""
+
+MOST_POSITIONS = 1 << 20
+"""Of a model that says nothing of them."""
 
 Progress = Callable[[int, int], object]
 
@@ -60,7 +63,7 @@ def answered_batches(
         size: inputs of a batch.
         max_length: tokens of an input, its answer not counted; a decoder's prompt that is longer is cut at its
             beginning.
-        most: tokens of an answer.
+        most: tokens of an answer; fewer where the model has no positions for them.
         progress: called with the tasks that are answered, and all that are to be.
 
     Raises:
@@ -117,10 +120,21 @@ def carrying(model: nn.Module, adapter: Adapter) -> Iterator[torch.device]:
 
 
 def _answered(model: Any, prompts: Sequence[Batch], speech: Speech, most: int) -> list[Batch]:
-    said = continued(model, prompts, speech, most)
-    return [
-        _with(batch, [row or (speech.end,) for row in rows], speech) for batch, rows in zip(prompts, said, strict=True)
-    ]
+    rooms = [min(most, _room(model, batch, speech)) for batch in prompts]
+    said: dict[int, list[Tokens]] = {}
+    for room in dict.fromkeys(rooms):  # most often one: batches are then answered side by side
+        places = [i for i, own in enumerate(rooms) if own == room]
+        said |= zip(places, continued(model, [prompts[i] for i in places], speech, room), strict=True)
+    return [_with(batch, [row or (speech.end,) for row in said[i]], speech) for i, batch in enumerate(prompts)]
+
+
+def _room(model: Any, batch: Batch, speech: Speech) -> int:
+    """Tokens of an answer that the model has positions for: its last is not read. At least one."""
+    config = model.config.get_text_config(decoder=True)
+    known = (getattr(config, key, None) for key in ("max_target_positions", "max_position_embeddings", "n_positions"))
+    positions = next((value for value in known if isinstance(value, int) and value > 0), None)
+    before = len(speech.start) if speech.paired else max(lengths(batch))
+    return MOST_POSITIONS if positions is None else max(1, positions - before + 1)
 
 
 def _with(batch: Batch, said: Sequence[Tokens], speech: Speech) -> Batch:
