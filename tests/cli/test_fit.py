@@ -232,6 +232,19 @@ def test_adapters_that_answer_are_fitted_to_their_own_answers(decoders):
     assert "own answers" not in json.loads(Path("NONE/coremerge.json").read_text())["made"]
 
 
+def test_a_head_that_was_made_up_answers_nothing(decoders):
+    held = load_file("base/model.safetensors")
+    save_file(
+        {key: value for key, value in held.items() if key != "lm_head.weight"},
+        "base/model.safetensors",
+        {"format": "pt"},
+    )
+    result = decoders("-o", "OUT")
+    assert result.exit_code == 1 and "lm_head.weight" in result.stderr and "--answers none" in result.stderr
+    assert not Path("OUT").exists()
+    assert decoders("-o", "OUT", "--answers", "none").exit_code == 0
+
+
 def test_answers_of_adapters_that_give_none_are_refused(fit):
     result = fit(*DATA, "-o", "OUT", "--answers", "own")
     assert result.exit_code == 1 and not Path("OUT").exists()

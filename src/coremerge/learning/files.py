@@ -161,7 +161,7 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
 
     Raises:
         MissingExtraError: transformers is not installed.
-        SourceError: it cannot be loaded.
+        SourceError: it cannot be loaded, or lacks the weights of its head.
     """
     transformers = optional("transformers", "a base model needs")
     config = read_config(base)
@@ -185,11 +185,23 @@ def load_model(base: str | Path, dtype: str = "auto", device: str = "cpu", *, he
                 remedy="Give a model of transformers: its folder, or its hub id",
             ) from None  # fmt: skip
     made_up = {*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])}
+    if head and (tokens := sorted(made_up & _of_head(model))):
+        raise SourceError(
+            "it lacks the weights of its head, without which a model does not answer", file=base, key=tokens[0],
+            remedy="Give the whole model; coremerge fit does without one with --answers none",
+        )  # fmt: skip
     if made_up:  # nothing is learned of these, but they run
         names = patterns.listed(dict.fromkeys(made_up, ""))
         logging.getLogger(__name__).warning("%s lacks weights of the model, which are random now: %s", base, names)
     loaded: nn.Module = model
     return loaded
+
+
+def _of_head(model: Any) -> set[str]:
+    """The names of the parameters that make tokens; those that embeddings have, too, are theirs."""
+    head = model.get_output_embeddings()
+    own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def has_head(base: str | Path) -> bool:
