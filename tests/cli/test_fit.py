@@ -232,6 +232,16 @@ def test_adapters_that_answer_are_fitted_to_their_own_answers(decoders):
     assert "own answers" not in json.loads(Path("NONE/coremerge.json").read_text())["made"]
 
 
+def test_settings_are_refused_before_anything_is_answered(decoders, monkeypatch):
+    monkeypatch.setattr("coremerge.learning.files.answered_batches", lambda *given, **how: pytest.fail("answered"))
+    for words, said in {
+        ("--rank-budget", "3", "--rank", "2"): "rank_budget",
+        ("--rank-budget", "3", "--ridge", "inf"): "rank_budget",
+    }.items():
+        result = decoders("-o", "OUT", *words)
+        assert result.exit_code == 1 and said in result.stderr
+
+
 def test_a_head_that_was_made_up_answers_nothing(decoders):
     held = load_file("base/model.safetensors")
     save_file(

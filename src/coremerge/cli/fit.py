@@ -209,8 +209,10 @@ def _solver(
     **settings: Any,
 ) -> Callable[[Plan], MergeResult]:
     def solve(plan: Plan) -> MergeResult:
-        from coremerge.learning.fit import fit_plan
+        from coremerge.learning.fit import check_settings, fit_plan
 
+        names = ("ridge", "rank_budget", "beyond", "preferences")
+        check_settings(plan, **{name: settings[name] for name in names})  # answers take a while
         bar("loading the base model", 0, 1)
         model: Any = load()
         given = batches
@@ -218,6 +220,7 @@ def _solver(
             speaking = load(head=True)()
             given = answering.answered(speaking, plan.adapters, lambda done, count: bar("answering", done, count))
             model = model if executor else speaking
+            del speaking  # where others run the model, there need not be one here
         how = settings | {"answered": answering is not None, "executor": executor}
         return fit_plan(model, plan, given, progress=lambda done, count: bar("fitting", done, count), **how)
 

@@ -203,10 +203,8 @@ def fit_plan(
     prior = PRIOR if prior is None else prior
     ridge = (RIDGE_ANSWERED if answered else RIDGE) if ridge is None else ridge
     likes = dict(preferences or {})
-    rank = plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
-    _check(plan, ridge, aside, likes)
-    _check_beyond(beyond)
-    _check_budget(rank_budget, rank, ridge)
+    check_settings(plan, ridge, rank_budget, aside=aside, beyond=beyond, preferences=likes)
+    rank = _rank(plan)
     batches = _batches(plan, data, likes)
     drawn = Drawn(_prior(prior, plan), ridge, aside, rank, likes)
     if not drawn.alone and not drawn.as_it_is(plan):
@@ -294,6 +292,30 @@ def _called(prior: str | Recipe | Adapter) -> str:
 
 def _unlabelled(batch: Batch) -> Batch:
     return {key: value for key, value in batch.items() if key != "labels"} if "labels" in batch else batch
+
+
+def check_settings(
+    plan: Plan,
+    ridge: float | None = None,
+    rank_budget: int | None = None,
+    *,
+    aside: float = ASIDE,
+    beyond: int = BEYOND,
+    preferences: Mapping[str, float] | None = None,
+) -> None:
+    """What can be refused before a model is there: see :func:`fit`.
+
+    Raises:
+        ConfigError: a setting that means nothing.
+        UnsupportedError: biases in the adapters.
+    """
+    _check(plan, RIDGE if ridge is None else ridge, aside, preferences or {})
+    _check_beyond(beyond)
+    _check_budget(rank_budget, _rank(plan), RIDGE if ridge is None else ridge)
+
+
+def _rank(plan: Plan) -> int | None:
+    return plan.recipe.rank if isinstance(plan.recipe.rank, int) else None
 
 
 def _check(plan: Plan, ridge: float, aside: float, likes: Mapping[str, float]) -> None:

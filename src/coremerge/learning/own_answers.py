@@ -87,7 +87,7 @@ def answered_batches(
             prompts = make_batches(asking, processor, size=size, max_length=max_length, cut=cut)
             with frozen(model), carrying(model, adapters[task]) as device, inputs_of(task):
                 prompts = [moved(batch, device) for batch in prompts]
-                found[task] += _answered(model, prompts, speech, most)
+                found[task] += [moved(batch, torch.device("cpu")) for batch in _answered(model, prompts, speech, most)]
             if progress:
                 progress(tasks.index(task) + 1, len(tasks))
     return found
