@@ -232,6 +232,15 @@ def test_adapters_that_answer_are_fitted_to_their_own_answers(decoders):
     assert "own answers" not in json.loads(Path("NONE/coremerge.json").read_text())["made"]
 
 
+def test_a_dry_run_tells_whose_answers_count_and_what_room_they_may_take(decoders):
+    own, none = (json.loads(decoders("-o", "OUT", "--dry-run", "--json", *words).stdout)
+                 for words in ([], ["--answers", "none"]))  # fmt: skip
+    assert own["answers"] == ["A", "B"] and none["answers"] == []
+    assert own["states"]["bytes"] > 5 * none["states"]["bytes"]
+    assert "of their own: A, B" in decoders("-o", "OUT", "--dry-run").stdout
+    assert "of their own" not in decoders("-o", "OUT", "--dry-run", "--answers", "none").stdout
+
+
 def test_settings_are_refused_before_anything_is_answered(decoders, monkeypatch):
     monkeypatch.setattr("coremerge.learning.files.answered_batches", lambda *given, **how: pytest.fail("answered"))
     for words, said in {

@@ -172,14 +172,14 @@ def fit(
             if report:
                 draw(out, None, None, bar)
     if dry_run:
-        states = _states(prepared.plan, batches, base, base_dtype, device)
-        _show_plan(prepared, batches, states, spill, as_json=as_json, quiet=quiet)
+        states = _states(prepared.plan, batches, answered, base, dtype=base_dtype, device=device)
+        _show_plan(prepared, batches, answered, states, spill, as_json=as_json, quiet=quiet)
     else:
         _show(merged, as_json, quiet)
 
 
-def _answered(answers: str | None, inputs: Inputs, adapters: Mapping[str, Adapter]) -> bool:
-    """Whether adapters answer their prompts.
+def _answered(answers: str | None, inputs: Inputs, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Those whose adapters answer their prompts.
 
     Raises:
         ConfigError: they are to, and none does.
@@ -189,7 +189,7 @@ def _answered(answers: str | None, inputs: Inputs, adapters: Mapping[str, Adapte
 
     chosen = _options.one_of(answers, ("own", "none"), "--answers")
     if chosen == "none":
-        return False
+        return []
     answering = inputs.answering(adapters)
     if chosen == "own" and not answering:
         raise ConfigError(
@@ -197,7 +197,7 @@ def _answered(answers: str | None, inputs: Inputs, adapters: Mapping[str, Adapte
             " or no input awaits an answer",
             key="answers", value=answers, remedy="Leave out --answers, or give prompts: text, or messages of the user",
         )  # fmt: skip
-    return bool(answering)
+    return answering
 
 
 def _solver(
@@ -227,22 +227,41 @@ def _solver(
     return solve
 
 
-def _states(plan: Plan, batches: Mapping[str, Any], base: str, dtype: str, device: str) -> int:
-    """Bytes of hidden states, about."""
+def _states(
+    plan: Plan, batches: Mapping[str, Any], answered: Sequence[str], base: str, *, dtype: str, device: str
+) -> int:
+    """Bytes of hidden states, about; answers are taken to be as long as they can be."""
     import torch
 
     from coremerge.learning.files import read_config, running_dtype
+    from coremerge.learning.own_answers import MOST
     from coremerge.learning.room import state_bytes
 
     config = read_config(base)
     dtype = running_dtype(config, dtype, device)
     named = getattr(config, "dtype", None) if dtype == "auto" else dtype
     kind = getattr(torch, str(named).removeprefix("torch."), None) or torch.float32
-    return state_bytes(config, plan, [batch for listed in batches.values() for batch in listed], kind.itemsize)
+    decoder = not getattr(config, "is_encoder_decoder", False)
+    more = {name: MOST if decoder and name in answered else 0 for name in batches}
+    return state_bytes(config, plan, [_longer(x, more[name]) for name in batches for x in batches[name]], kind.itemsize)
+
+
+def _longer(batch: Mapping[str, Any], more: int) -> Mapping[str, Any]:
+    """A batch with so many tokens more behind each text."""
+    from torch.nn.functional import pad
+
+    return {k: pad(v, (0, more), value=1) if k in ("input_ids", "attention_mask") else v for k, v in batch.items()}
 
 
 def _show_plan(
-    prepared: Prepared, batches: Mapping[str, Any], states: int, spill: Path | None, *, as_json: bool, quiet: bool
+    prepared: Prepared,
+    batches: Mapping[str, Any],
+    answered: Sequence[str],
+    states: int,
+    spill: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     from coremerge.cli._describe import adapters_table, extras_table, planned_modules_table
     from coremerge.learning.given import rows_of
@@ -251,13 +270,15 @@ def _show_plan(
     inputs = {name: sum(map(rows_of, listed)) for name, listed in batches.items()}
     where = "disk" if spill is not None or states > SPILL_BYTES else "memory"
     if as_json:
-        print_json({**prepared.to_dict(), "inputs": inputs, "states": {"bytes": states, "where": where}})
+        how = {"inputs": inputs, "answers": [*answered], "states": {"bytes": states, "where": where}}
+        print_json({**prepared.to_dict(), **how})
     if quiet:
         return
     if not as_json:
         plan = prepared.plan
         said = [
             ("inputs", ", ".join(f"{name} {count}" for name, count in inputs.items())),
+            *([("answers", f"of their own: {', '.join(answered)}")] if answered else []),
             ("rank", f"at most {plan.rank}"),
             ("size", f"{size_of(prepared.output_bytes)}, {prepared.dtype}"),
             ("hidden states", f"about {size_of(states)}, {'in memory' if where == 'memory' else 'on disk'}"),
