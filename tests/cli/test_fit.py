@@ -225,7 +225,7 @@ def test_adapters_that_answer_are_fitted_to_their_own_answers(decoders):
     for out, words in {"DEFAULT": [], "OWN": ["--answers", "own"], "NONE": ["--answers", "none"]}.items():
         result = decoders("-o", out, *words)
         assert result.exit_code == 0, result.stderr
-        assert ("with the adapters' own answers; prior: iso, ridge 0.01" in result.stdout) == (out != "NONE")
+        assert ("with the adapters' own answers; prior: iso, ridge 0.001" in result.stdout) == (out != "NONE")
         files[out] = Path(out, "adapter_model.safetensors").read_bytes()
     assert files["DEFAULT"] == files["OWN"] != files["NONE"]
     assert "own answers" in json.loads(Path("OWN/coremerge.json").read_text())["made"]

@@ -1,5 +1,6 @@
 """W + Δ in the base's own files: transformers loads them, and they compute what PEFT computes."""
 
+import copy
 import errno
 import json
 import os
@@ -384,8 +385,11 @@ class TestAttentionOfTorch:
         x = torch.randn(3, 5, 8)
         net = Tower(own).eval()
         net.load_state_dict(load_file(out / "model.safetensors"))
-        # as in training, for torch's fast path looks past PEFT; the tolerance is float32's through two layers
-        torch.testing.assert_close(net(x), peft.train()(x), rtol=1e-4, atol=1e-5)
+        # as in training, for torch's fast path looks past PEFT; in float64, as two layers of steep attention make much
+        # of rounding: of float32 3e-4 on one processor; what is left is that of the weights that were written
+        twin = copy.deepcopy(peft).train().double()
+        torch.testing.assert_close(net.double()(x.double()), twin(x.double()), rtol=1e-4, atol=1e-5)
+        net.float()
         for name, value in peft.merge_and_unload().state_dict().items():
             torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 

@@ -56,14 +56,19 @@ def fit(
         float | None,
         typer.Option(
             min=0.0,
-            help="How strongly; inf: the prior alone. Default: 0.1; 0.01 with answers.",
+            help="How strongly; inf: the prior alone. Default: 0.1; 0.001 with answers.",
             show_default=False,
         ),
     ] = None,
     beyond: Annotated[
-        int,
-        typer.Option(min=0, help="Directions of its inputs that a module may read besides those that adapters read."),
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Directions of its inputs that a module may read besides those that adapters read. Default: 128;"
+            " 512 with answers.",
+            show_default=False,
+        ),
+    ] = None,
     preference: Annotated[
         list[str] | None,
         typer.Option(help="How much a task's errors count; default 1. May be repeated.", metavar="NAME=NUMBER"),

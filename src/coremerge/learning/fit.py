@@ -42,8 +42,10 @@ PRIORS: Mapping[str, Recipe | None] = {
 """By name: merges without data; SSR-Merge's router, RegMean and RegMean++, from the inputs; nothing at all."""
 
 PRIOR = "iso"
-RIDGE, RIDGE_ANSWERED = 0.1, 0.01
-"""Without and with answers: docs/log.md has others."""
+RIDGE = 0.1
+
+RIDGE_ANSWERED, BEYOND_ANSWERED = 0.001, 512
+"""With answers, in place of :data:`RIDGE` and :data:`~coremerge.learning.beyond.BEYOND`: docs/log.md has others."""
 LEAST_ASIDE = 1e-6
 
 
@@ -86,7 +88,7 @@ def fit(
     prior: str | Recipe | Adapter | None = None,
     ridge: float | None = None,
     aside: float = ASIDE,
-    beyond: int = BEYOND,
+    beyond: int | None = None,
     answered: bool = False,
     preferences: Mapping[str, float] | None = None,
     seed: int = 0,
@@ -115,11 +117,11 @@ def fit(
         prior: what the cores are drawn to: a name of :data:`PRIORS` (by default ``"iso"``: the sum, isotropized, at
             automatic scale), a recipe, whose merge it is, or an adapter (as far as what is fitted spans it).
         ridge: how strongly, as a share of the inputs' mean second moment along what the adapters read; by default 0.1,
-            and 0.01 with answers; infinite: the prior alone.
+            and 0.001 with answers; infinite: the prior alone.
         aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
             plain least squares.
-        beyond: directions of its inputs that a module of the result may read besides those that the adapters read; 0:
-            none. See :mod:`coremerge.learning.beyond`.
+        beyond: directions of its inputs that a module of the result may read besides those that the adapters read, by
+            default 128, and 512 with answers; 0: none. See :mod:`coremerge.learning.beyond`.
         answered: prompts have answers behind them: see :mod:`coremerge.learning.own_answers`.
         preferences: task → how much its errors count; 1 for those not named, 0: not at all.
         seed: of anything random in the model, and in the prior.
@@ -190,7 +192,7 @@ def fit_plan(
     prior: str | Recipe | Adapter | None = None,
     ridge: float | None = None,
     aside: float = ASIDE,
-    beyond: int = BEYOND,
+    beyond: int | None = None,
     answered: bool = False,
     preferences: Mapping[str, float] | None = None,
     spill: str | Path | bool | None = None,
@@ -202,6 +204,7 @@ def fit_plan(
     start = time.perf_counter()
     prior = PRIOR if prior is None else prior
     ridge = (RIDGE_ANSWERED if answered else RIDGE) if ridge is None else ridge
+    beyond = (BEYOND_ANSWERED if answered else BEYOND) if beyond is None else beyond
     likes = dict(preferences or {})
     check_settings(plan, ridge, rank_budget, aside=aside, beyond=beyond, preferences=likes)
     rank = _rank(plan)
@@ -300,7 +303,7 @@ def check_settings(
     rank_budget: int | None = None,
     *,
     aside: float = ASIDE,
-    beyond: int = BEYOND,
+    beyond: int | None = None,
     preferences: Mapping[str, float] | None = None,
 ) -> None:
     """What can be refused before a model is there: see :func:`fit`.
@@ -310,7 +313,7 @@ def check_settings(
         UnsupportedError: biases in the adapters.
     """
     _check(plan, RIDGE if ridge is None else ridge, aside, preferences or {})
-    _check_beyond(beyond)
+    _check_beyond(BEYOND if beyond is None else beyond)
     _check_budget(rank_budget, _rank(plan), RIDGE if ridge is None else ridge)
 
 
