@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels check format bench bench-full campaign clean
+.PHONY: help setup demo test test-kernels lint check format bench bench-full campaign clean
 
 help:
 	@echo "make setup       install into .venv: pinned versions, every extra"
@@ -15,6 +15,7 @@ help:
 	@echo "                 WORLD=vision, generation, vlm or speech: another example, with the package of its base model"
 	@echo "make test        run the tests"
 	@echo "make test-kernels  run those that compare numbers as other processors round (an hour or more)"
+	@echo "make lint        formatter, linter, strict types"
 	@echo "make check       formatter, linter, strict types, tests with coverage"
 	@echo "make format      let the formatter and the linter rewrite what they can"
 	@echo "make bench       measure speed and accuracy, short form (minutes); bench-full: everything, hours"
@@ -44,10 +45,12 @@ test: setup
 test-kernels: setup
 	$(BIN)/python tests/kernels.py
 
-check: setup
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 format: setup

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tasks import Item, emoji_items, scene_items
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+
 from vision import all_states
 
 TRAINING_SCENES, PAINTINGS = 1500, 3

@@ -171,13 +171,18 @@ def run_demo(
 def _fit(adapters: Mapping[str, Adapter], evaluator: Evaluator) -> Row:
     """Fitted to inputs that no scale is tuned on, where there are enough; nothing of it is tuned."""
     from coremerge.evaluation.unlabelled import read_unlabelled
-    from coremerge.learning import fit
+    from coremerge.learning import answered_batches, fit
+    from coremerge.learning.own_answers import answering
 
     start = time.perf_counter()
     encoder, taskset = evaluator.encoder, evaluator.taskset
     inputs = {name: read_unlabelled(taskset, name)[-INPUTS:] for name in adapters}
-    data = {name: [batch for _, batch in encoder.placed(examples, INPUTS)] for name, examples in inputs.items()}
-    updates = dict(fit(encoder.model, adapters, data).adapter)
+    answered = bool(answering(adapters, inputs))
+    if answered:
+        data = answered_batches(encoder.model, adapters, inputs, encoder.processor, size=INPUTS)
+    else:
+        data = {name: [batch for _, batch in encoder.placed(examples, INPUTS)] for name, examples in inputs.items()}
+    updates = dict(fit(encoder.model, adapters, data, answered=answered).adapter)
     seconds = time.perf_counter() - start
     return Row(FITTED, evaluator.score(updates, "test"), seconds=seconds)
 

@@ -17,7 +17,7 @@ class Settings:
     """How weights are learned.
 
     Attributes:
-        objective: ``nsc-own``, ``match``, ``nsc`` or ``entropy``: see :mod:`coremerge.learning.objectives`.
+        objective: ``match``, ``nsc-own``, ``nsc`` or ``entropy``: see :mod:`coremerge.learning.objectives`.
         steps: of the optimiser, each over one batch of every task.
         rate: learning rate.
         start: of every coefficient; None: 2.4 / T, the paper's, but at most 1.
@@ -31,24 +31,24 @@ class Settings:
         patience: stop after so many steps without a new best of the objective's running mean; None: never.
     """
 
-    objective: str = "nsc-own"
-    steps: int = 100
-    rate: float = 1e-2
+    objective: str = "match"
+    steps: int = 80
+    rate: float = 2e-2
     start: float | None = None
     modules: str = ALL
     per: Per = "module"
     pull: float = 0.0
-    bounds: tuple[float, float] | None = None
+    bounds: tuple[float, float] | None = (0.0, 2.0)
     fixed_total: bool = False
     decay: float = 0.0
     patience: int | None = None
 
 
 PRESETS: Mapping[str, Settings] = {
-    "nsc-own": Settings(),
-    "match": Settings("match", 80, 2e-2, bounds=(0.0, 2.0)),
-    "vision": Settings("nsc", 100, 1e-3, modules=LAST_QUARTER, decay=0.01),
-    "language": Settings("nsc", 500, 3e-4, modules=LAST_QUARTER, decay=0.01),
+    "match": Settings(),
+    "nsc-own": Settings("nsc-own", 100, 1e-2, bounds=None),
+    "vision": Settings("nsc", 100, 1e-3, modules=LAST_QUARTER, bounds=None, decay=0.01),
+    "language": Settings("nsc", 500, 3e-4, modules=LAST_QUARTER, bounds=None, decay=0.01),
 }
 """``vision`` and ``language``: NSC at the settings of its paper."""
 
