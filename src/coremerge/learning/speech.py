@@ -144,8 +144,11 @@ def before_answers(batch: Batch, speech: Speech) -> dict[str, Any]:
     """What the model is given to go on from: prompts padded on the left, or beside the decoder's first tokens."""
     inputs = {key: value for key, value in batch.items() if key != TOKEN_MASK}
     if speech.paired:
-        start = torch.tensor([speech.start], device=_first(inputs).device)
-        return inputs | {"decoder_input_ids": start.expand(len(_first(inputs)), -1)}
+        first = _first(inputs)
+        start = torch.tensor([speech.start], device=first.device)
+        # what transformers would make up for sounds, with a warning where padding is the token that ends
+        mask = {"attention_mask": first.new_ones(first.shape[:2], dtype=torch.long)}
+        return mask | inputs | {"decoder_input_ids": start.expand(len(first), -1)}
     shape, counts = inputs["input_ids"].shape, lengths(batch)
     for key, value in inputs.items():
         if isinstance(value, Tensor) and value.shape == shape:
