@@ -168,13 +168,16 @@ def test_who_answers_is_told_by_the_config_or_else_by_names() -> None:
         assert not answers(adapter(name, task_type))
 
 
-def test_a_fit_to_answers_says_so_and_is_drawn_less(tmp_path: Path) -> None:
-    base = make_speaker("llama", tmp_path / "base")
+@pytest.mark.parametrize(("family", "form", "ridge"), [("llama", "messages", 0.001), ("t5", "text", 0.1)])
+def test_a_fit_to_answers_says_so_and_is_drawn_less_where_prompts_are_read_with_them(
+    tmp_path: Path, family: str, form: str, ridge: float
+) -> None:
+    base = make_speaker(family, tmp_path / "base")
     model: Any = load_model(base, head=True).eval()
     adapters = {name: adapter_of(model, seed=seed) for seed, name in enumerate("ab")}
-    given = dict.fromkeys(adapters, examples_of("llama", "messages", tmp_path))
+    given = dict.fromkeys(adapters, examples_of(family, form, tmp_path))
     data = answered_batches(model, adapters, given, load_processor(base), most=MOST)
     report = fit(model, adapters, data, answered=True).report
     assert "14 inputs of 2 tasks, with the adapters' own answers" in report.made
-    assert math.isclose(report.ridge, 0.001)
+    assert math.isclose(report.ridge, ridge)
     assert math.isclose(fit(model, adapters, data).report.ridge, 0.1)

@@ -56,7 +56,7 @@ def fit(
         float | None,
         typer.Option(
             min=0.0,
-            help="How strongly; inf: the prior alone. Default: 0.1; 0.001 with answers.",
+            help="How strongly; inf: the prior alone. Default: 0.1; 0.001 with answers of decoders.",
             show_default=False,
         ),
     ] = None,
@@ -65,7 +65,7 @@ def fit(
         typer.Option(
             min=0,
             help="Directions of its inputs that a module may read besides those that adapters read. Default: 128;"
-            " 512 with answers.",
+            " 512 with answers of decoders.",
             show_default=False,
         ),
     ] = None,

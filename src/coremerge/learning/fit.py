@@ -45,7 +45,8 @@ PRIOR = "iso"
 RIDGE = 0.1
 
 RIDGE_ANSWERED, BEYOND_ANSWERED = 0.001, 512
-"""With answers, in place of :data:`RIDGE` and :data:`~coremerge.learning.beyond.BEYOND`: docs/log.md has others."""
+"""With answers of decoders, in place of :data:`RIDGE` and :data:`~coremerge.learning.beyond.BEYOND`: docs/log.md has
+others. Of an encoder with a decoder, Whisper, two tasks keep 1.0 at the usual ridge, .98 at .01."""
 LEAST_ASIDE = 1e-6
 
 
@@ -117,11 +118,11 @@ def fit(
         prior: what the cores are drawn to: a name of :data:`PRIORS` (by default ``"iso"``: the sum, isotropized, at
             automatic scale), a recipe, whose merge it is, or an adapter (as far as what is fitted spans it).
         ridge: how strongly, as a share of the inputs' mean second moment along what the adapters read; by default 0.1,
-            and 0.001 with answers; infinite: the prior alone.
+            and 0.001 with answers of decoders; infinite: the prior alone.
         aside: how much an error counts in a direction in which the task's own adapter does not move the output; 1:
             plain least squares.
         beyond: directions of its inputs that a module of the result may read besides those that the adapters read, by
-            default 128, and 512 with answers; 0: none. See :mod:`coremerge.learning.beyond`.
+            default 128, and 512 with answers of decoders; 0: none. See :mod:`coremerge.learning.beyond`.
         answered: prompts have answers behind them: see :mod:`coremerge.learning.own_answers`.
         preferences: task → how much its errors count; 1 for those not named, 0: not at all.
         seed: of anything random in the model, and in the prior.
@@ -203,12 +204,13 @@ def fit_plan(
     """:func:`fit` with a plan: its recipe is :func:`prior_recipe`, its rank that of the result."""
     start = time.perf_counter()
     prior = PRIOR if prior is None else prior
-    ridge = (RIDGE_ANSWERED if answered else RIDGE) if ridge is None else ridge
-    beyond = (BEYOND_ANSWERED if answered else BEYOND) if beyond is None else beyond
     likes = dict(preferences or {})
     check_settings(plan, ridge, rank_budget, aside=aside, beyond=beyond, preferences=likes)
     rank = _rank(plan)
     batches = _batches(plan, data, likes)
+    behind = answered and _in_one_text(batches)
+    ridge = (RIDGE_ANSWERED if behind else RIDGE) if ridge is None else ridge
+    beyond = (BEYOND_ANSWERED if behind else BEYOND) if beyond is None else beyond
     drawn = Drawn(_prior(prior, plan), ridge, aside, rank, likes)
     if not drawn.alone and not drawn.as_it_is(plan):
         drawn = replace(drawn, beyond=int(beyond))
@@ -255,6 +257,11 @@ def _batches(plan: Plan, data: Mapping[str, Iterable[Batch]], likes: Mapping[str
         remedy = "Give inputs of at least one adapter's task, and a preference"
         raise ConfigError("no task to fit to", key="data", remedy=remedy)
     return found
+
+
+def _in_one_text(batches: Mapping[str, Sequence[Batch]]) -> bool:
+    """Whether answers are behind their prompts: what reads those sees the answers' tokens, too, as no encoder does."""
+    return not any("decoder_input_ids" in batch for listed in batches.values() for batch in listed)
 
 
 def _samples(batches: Mapping[str, Sequence[Batch]]) -> list[tuple[str, Batch]]:
