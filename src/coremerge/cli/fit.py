@@ -163,9 +163,7 @@ def fit(
         bar("reading inputs", 0, 1)
         inputs = Inputs(read_inputs(labels, named, count=count, seed=seed), base, size, max_length)
         answered = _answered(answers, inputs, labels)
-        batches = (
-            inputs.batches()
-        )  # also where answers come to them: what cannot be read is refused before the model is
+        batches = inputs.batches()  # also where answers come to them: they are refused before a model is loaded
         if not dry_run:
             given: dict[str, Any] = {"prior": chosen, "ridge": ridge, "beyond": beyond, "preferences": likes}
             given |= {"rank_budget": rank_budget, "spill": spill, "resume": resume}

@@ -141,8 +141,8 @@ def _with(batch: Batch, said: Sequence[Tokens], speech: Speech) -> Batch:
     """A batch and its answers, of which each token that is decided counts, beside those that counted before."""
     inputs, deciding = with_answers(batch, said, speech)
     if speech.paired:
-        lengths = torch.tensor([len(speech.start) + len(row) - 1 for row in said], device=deciding.device)
-        present = torch.arange(deciding.shape[1], device=deciding.device) < lengths.unsqueeze(-1)
+        counts = torch.tensor([len(speech.start) + len(row) - 1 for row in said], device=deciding.device)
+        present = torch.arange(deciding.shape[1], device=deciding.device) < counts.unsqueeze(-1)
         kept = {TOKEN_MASK: batch[TOKEN_MASK]} if TOKEN_MASK in batch else {}
         return {**inputs, **kept, "decoder_attention_mask": present.long()}
     if TOKEN_MASK in batch:
