@@ -140,6 +140,11 @@ def eigvalsh(x: Tensor) -> Tensor:
     return values
 
 
+def top(values: Tensor) -> Tensor:
+    """The largest (...) of ``values`` (..., k); 0 of none."""
+    return values.amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+
+
 def fading(values: Tensor, largest: Tensor, share: float) -> Tensor:
     """How much ``values`` (...) count beside the ``largest``: x² / (x² + ``share``²), x = values / largest.
 

@@ -21,7 +21,7 @@ from coremerge.copies import as_one, holders, join_copies
 from coremerge.equal import counting, equalized
 from coremerge.errors import TensorError
 from coremerge.executors import local
-from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms
+from coremerge.linalg import NOISE, RTOL, LinAlgError, RaggedRankError, column_norms, top
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, dense, thin_svd, total
 from coremerge.methods import Site
 from coremerge.outcome import ModuleReport, Report, check_base, report_of, scale_of
@@ -258,9 +258,8 @@ def together(
         updates = read_updates(names, plan, parts, device, dtype)
         weights = _weights(names, plan)
         count = holders(updates, weights)
-        plain = parts.alone is not None and not (
-            parts.alone.after or parts.alone.lifted
-        )  # nothing acts on one update: all of it is kept
+        # nothing acts on one update: all of it is kept
+        plain = parts.alone is not None and not (parts.alone.after or parts.alone.lifted)
         if plain and count == 1:
             updates = [update.rounded(None) for update in updates]
         coordinates = parts.space(updates)
@@ -379,7 +378,7 @@ def solved_of(
     combination = coordinates.lift.fold(result)
     amplification = _amplification(coordinates, combination, result)
     inputs = coordinates.whole or coordinates.cores
-    spectral = torch.stack([_spectral_norm(core.svd) for core in inputs], -1)
+    spectral = torch.stack([top(core.svd.values) for core in inputs], -1)
     energies = torch.stack([core.svd.values.square().sum(-1) for core in inputs], -1)
     frobenius = energies.sqrt()
     factors, shares = _of_equal(plan)
@@ -490,10 +489,6 @@ def _amplification(coordinates: Coordinates, combination: Combination, result: L
 
 def _frobenius(x: Tensor) -> Tensor:
     return x.square().sum((-2, -1)).sqrt()
-
-
-def _spectral_norm(svd: ThinSVD) -> Tensor:
-    return svd.values.amax(-1) if svd.values.shape[-1] else svd.left.new_zeros(svd.left.shape[:-2])
 
 
 def lifted(

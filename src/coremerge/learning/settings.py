@@ -55,7 +55,7 @@ PRESETS: Mapping[str, Settings] = {
 OF_MODEL = ("nsc", "entropy")
 """Objectives whose preset is that of the model's kind."""
 OBJECTIVES = ("nsc-own", "match", *OF_MODEL)
-DEFAULT = "match"
+DEFAULT = Settings.objective
 """Never far below its start in any of four worlds, as ``nsc-own`` is on vision and generation: docs/evidence.md."""
 
 

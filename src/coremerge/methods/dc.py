@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from coremerge.linalg import LEVEL, RTOL, eigh
+from coremerge.linalg import LEVEL, RTOL, eigh, top
 from coremerge.lowrank import LowRank, ThinSVD, svds
 from coremerge.methods import METHODS, Method, Site
 from coremerge.methods.ties import VOTE, Density, elect
@@ -61,7 +61,7 @@ def dc(
     """
 
     def merge(cores: Sequence[LowRank], site: Site) -> LowRank:
-        largest = torch.stack([_top(svd.values) for svd in svds(cores)], -1).amax(-1)
+        largest = top(torch.stack([top(svd.values) for svd in svds(cores)], -1))
         parts = [core.svd.significant(largest=largest) for core in cores]
         turned = _turned(parts, largest)
         (left, _), (right, _) = covers(turned)
@@ -136,8 +136,3 @@ def _error(part: ThinSVD, largest: Tensor, width: int) -> Tensor:
     if part.noise is None or width == 0:
         return least
     return least.maximum(part.noise.square().sum(-1).sqrt().to(least) / width**0.5)
-
-
-def _top(values: Tensor) -> Tensor:
-    """The largest (...), 0 of none."""
-    return values.amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])

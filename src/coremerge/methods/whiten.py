@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from coremerge.language import generates
-from coremerge.linalg import fading, polar
+from coremerge.linalg import fading, polar, top
 from coremerge.lowrank import LowRank, Matrix, ThinSVD, inner_products, svds, thin_svd
 from coremerge.methods import METHODS, Method, Site
 
@@ -105,14 +105,9 @@ validation rows of eight vision tasks; elsewhere they were alike."""
 
 def _weights(spectra: Sequence[Tensor]) -> Tensor:
     """D (..., R) of the updates' singular values (..., r_t): alike in copies of one update, but for a factor."""
-    tops = torch.stack([_top(values) for values in spectra], -1)
-    says = fading(tops, _top(tops).unsqueeze(-1), FAINT)
+    tops = torch.stack([top(values) for values in spectra], -1)
+    says = fading(tops, top(tops).unsqueeze(-1), FAINT)
     return torch.cat([fading(v, tops[..., t, None], FAINT) * says[..., t, None] for t, v in enumerate(spectra)], -1)
-
-
-def _top(values: Tensor) -> Tensor:
-    """The largest (...), 0 of none."""
-    return values.amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
 
 
 def _whitened(vectors: Tensor, weights: Tensor, ridge: float) -> Tensor:
